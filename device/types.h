@@ -1,0 +1,21 @@
+// Integer names for code that may include nothing, not even <cstdint>.
+#pragma once
+
+namespace phalanx {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+template <class T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+template <class T>
+constexpr T min_of(T a, T b) {
+  return a < b ? a : b;
+}
+
+}  // namespace phalanx

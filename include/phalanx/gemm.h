@@ -1,0 +1,33 @@
+// FP8 matrix products with fine-grained scaling.
+#pragma once
+
+#include <optional>
+
+#include "phalanx/export.h"
+#include "phalanx/status.h"
+#include "phalanx/stream.h"
+#include "phalanx/tensor.h"
+
+namespace phalanx {
+
+struct GemmOptions {
+  std::optional<Tensor> c;  ///< added to the product; same shape, dtype and device as D; may be D itself, else disjoint from it
+  Stream stream{};
+  int num_sms = 0;  ///< SMs that the kernel may use, to leave room for others; 0 means all
+};
+
+/// D = A · Bᵀ (+ C), each 128-deep k-block accumulated by the tensor cores and promoted in FP32 with its scales.
+///
+/// @param a  data E4M3 [M, K]; scales FP32 [M, ceil(K / 128)], any strides (MN-major, as `quantize_rows` makes them, is best)
+/// @param b  data E4M3 [N, K]; scales FP32 [ceil(N / 128), ceil(K / 128)], any strides
+/// @param d  BF16 or FP32 [M, N], overlapping no input but C
+///
+/// M >= 0, N >= 1, K >= 1. The rows of A, B, C and D are contiguous; their row strides are multiples of 16 bytes and their
+/// bases 16-byte aligned (padded rows are fine, and neither N nor K need be a multiple of anything).
+/// On CUDA the work is enqueued on `options.stream`; a warm call neither allocates, compiles nor synchronises.
+/// The same input gives the same bits.
+///
+/// @throws Error before anything is written
+PHALANX_API void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const GemmOptions& options = {});
+
+}  // namespace phalanx

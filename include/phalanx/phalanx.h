@@ -1,0 +1,10 @@
+// Everything.
+#pragma once
+
+#include "phalanx/dtype.h"
+#include "phalanx/gemm.h"
+#include "phalanx/quantize.h"
+#include "phalanx/status.h"
+#include "phalanx/stream.h"
+#include "phalanx/tensor.h"
+#include "phalanx/version.h"
