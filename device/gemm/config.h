@@ -1,7 +1,7 @@
 // One description of a GEMM kernel, with three readers: the planner returns it, the generator prints it, the kernel is
 // instantiated with it. Shared memory is laid out here and nowhere else.
 #pragma once
-#include "../types.h"
+#include "device/types.h"
 
 namespace phalanx {
 
