@@ -5,9 +5,11 @@
 
 namespace phalanx {
 
-constexpr int kBlockK = 128;      // depth of a k-block: one row of the 128-byte swizzle, and one scale of A
-constexpr int kScaleBlock = 128;  // a scale of B covers 128 x 128 elements
-constexpr int kWarpgroup = 128;   // threads
+constexpr int kBlockK = 128;           // depth of a k-block: one row of the 128-byte swizzle, and one scale of A
+constexpr int kScaleBlock = 128;       // a scale of B covers 128 x 128 elements
+constexpr int kPanelColumns = 64;      // BF16 columns in one 128-byte row of a staged D tile
+constexpr int kPartialPad = 8;         // floats after each row of a split-K partial tile, against bank conflicts
+constexpr int kWarpgroup = 128;        // threads
 constexpr int kMaxSmemBytes = 232448;  // that one CTA of an SM90 may use
 
 enum class OutType { bf16, f32 };
@@ -20,16 +22,19 @@ struct GemmConfig {
   int split_k = 1;                   // CTAs of a cluster that share a tile, each with a part of K
   OutType out = OutType::bf16;
 
-  constexpr int num_waves() const { return block_m / (64 * num_consumers); }  // m64 products per consumer and k-block
+  constexpr int consumer_rows() const { return block_m / num_consumers; }
+  constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
   constexpr int num_threads() const { return kWarpgroup * (num_consumers + 1); }
   constexpr int cluster_size() const { return cluster_n * split_k; }
+  // BF16 tiles leave through shared memory by TMA; FP32, narrow and split-K tiles straight from registers.
+  constexpr bool stores_by_tma() const { return out == OutType::bf16 && split_k == 1 && block_n % kPanelColumns == 0; }
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, full, empty, total;
+  int a, b, d, sfa, full, empty, c_full, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -37,13 +42,25 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.a = 0;
   s.b = s.a + c.num_stages * c.block_m * kBlockK;
   s.d = s.b + c.num_stages * c.block_n * kBlockK;
-  // D is staged as BF16 for the TMA store (FP32 goes straight from registers); split-K stages FP32 partial tiles here.
-  const int d_bytes = c.split_k > 1 ? 4 * c.block_m * c.block_n : c.out == OutType::bf16 ? 2 * c.block_m * c.block_n : 0;
+  const int d_bytes = c.split_k > 1       ? 4 * c.block_m * (c.block_n + kPartialPad)
+                      : c.stores_by_tma() ? 2 * c.block_m * c.block_n
+                                          : 0;
   s.sfa = s.d + d_bytes;
   s.full = s.sfa + c.num_stages * c.block_m * 4;
   s.empty = s.full + c.num_stages * 8;
-  s.total = s.empty + c.num_stages * 8;
+  s.c_full = s.empty + c.num_stages * 8;
+  s.total = s.c_full + c.num_consumers * 8;
   return s;
+}
+
+// Whether the kernel can be instantiated; the planner and the tests ask, the kernel asserts.
+constexpr bool is_valid(const GemmConfig& c) {
+  const bool tile = c.num_consumers >= 1 && c.num_consumers <= 2 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
+                    c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 16 &&
+                    kScaleBlock % c.block_n == 0;
+  const bool cluster = c.cluster_n >= 1 && c.split_k >= 1 && (c.cluster_n == 1 || c.split_k == 1) &&
+                       c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0;
+  return tile && cluster && c.num_stages >= 2 && smem_layout(c).total <= kMaxSmemBytes;
 }
 
 }  // namespace phalanx

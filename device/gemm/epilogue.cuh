@@ -1,0 +1,186 @@
+// From accumulators to D, with C added on the way.
+//
+// A consumer thread holds, of each 64-row wave and each 8 columns, two neighbours in row `lane / 4` and two in row
+// `lane / 4 + 8` of its warp's 16 rows: the layout of a WGMMA accumulator.
+#pragma once
+#include "device/gemm/params.h"
+#include "device/gemm/tiles.h"
+#include "device/ptx/mbarrier.cuh"
+#include "device/ptx/sync.cuh"
+
+namespace phalanx {
+
+template <GemmConfig C>
+using Accumulator = float[C.num_waves()][C.block_n / 2];
+
+// Row inside the tile of this thread's first value of a wave.
+template <GemmConfig C>
+__device__ int fragment_row(int consumer, int wave) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  return consumer * C.consumer_rows() + wave * 64 + warp * 16 + lane / 4;
+}
+
+// --- two neighbouring elements of a row, `col` even
+// -------------------------------------------------------------------
+
+template <OutType kOut>
+__device__ float2 load_pair(const void* base, i64 offset, bool has_second) {
+  if constexpr (kOut == OutType::f32) {
+    const float* p = static_cast<const float*>(base) + offset;
+    return has_second ? *reinterpret_cast<const float2*>(p) : make_float2(*p, 0);
+  } else {
+    const u16* p = static_cast<const u16*>(base) + offset;
+    const u32 pair = has_second ? *reinterpret_cast<const u32*>(p) : *p;
+    return make_float2(ptx::bf16_lo(pair), ptx::bf16_hi(pair));
+  }
+}
+
+template <OutType kOut>
+__device__ void store_pair(void* base, i64 offset, float2 v, bool has_second) {
+  if constexpr (kOut == OutType::f32) {
+    float* p = static_cast<float*>(base) + offset;
+    if (has_second)
+      *reinterpret_cast<float2*>(p) = v;
+    else
+      *p = v.x;
+  } else {
+    u16* p = static_cast<u16*>(base) + offset;
+    const u32 pair = ptx::pack_bf16(v.x, v.y);
+    if (has_second)
+      *reinterpret_cast<u32*>(p) = pair;
+    else
+      *p = static_cast<u16>(pair);
+  }
+}
+
+template <OutType kOut>
+__device__ float2 add_c(const GemmParams& p, int row, int col, float2 v) {
+  if (p.c_ptr == nullptr || row >= p.m || col >= p.n) return v;
+  const float2 c = load_pair<kOut>(p.c_ptr, row * p.c_stride + col, col + 1 < p.n);
+  return make_float2(v.x + c.x, v.y + c.y);
+}
+
+template <OutType kOut>
+__device__ void add_c_and_store(const GemmParams& p, int row, int col, float2 v) {
+  if (row >= p.m || col >= p.n) return;
+  store_pair<kOut>(p.d_ptr, row * p.d_stride + col, add_c<kOut>(p, row, col, v), col + 1 < p.n);
+}
+
+// --- three ways out
+// ---------------------------------------------------------------------------------------------------
+
+// Registers -> D.
+template <GemmConfig C>
+__device__ void store_tile_direct(const GemmParams& p, const Tile& t, int consumer, const Accumulator<C>& acc) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int wave = 0; wave < C.num_waves(); ++wave) {
+    const int row = t.m + fragment_row<C>(consumer, wave);
+#pragma unroll
+    for (int i = 0; i < C.block_n / 8; ++i) {
+      const int col = t.n + i * 8 + lane % 4 * 2;
+      const float* x = &acc[wave][i * 4];
+      add_c_and_store<C.out>(p, row, col, make_float2(x[0], x[1]));
+      add_c_and_store<C.out>(p, row + 8, col, make_float2(x[2], x[3]));
+    }
+  }
+}
+
+// Registers -> swizzled shared memory -> TMA, which clips at the edges of D and runs on under the next tile. C comes
+// the other way through the same buffer, requested before the tile is multiplied. Each consumer stages its own rows, in
+// panels of 64 columns: 128 bytes a row.
+template <GemmConfig C>
+struct StagedTile {
+  u8* base;
+  u64* c_full;  // one per consumer; published by TMA: its rows of C have arrived
+  u32 phase = 0;
+
+  __device__ u8* panel_row(int panel, int row) const { return base + (panel * C.block_m + row) * 128; }
+
+  // One thread. The previous tile has to leave the buffer first.
+  __device__ void load_c(const GemmParams& p, const Tile& t, int consumer) const {
+    const int row = consumer * C.consumer_rows();
+    ptx::tma_store_wait_read();
+    ptx::mbarrier_arrive_expect_tx(&c_full[consumer], C.consumer_rows() * C.block_n * 2);
+    for (int panel = 0; panel < C.block_n / kPanelColumns; ++panel)
+      ptx::tma_load_2d(panel_row(panel, row), &p.c, &c_full[consumer], t.n + panel * kPanelColumns, t.m + row,
+                       ptx::kEvictFirst);
+  }
+
+  __device__ void store(const GemmParams& p, const Tile& t, int consumer, const Accumulator<C>& acc) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    const bool is_issuer = threadIdx.x % kWarpgroup == 0, has_c = p.c_ptr != nullptr;
+    if (has_c) {
+      ptx::mbarrier_wait(&c_full[consumer], phase);
+      phase ^= 1;
+    } else {
+      if (is_issuer) ptx::tma_store_wait_read();
+      ptx::named_barrier_sync(1 + consumer, kWarpgroup);  // the previous tile has left the buffer
+    }
+#pragma unroll
+    for (int wave = 0; wave < C.num_waves(); ++wave) {
+      const int row = consumer * C.consumer_rows() + wave * 64 + warp * 16 + lane % 16;
+#pragma unroll
+      for (int i = 0; i < C.block_n / 8; i += 2) {  // two 8-column chunks at a time
+        const int chunk = i + lane / 16;
+        u8* smem = panel_row(chunk / 8, row) + ((chunk % 8) ^ (row % 8)) * 16;
+        u32 pairs[4] = {};
+        if (has_c) ptx::ldmatrix_x4(pairs, smem);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float* x = &acc[wave][i * 4 + j * 2];
+          pairs[j] = ptx::pack_bf16(x[0] + ptx::bf16_lo(pairs[j]), x[1] + ptx::bf16_hi(pairs[j]));
+        }
+        ptx::stmatrix_x4(smem, pairs);
+      }
+    }
+    ptx::fence_proxy_async();
+    ptx::named_barrier_sync(1 + consumer, kWarpgroup);
+    if (is_issuer) {
+      const int row = consumer * C.consumer_rows();
+      for (int panel = 0; panel < C.block_n / kPanelColumns; ++panel)
+        ptx::tma_store_2d(&p.d, panel_row(panel, row), t.n + panel * kPanelColumns, t.m + row);
+      ptx::tma_store_commit();
+    }
+  }
+};
+
+// Registers -> shared memory -> sum over the cluster, in rank order -> D. Each CTA sums and stores its share of the
+// rows.
+template <GemmConfig C>
+struct SplitKReduction {
+  static constexpr int kRowFloats = C.block_n + kPartialPad;
+  float* partial;
+
+  __device__ void publish(int consumer, const Accumulator<C>& acc) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int wave = 0; wave < C.num_waves(); ++wave) {
+      float* row = partial + fragment_row<C>(consumer, wave) * kRowFloats + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < C.block_n / 8; ++i) {
+        const float* x = &acc[wave][i * 4];
+        *reinterpret_cast<float2*>(row + i * 8) = make_float2(x[0], x[1]);
+        *reinterpret_cast<float2*>(row + 8 * kRowFloats + i * 8) = make_float2(x[2], x[3]);
+      }
+    }
+  }
+
+  __device__ void sum_and_store(const GemmParams& p, const Tile& t, int part) const {
+    constexpr int kRows = C.block_m / C.split_k, kVectors = C.block_n / 4;
+    for (int i = threadIdx.x; i < kRows * kVectors; i += C.num_threads()) {
+      const int row = part * kRows + i / kVectors, col = i % kVectors * 4;
+      if (t.m + row >= p.m) break;
+      float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int peer = 0; peer < C.split_k; ++peer) {
+        const float4 x = ptx::load_cluster_f4(partial + row * kRowFloats + col, peer);
+        sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+      }
+      add_c_and_store<C.out>(p, t.m + row, t.n + col, make_float2(sum.x, sum.y));
+      add_c_and_store<C.out>(p, t.m + row, t.n + col + 2, make_float2(sum.z, sum.w));
+    }
+  }
+};
+
+}  // namespace phalanx

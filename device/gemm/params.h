@@ -1,0 +1,23 @@
+// What the host passes to a GEMM kernel at run time.
+#pragma once
+#include "device/ptx/tma.cuh"
+
+namespace phalanx {
+
+// Strides are in elements.
+struct GemmParams {
+  TensorMap a;  // box: block_m / cluster_n rows x 128
+  TensorMap b;  // box: block_n rows x 128
+  TensorMap c;  // box: consumer_rows x 64, as D's; these two only if config.stores_by_tma()
+  TensorMap d;
+  const float* sfa;  // [m, ceil(k / 128)]
+  const float* sfb;  // [ceil(n / 128), ceil(k / 128)]
+  i64 sfa_stride_m, sfa_stride_k, sfb_stride_n, sfb_stride_k;
+  void* d_ptr;
+  const void* c_ptr;  // null: no C
+  i64 d_stride, c_stride;
+  int m, n, k;
+  int group_m;  // see DenseTiles
+};
+
+}  // namespace phalanx

@@ -1,0 +1,61 @@
+// Warps, warpgroups, clusters and grids.
+#pragma once
+#include "device/types.h"
+
+namespace phalanx::ptx {
+
+// True in one thread of a fully active warp.
+__device__ __forceinline__ bool elect_one() {
+  u32 elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
+  return elected;
+}
+
+// Registers move from producers, who need few, to consumers, who hold the tile. By a whole warpgroup.
+template <int kCount>
+__device__ __forceinline__ void register_increase() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void register_decrease() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+__device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+__device__ __forceinline__ u32 cluster_ctarank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
+}
+// Reads shared memory of another CTA of the cluster, at the address that `p` has in this one.
+__device__ __forceinline__ float4 load_cluster_f4(const void* p, u32 cta_rank) {
+  float4 v;
+  asm volatile(
+      "{ .reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote]; }"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(static_cast<u32>(__cvta_generic_to_shared(p))), "r"(cta_rank)
+      : "memory");
+  return v;
+}
+
+// Programmatic dependent launch: let the next kernel of the stream start, and wait until the previous one is complete
+// and its writes are visible. Both do nothing in a kernel that was launched without the attribute.
+__device__ __forceinline__ void grid_launch_dependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void grid_wait_dependencies() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+}  // namespace phalanx::ptx

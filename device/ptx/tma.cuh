@@ -1,0 +1,52 @@
+// Bulk tensor copies. Coordinates are in elements, innermost first; what lies outside the tensor reads as zero and is
+// not written.
+#pragma once
+#include "device/ptx/memory.cuh"
+
+namespace phalanx {
+
+// The driver's CUtensorMap: opaque, filled by cuTensorMapEncodeTiled on the host.
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+
+namespace ptx {
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// What the caches should do with a stream that is read once, and with one that many CTAs read.
+constexpr u64 kEvictFirst = 0x12f0000000000000ull, kEvictNormal = 0x1000000000000000ull,
+              kEvictLast = 0x14f0000000000000ull;
+
+__device__ __forceinline__ void tma_load_2d(void* smem, const TensorMap* map, u64* bar, int x, int y, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem_addr(smem)),
+      "l"(map), "r"(smem_addr(bar)), "r"(x), "r"(y), "l"(policy)
+      : "memory");
+}
+
+// The same box lands at the same offset in every CTA of `cta_mask` and counts on the barrier at the same offset there.
+__device__ __forceinline__ void tma_load_2d_multicast(void* smem, const TensorMap* map, u64* bar, int x, int y,
+                                                      u16 cta_mask, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+      " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(smem_addr(smem)),
+      "l"(map), "r"(smem_addr(bar)), "r"(x), "r"(y), "h"(cta_mask), "l"(policy)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_store_2d(const TensorMap* map, const void* smem, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(smem_addr(smem)), "r"(x), "r"(y)
+               : "memory");
+}
+__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until this thread's stores have read shared memory / have been written.
+__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+}  // namespace ptx
+}  // namespace phalanx
