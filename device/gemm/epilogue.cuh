@@ -20,8 +20,7 @@ __device__ int fragment_row(int consumer, int wave) {
   return consumer * C.consumer_rows() + wave * 64 + warp * 16 + lane / 4;
 }
 
-// --- two neighbouring elements of a row, `col` even
-// -------------------------------------------------------------------
+// --- two neighbouring elements of a row, `col` even -----------------------------------------------------------------
 
 template <OutType kOut>
 __device__ float2 load_pair(const void* base, i64 offset, bool has_second) {
@@ -66,8 +65,7 @@ __device__ void add_c_and_store(const GemmParams& p, int row, int col, float2 v)
   store_pair<kOut>(p.d_ptr, row * p.d_stride + col, add_c<kOut>(p, row, col, v), col + 1 < p.n);
 }
 
-// --- three ways out
-// ---------------------------------------------------------------------------------------------------
+// --- three ways out -------------------------------------------------------------------------------------------------
 
 // Registers -> D.
 template <GemmConfig C>

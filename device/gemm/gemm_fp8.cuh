@@ -43,8 +43,7 @@ __device__ DenseTiles my_tiles(const GemmParams& p) {
   return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
 }
 
-// --- producers
-// --------------------------------------------------------------------------------------------------------
+// --- producers ------------------------------------------------------------------------------------------------------
 
 // One thread. Of a cluster that shares A, each CTA loads its slice of the rows into all.
 template <GemmConfig C>
@@ -58,6 +57,7 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
   auto pipe = smem.pipeline();
   auto tiles = my_tiles<C>(p);
   for (Tile t; tiles.next(t);) {
+#pragma unroll 1
     for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
       pipe.wait_empty();
       u64* full = &pipe.full[pipe.stage];
@@ -83,19 +83,21 @@ __device__ void load_scales(const GemmParams& p, const SharedMemory<C>& smem) {
   auto pipe = smem.pipeline();
   auto tiles = my_tiles<C>(p);
   for (Tile t; tiles.next(t);) {
-    for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
-      const float* column = p.sfa + kb * p.sfa_stride_k;
+    const float* block = p.sfa + ks.begin * p.sfa_stride_k + (t.m + lane) * p.sfa_stride_m;
+    const int rows = p.m - t.m;  // rows past M keep what they hold: their results are not stored
+#pragma unroll 1
+    for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance(), block += p.sfa_stride_k) {
       pipe.wait_empty();
-#pragma unroll
-      for (int row = lane; row < C.block_m; row += 32)  // rows past M keep what they hold: their results are not stored
-        if (t.m + row < p.m) ptx::cp_async_4(&smem.sfa(pipe.stage)[row], column + (t.m + row) * p.sfa_stride_m);
+      const float* scale = block;
+#pragma unroll 2
+      for (int row = lane; row < C.block_m; row += 32, scale += 32 * p.sfa_stride_m)
+        if (row < rows) ptx::cp_async_4(&smem.sfa(pipe.stage)[row], scale);
       ptx::mbarrier_arrive_cp_async(&pipe.full[pipe.stage]);
     }
   }
 }
 
-// --- consumers
-// --------------------------------------------------------------------------------------------------------
+// --- consumers ------------------------------------------------------------------------------------------------------
 
 template <GemmConfig C>
 __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem, Pipeline<C.num_stages>& pipe,
@@ -103,16 +105,16 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
   constexpr int kWgmmaK = 32;
   const int lane = threadIdx.x % 32;
   const KRange ks = my_k_range<C>(p);
-  const float* sfb = p.sfb + min_of(t.n, p.n - 1) / kScaleBlock * p.sfb_stride_n;  // a tile sees one column of scales
+  // A tile sees one column of B's scales; a tile past N, beside a ragged edge, must still read inside them.
+  const float* sfb = p.sfb + min_of(t.n, p.n - 1) / kScaleBlock * p.sfb_stride_n + ks.begin * p.sfb_stride_k;
 
 #pragma unroll
   for (auto& wave : acc)
 #pragma unroll
     for (float& x : wave) x = 0;
 
-  for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
-    const float scale_b =
-        sfb[kb * p.sfb_stride_k];  // arrives under the products. Not __ldg: the previous kernel may write it
+  for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance(), sfb += p.sfb_stride_k) {
+    const float scale_b = *sfb;  // arrives under the products. Not __ldg: the previous kernel may have written it
     pipe.wait_full();
     float scales_a[C.num_waves()][2];  // loaded now: the stage is given back before the last promotion
 #pragma unroll
@@ -176,8 +178,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
   if constexpr (C.stores_by_tma()) ptx::tma_store_wait_all();
 }
 
-// --- kernel
-// -----------------------------------------------------------------------------------------------------------
+// --- kernel ---------------------------------------------------------------------------------------------------------
 
 template <GemmConfig C>
 __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
