@@ -1,0 +1,35 @@
+#include <fmt/format.h>
+
+#include "cli/commands.h"
+#include "cli/format.h"
+#include "jit/jit.h"
+
+namespace phalanx::cli {
+
+int cache_show(bool json) {
+  const auto directory = jit::cache_dir();
+  const auto entries = jit::cache_entries();
+  std::uintmax_t bytes = 0;
+  for (const auto& entry : entries) bytes += entry.bytes;
+
+  if (json) {
+    Json list = Json::array();
+    for (const auto& entry : entries) {
+      list.push_back({{"kernel", entry.kernel}, {"bytes", entry.bytes}, {"path", entry.path.string()}});
+    }
+    write_json("-", {{"directory", directory.string()}, {"bytes", bytes}, {"entries", list}});
+    return 0;
+  }
+  for (const auto& entry : entries) fmt::print("{:>10}  {}\n", human_bytes(entry.bytes), entry.kernel);
+  fmt::print("{} kernels, {} in {}\n", entries.size(), human_bytes(bytes),
+             directory.empty() ? "no directory (set PHALANX_CACHE_DIR or HOME)" : directory.string());
+  return 0;
+}
+
+int cache_clear() {
+  const int count = jit::clear_cache();
+  fmt::print("Deleted {} kernels from {}\n", count, jit::cache_dir().string());
+  return 0;
+}
+
+}  // namespace phalanx::cli

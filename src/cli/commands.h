@@ -1,0 +1,41 @@
+// The commands of `phalanx`. Each returns the process's exit code; errors are thrown.
+#pragma once
+
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace phalanx::cli {
+
+struct InfoOptions {
+  bool json = false;
+};
+/// Prints what a bug report needs.
+int info(const InfoOptions& options);
+
+struct WarmupOptions {
+  std::filesystem::path out;   ///< also write every cubin to this directory, which is then a pack
+  std::filesystem::path json;  ///< write what ptxas said of every kernel
+  std::string arch = "sm_90a";
+  int jobs = 0;        ///< threads; 0 means one per core
+  bool fresh = false;  ///< compile even what a cache or pack holds
+};
+/// Compiles every kernel of the library. Non-zero when one fails, spills or has a ptxas advisory.
+int warmup(const WarmupOptions& options);
+
+int cache_show(bool json);
+int cache_clear();
+
+struct BenchOptions {
+  std::string device = "auto";  ///< auto, cpu, cuda or cuda:<ordinal>
+  std::string out_dtype = "bf16";
+  int m = 0, n = 0, k = 0;        ///< all zero: the sets
+  std::vector<std::string> sets;  ///< of tests/cases/shapes.json; none: what suits the device
+  int min_repeats = 5;
+  double min_seconds = 0.25;  ///< repeat each shape for at least this long
+  std::filesystem::path json;
+};
+/// Times `gemm_fp8` through the public API.
+int bench(const BenchOptions& options);
+
+}  // namespace phalanx::cli

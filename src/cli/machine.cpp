@@ -1,0 +1,44 @@
+#include "cli/machine.h"
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <thread>
+
+#include "cuda/cuda.h"
+#include "phalanx/status.h"
+
+namespace phalanx::cli {
+namespace {
+
+class CpuMachine final : public Machine {
+ public:
+  std::string name() const override { return fmt::format("CPU, {} threads", std::thread::hardware_concurrency()); }
+  Device device() const override { return {}; }
+
+  std::shared_ptr<void> allocate(std::size_t bytes) override {
+    constexpr std::align_val_t kAlignment{256};
+    return {::operator new(bytes, kAlignment), [](void* memory) { ::operator delete(memory, kAlignment); }};
+  }
+
+  void upload(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
+
+  double time(const std::function<void()>& work) override {
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Machine> open_machine(const std::string& device) {
+  if (device == "cpu") return std::make_unique<CpuMachine>();
+  throw Error(ErrorCode::invalid_device,
+              fmt::format("--device: {}; expected auto, cpu, cuda or cuda:<ordinal>", device));
+}
+
+}  // namespace phalanx::cli

@@ -1,0 +1,85 @@
+// `phalanx`: looks at the machine, compiles kernels ahead of time, keeps the cache, and measures.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <exception>
+#include <functional>
+
+#include "cli/commands.h"
+#include "phalanx/version.h"
+
+namespace phalanx::cli {
+namespace {
+
+// Every command is declared here, and leaves in `run` what to do once the arguments are known to be right.
+int run_command_line(int argc, char** argv) {
+  CLI::App app("FP8 matrix products for NVIDIA Hopper: look at the machine, compile kernels ahead of time, measure.");
+  app.name("phalanx");
+  app.set_version_flag("--version", fmt::format("phalanx {}", version()));
+  app.require_subcommand(1);
+  std::function<int()> run;
+
+  InfoOptions info_options;
+  auto* info_command = app.add_subcommand("info", "Versions, GPUs, driver, NVRTC, cache: what a bug report needs");
+  info_command->add_flag("--json", info_options.json, "Print JSON");
+  info_command->callback([&] { run = [&] { return info(info_options); }; });
+
+  WarmupOptions warmup_options;
+  auto* warmup_command = app.add_subcommand("warmup", "Compile every kernel; needs NVRTC, but no GPU");
+  warmup_command->add_option("--out", warmup_options.out, "Also write the cubins to this directory: a pack");
+  warmup_command->add_option("--json", warmup_options.json,
+                             "Write compile seconds, registers and spills here (- to print)");
+  warmup_command->add_option("--jobs", warmup_options.jobs, "Threads (0: one per core)")->check(CLI::NonNegativeNumber);
+  warmup_command->add_option("--arch", warmup_options.arch, "Architecture")->capture_default_str();
+  warmup_command->add_flag("--fresh", warmup_options.fresh, "Compile even what the cache holds");
+  warmup_command->callback([&] { run = [&] { return warmup(warmup_options); }; });
+
+  bool show_json = false;
+  auto* cache_command = app.add_subcommand("cache", "The disk cache of compiled kernels");
+  cache_command->require_subcommand(1);
+  auto* show_command = cache_command->add_subcommand("show", "List the entries");
+  show_command->add_flag("--json", show_json, "Print JSON");
+  show_command->callback([&] { run = [&] { return cache_show(show_json); }; });
+  cache_command->add_subcommand("clear", "Delete every entry")->callback([&] { run = [] { return cache_clear(); }; });
+
+  BenchOptions bench_options;
+  auto* bench_command = app.add_subcommand("bench", "Time gemm_fp8 on this machine's GPU, or on its CPU");
+  bench_command->add_option("--device", bench_options.device, "auto, cpu, cuda or cuda:<ordinal>")
+      ->capture_default_str();
+  bench_command->add_option("--out-dtype", bench_options.out_dtype, "Type of D")
+      ->check(CLI::IsMember({"bf16", "f32"}))
+      ->capture_default_str();
+  auto* m = bench_command->add_option("--m", bench_options.m, "Rows of A and D")->check(CLI::PositiveNumber);
+  auto* n = bench_command->add_option("--n", bench_options.n, "Rows of B, columns of D")->check(CLI::PositiveNumber);
+  auto* k = bench_command->add_option("--k", bench_options.k, "Columns of A and B")->check(CLI::PositiveNumber);
+  m->needs(n)->needs(k);
+  n->needs(m)->needs(k);
+  k->needs(m)->needs(n);
+  bench_command->add_option("--set", bench_options.sets, "Sets of shapes: prefill, decode, square, small, odd")
+      ->delimiter(',')
+      ->excludes(m);
+  bench_command->add_option("--repeats", bench_options.min_repeats, "At least this many runs of each shape")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  bench_command->add_option("--seconds", bench_options.min_seconds, "At least this long on each shape")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  bench_command->add_option("--json", bench_options.json, "Write the rows here (- to print)");
+  bench_command->callback([&] { run = [&] { return bench(bench_options); }; });
+
+  CLI11_PARSE(app, argc, argv);
+  return run();
+}
+
+}  // namespace
+}  // namespace phalanx::cli
+
+int main(int argc, char** argv) {
+  try {
+    return phalanx::cli::run_command_line(argc, argv);
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "phalanx: {}\n", error.what());
+    return 1;
+  }
+}

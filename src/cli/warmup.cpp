@@ -1,0 +1,168 @@
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "cli/commands.h"
+#include "cli/format.h"
+#include "jit/jit.h"
+#include "jit/kernels.h"
+
+namespace phalanx::cli {
+namespace {
+
+struct Outcome {
+  jit::CompileInfo info;
+  jit::Origin origin = jit::Origin::compiled;
+  std::string error;
+
+  bool good() const { return error.empty() && info.spill_bytes == 0 && info.warnings.empty(); }
+};
+
+const char* name_of(jit::Origin origin) {
+  switch (origin) {
+    case jit::Origin::memory:
+      return "memory";
+    case jit::Origin::pack:
+      return "pack";
+    case jit::Origin::disk:
+      return "disk";
+    case jit::Origin::compiled:
+      return "compiled";
+  }
+  return "";
+}
+
+// One bar that is redrawn on a terminal; one line per kernel anywhere else, where a bar would fill a log with itself.
+class Progress {
+ public:
+  explicit Progress(int total) : total_(total) {}
+
+  void report(const std::string& kernel, const Outcome& outcome) {
+    const std::lock_guard lock(mutex_);
+    ++done_;
+    if (terminal_) {
+      constexpr int kWidth = 32;
+      const int filled = kWidth * done_ / total_;
+      fmt::print(stderr, "\r\033[K[{:#<{}}{:.<{}}] {}/{} {}", "", filled, "", kWidth - filled, done_, total_, kernel);
+      if (done_ == total_) fmt::print(stderr, "\r\033[K");
+    } else {
+      fmt::print(stderr, "[{:>3}/{}] {:<44} {:>8} {:6.2f} s {:4} registers{}\n", done_, total_, kernel,
+                 name_of(outcome.origin), outcome.info.seconds, outcome.info.registers, outcome.good() ? "" : "  BAD");
+    }
+    std::fflush(stderr);
+  }
+
+ private:
+  const bool terminal_ = isatty(STDERR_FILENO) != 0;
+  const int total_;
+  int done_ = 0;
+  std::mutex mutex_;
+};
+
+Outcome build(const jit::KernelSource& kernel, const WarmupOptions& options) {
+  Outcome outcome;
+  try {
+    const auto cubin = options.fresh ? std::make_shared<const jit::Cubin>(jit::compile(kernel, options.arch))
+                                     : jit::get_cubin(kernel, options.arch);
+    outcome.info = cubin->info;
+    outcome.origin = cubin->origin;
+    if (!options.out.empty()) jit::publish(options.out, kernel, options.arch, *cubin);
+  } catch (const std::exception& error) {
+    outcome.error = error.what();
+  }
+  return outcome;
+}
+
+std::vector<Outcome> build_all(const std::vector<jit::KernelSource>& kernels, const WarmupOptions& options) {
+  std::vector<Outcome> outcomes(kernels.size());
+  Progress progress(static_cast<int>(kernels.size()));
+  std::atomic<std::size_t> next = 0;
+  const auto work = [&] {
+    for (std::size_t i = next++; i < kernels.size(); i = next++) {
+      outcomes[i] = build(kernels[i], options);
+      progress.report(kernels[i].name, outcomes[i]);
+    }
+  };
+  const int num_threads = options.jobs > 0 ? options.jobs : static_cast<int>(std::thread::hardware_concurrency());
+  std::vector<std::jthread> threads;
+  for (int i = 1; i < num_threads; ++i) threads.emplace_back(work);
+  work();
+  threads.clear();  // joins
+  return outcomes;
+}
+
+Json to_json(const std::vector<jit::KernelSource>& kernels, const std::vector<Outcome>& outcomes,
+             const WarmupOptions& options, double wall_seconds) {
+  Json rows = Json::array();
+  for (std::size_t i = 0; i < kernels.size(); ++i) {
+    const auto& [info, origin, error] = outcomes[i];
+    rows.push_back({{"name", kernels[i].name},
+                    {"origin", name_of(origin)},
+                    {"seconds", info.seconds},
+                    {"registers", info.registers},
+                    {"spill_bytes", info.spill_bytes},
+                    {"stack_bytes", info.stack_bytes},
+                    {"static_smem_bytes", info.static_smem_bytes},
+                    {"warnings", info.warnings},
+                    {"error", error}});
+  }
+  const auto nvrtc = jit::nvrtc_info();
+  return {{"arch", options.arch},
+          {"nvrtc", fmt::format("{}.{}", nvrtc.major, nvrtc.minor)},
+          {"wall_seconds", wall_seconds},
+          {"kernels", rows}};
+}
+
+// Says what is wrong with each bad kernel; returns how many there are.
+int print_faults(const std::vector<jit::KernelSource>& kernels, const std::vector<Outcome>& outcomes) {
+  int num_bad = 0;
+  for (std::size_t i = 0; i < kernels.size(); ++i) {
+    const Outcome& outcome = outcomes[i];
+    if (outcome.good()) continue;
+    ++num_bad;
+    fmt::print(stderr, "{}:", kernels[i].name);
+    if (!outcome.error.empty()) fmt::print(stderr, " {}", outcome.error);
+    if (outcome.info.spill_bytes > 0) fmt::print(stderr, " spills {} bytes", outcome.info.spill_bytes);
+    for (const auto& warning : outcome.info.warnings) fmt::print(stderr, " {}", warning);
+    fmt::print(stderr, "\n");
+  }
+  return num_bad;
+}
+
+}  // namespace
+
+int warmup(const WarmupOptions& options) {
+  if (const auto nvrtc = jit::nvrtc_info(); !nvrtc.available) {
+    throw std::runtime_error("warmup: compiling needs NVRTC, and there is none: " + nvrtc.error);
+  }
+  if (!options.out.empty()) std::filesystem::create_directories(options.out);
+
+  const auto kernels = jit::all_kernels();
+  const auto start = std::chrono::steady_clock::now();
+  const auto outcomes = build_all(kernels, options);
+  const double wall_seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+
+  const int num_bad = print_faults(kernels, outcomes);
+  std::vector<double> seconds;
+  for (const auto& outcome : outcomes) {
+    if (outcome.origin == jit::Origin::compiled && outcome.error.empty()) seconds.push_back(outcome.info.seconds);
+  }
+  fmt::print(stderr, "{} kernels for {} in {:.1f} s: {} compiled", kernels.size(), options.arch, wall_seconds,
+             seconds.size());
+  if (!seconds.empty()) {
+    fmt::print(stderr, " (median {:.2f} s, slowest {:.2f} s)", median(seconds),
+               *std::max_element(seconds.begin(), seconds.end()));
+  }
+  fmt::print(stderr, ", {} bad{}\n", num_bad,
+             options.out.empty() ? "" : fmt::format("; pack in {}", options.out.string()));
+  if (!options.json.empty()) write_json(options.json, to_json(kernels, outcomes, options, wall_seconds));
+  return num_bad == 0 ? 0 : 1;
+}
+
+}  // namespace phalanx::cli
