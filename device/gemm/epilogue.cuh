@@ -7,6 +7,7 @@
 #include "device/gemm/tiles.h"
 #include "device/ptx/mbarrier.cuh"
 #include "device/ptx/sync.cuh"
+#include "device/ptx/tma.cuh"
 
 namespace phalanx {
 

@@ -1,6 +1,6 @@
 // What the host passes to a GEMM kernel at run time.
 #pragma once
-#include "device/ptx/tma.cuh"
+#include "device/ptx/tensor_map.h"
 
 namespace phalanx {
 

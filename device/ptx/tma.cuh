@@ -2,15 +2,9 @@
 // not written.
 #pragma once
 #include "device/ptx/memory.cuh"
+#include "device/ptx/tensor_map.h"
 
-namespace phalanx {
-
-// The driver's CUtensorMap: opaque, filled by cuTensorMapEncodeTiled on the host.
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
-
-namespace ptx {
+namespace phalanx::ptx {
 
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -48,5 +42,4 @@ __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk
 __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ __forceinline__ void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-}  // namespace ptx
-}  // namespace phalanx
+}  // namespace phalanx::ptx

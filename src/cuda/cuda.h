@@ -1,11 +1,16 @@
-// The CUDA runtime layer: the driver API through dlopen, devices, kernels and launches. No CUDA header is needed to build.
+// The CUDA runtime layer: devices, kernels, launches, tensor maps. No CUDA header is needed to build, no driver to load.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
+
+#include "device/ptx/tensor_map.h"
+#include "phalanx/tensor.h"
 
 namespace phalanx::cuda {
 
@@ -22,11 +27,55 @@ struct DeviceInfo {
   int major = 0, minor = 0, num_sms = 0, clock_khz = 0;
   std::size_t memory_bytes = 0, l2_bytes = 0;
 
+  bool is_hopper() const { return major == 9 && minor == 0; }
   std::string arch() const;  ///< "sm_90a"
 };
 /// Empty when there is no driver or no GPU.
 std::vector<DeviceInfo> devices();
 /// @throws Error unsupported (no driver), invalid_device
 const DeviceInfo& device(int ordinal);
+
+/// Makes a context of the device current, the caller's own if it is one of that device, until the end of the scope.
+class ContextGuard {
+ public:
+  explicit ContextGuard(int ordinal);
+  ~ContextGuard();
+  ContextGuard(const ContextGuard&) = delete;
+  ContextGuard& operator=(const ContextGuard&) = delete;
+
+ private:
+  void* previous_ = nullptr;
+  bool restore_ = false;
+};
+
+struct LaunchShape {
+  int num_ctas = 1, num_threads = 128, cluster_size = 1, smem_bytes = 0;
+};
+
+/// A kernel on one device.
+class Kernel {
+ public:
+  /// Enqueues with programmatic dependent launch: the kernel must wait for its predecessor before it touches memory.
+  /// The device's context is current; `params` is the kernel's one parameter.
+  void launch(const LaunchShape& shape, const void* params, void* stream) const;
+
+ private:
+  friend const Kernel& kernel(int, const std::string&, int, const std::function<std::shared_ptr<const std::string>()>&);
+  void* handle_ = nullptr;
+};
+
+/// The kernel of this name on a device, loaded at the first call from the cubin that `load` then gives. The reference stays
+/// valid; the device's context is current. `smem_bytes`: the most that a launch will ask for.
+const Kernel& kernel(int ordinal, const std::string& name, int smem_bytes,
+                     const std::function<std::shared_ptr<const std::string>()>& load);
+
+/// A matrix seen by TMA: rows of `cols` elements, `row_stride_bytes` apart, copied in boxes with the 128-byte swizzle.
+struct TensorMapSpec {
+  DType dtype;  ///< e4m3 or bf16
+  const void* data;
+  std::int64_t rows, cols, row_stride_bytes;
+  int box_rows, box_cols;
+};
+TensorMap make_tensor_map(const TensorMapSpec& spec);
 
 }  // namespace phalanx::cuda

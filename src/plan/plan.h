@@ -1,7 +1,8 @@
 // (shape, dtype, device) -> kernel configuration. Pure functions: no CUDA call, no tensor.
 #pragma once
 
-#include <cstdint>
+#include <optional>
+#include <string_view>
 #include <vector>
 
 #include "device/gemm/config.h"
@@ -11,11 +12,13 @@ namespace phalanx::plan {
 struct GemmProblem {
   int m, n, k;
   OutType out;
+
+  friend bool operator==(const GemmProblem&, const GemmProblem&) = default;
 };
 
 struct GemmPlan {
   GemmConfig config;
-  int num_ctas;  ///< persistent: at most one per SM, a multiple of the cluster size
+  int num_ctas;  ///< persistent: at most one per SM, a multiple of the cluster size; split-K: one cluster per tile
   int group_m;   ///< tiles along M that are walked before N advances, for L2 reuse
 
   friend bool operator==(const GemmPlan&, const GemmPlan&) = default;
@@ -26,5 +29,12 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms);
 
 /// Every configuration that `plan_gemm` can return.
 const std::vector<GemmConfig>& all_gemm_configs();
+
+/// The plan that a given configuration makes for a problem: for tuning.
+GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms);
+
+/// Parses "block_m=256,block_n=128,num_stages=3,...,group_m=8", names as in GemmConfig, what is absent at its default.
+/// Nothing if a name is unknown or the configuration is not valid.
+std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& problem, int num_sms);
 
 }  // namespace phalanx::plan

@@ -1,0 +1,119 @@
+// check -> plan -> run, on the CPU or on CUDA.
+#include <cstdlib>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "cpu/cpu.h"
+#include "cuda/cuda.h"
+#include "device/gemm/params.h"
+#include "jit/kernels.h"
+#include "ops/check.h"
+#include "ops/kernel.h"
+#include "phalanx/gemm.h"
+#include "plan/plan.h"
+
+namespace phalanx {
+namespace {
+
+struct PlannedGemm {
+  plan::GemmPlan plan;
+  const cuda::Kernel* kernel;
+};
+
+struct PlanKey {
+  plan::GemmProblem problem;
+  int num_sms, device;
+
+  friend bool operator==(const PlanKey&, const PlanKey&) = default;
+};
+
+struct PlanKeyHash {
+  std::size_t operator()(const PlanKey& key) const {
+    std::uint64_t h = 0;
+    for (const int x : {key.problem.m, key.problem.n, key.problem.k, int(key.problem.out), key.num_sms, key.device})
+      h = (h ^ static_cast<std::uint32_t>(x)) * 0x9e3779b97f4a7c15ull, h ^= h >> 29;
+    return h;
+  }
+};
+
+PlannedGemm with_kernel(const plan::GemmPlan& plan, int device) {
+  return {plan, &load_kernel(device, jit::gemm_source(plan.config), smem_layout(plan.config).total)};
+}
+
+// Plans are remembered by shape: a server sees the same few thousands again and again.
+PlannedGemm planned_gemm(const PlanKey& key) {
+  constexpr std::size_t kMaxPlans = 65536;
+  static std::shared_mutex mutex;
+  static std::unordered_map<PlanKey, PlannedGemm, PlanKeyHash> plans;
+  {
+    std::shared_lock lock(mutex);
+    if (const auto it = plans.find(key); it != plans.end()) return it->second;
+  }
+  const PlannedGemm planned = with_kernel(plan::plan_gemm(key.problem, key.num_sms), key.device);
+  std::unique_lock lock(mutex);
+  if (plans.size() >= kMaxPlans) plans.clear();
+  plans.emplace(key, planned);
+  return planned;
+}
+
+// For tuning: a process that starts with PHALANX_GEMM_CONFIG in its environment reads it again at every call.
+bool tuning() {
+  static const bool on = std::getenv("PHALANX_GEMM_CONFIG") != nullptr;
+  return on;
+}
+
+PlannedGemm tuned_gemm(const PlanKey& key) {
+  const char* text = std::getenv("PHALANX_GEMM_CONFIG");
+  if (!text || !*text) return planned_gemm(key);
+  const auto plan = plan::parse_plan(text, key.problem, key.num_sms);
+  if (!plan) throw Error(ErrorCode::invalid_argument, std::string("PHALANX_GEMM_CONFIG is not a valid configuration: ") + text);
+  return with_kernel(*plan, key.device);
+}
+
+void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const GemmOptions& options) {
+  const int ordinal = d.device.index;
+  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  const int m = int(d.rows()), n = int(d.cols()), k = int(a.data.cols());
+  const int num_sms = options.num_sms > 0 ? std::min(options.num_sms, device.num_sms) : device.num_sms;
+  const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
+
+  const cuda::ContextGuard context(ordinal);
+  const PlanKey key{{m, n, k, out}, num_sms, ordinal};
+  const auto [plan, kernel] = tuning() ? tuned_gemm(key) : planned_gemm(key);
+  const GemmConfig& config = plan.config;
+
+  const auto tensor_map = [](const Tensor& t, int box_rows, int box_cols) {
+    return cuda::make_tensor_map(
+        {t.dtype, t.data, t.rows(), t.cols(), row_stride(t) * size_of(t.dtype), box_rows, box_cols});
+  };
+  GemmParams p{};
+  p.a = tensor_map(a.data, config.block_m / config.cluster_n, kBlockK);
+  p.b = tensor_map(b.data, config.block_n, kBlockK);
+  if (config.stores_by_tma()) {
+    p.d = tensor_map(d, config.consumer_rows(), kPanelColumns);
+    if (options.c) p.c = tensor_map(*options.c, config.consumer_rows(), kPanelColumns);
+  }
+  p.sfa = static_cast<const float*>(a.scales.data);
+  p.sfb = static_cast<const float*>(b.scales.data);
+  p.sfa_stride_m = a.scales.strides[0], p.sfa_stride_k = a.scales.strides[1];
+  p.sfb_stride_n = b.scales.strides[0], p.sfb_stride_k = b.scales.strides[1];
+  p.d_ptr = d.data, p.d_stride = row_stride(d);
+  if (options.c) p.c_ptr = options.c->data, p.c_stride = row_stride(*options.c);
+  p.m = m, p.n = n, p.k = k, p.group_m = plan.group_m;
+  kernel->launch({plan.num_ctas, config.num_threads(), config.cluster_size(), smem_layout(config).total}, &p,
+                 options.stream.handle);
+}
+
+}  // namespace
+
+void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const GemmOptions& options) {
+  check_gemm_fp8(a, b, d, options);
+  if (d.rows() == 0) return;
+  if (d.device.type == DeviceType::cuda)
+    run_on_cuda(a, b, d, options);
+  else
+    cpu::gemm_fp8(a, b, d, options.c ? &*options.c : nullptr);
+}
+
+}  // namespace phalanx

@@ -1,0 +1,25 @@
+#include "ops/kernel.h"
+
+#include <fmt/format.h>
+
+#include "phalanx/status.h"
+
+namespace phalanx {
+
+const cuda::DeviceInfo& require_hopper(int ordinal) {
+  const cuda::DeviceInfo& device = cuda::device(ordinal);
+  if (!device.is_hopper())
+    throw Error(ErrorCode::unsupported,
+                fmt::format("cuda:{} is a {} of compute capability {}.{}; the kernels need Hopper, 9.0", ordinal, device.name,
+                            device.major, device.minor));
+  return device;
+}
+
+const cuda::Kernel& load_kernel(int ordinal, const jit::KernelSource& source, int smem_bytes) {
+  return cuda::kernel(ordinal, source.name, smem_bytes, [&] {
+    const auto cubin = jit::get_cubin(source, cuda::device(ordinal).arch());
+    return std::shared_ptr<const std::string>(cubin, &cubin->bytes);
+  });
+}
+
+}  // namespace phalanx

@@ -1,0 +1,16 @@
+// What every operation needs to run on CUDA: the right GPU and a loaded kernel.
+#pragma once
+
+#include "cuda/cuda.h"
+#include "jit/jit.h"
+
+namespace phalanx {
+
+/// The device, if our kernels run there.
+/// @throws Error unsupported, invalid_device
+const cuda::DeviceInfo& require_hopper(int ordinal);
+
+/// The kernel made from `source`, compiled or fetched from a cache at the first call. The device's context is current.
+const cuda::Kernel& load_kernel(int ordinal, const jit::KernelSource& source, int smem_bytes);
+
+}  // namespace phalanx
