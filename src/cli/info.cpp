@@ -57,7 +57,7 @@ Json gpus() {
                     {"memory_bytes", gpu.memory_bytes},
                     {"l2_bytes", gpu.l2_bytes},
                     // Every kernel so far is for SM90a.
-                    {"supported", gpu.major == 9 && gpu.minor == 0}});
+                    {"supported", gpu.is_hopper()}});
   }
   return list;
 }

@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <chrono>
-#include <cstdlib>
+#include <cstdio>
 #include <cstring>
 #include <new>
 #include <thread>
@@ -37,6 +37,14 @@ class CpuMachine final : public Machine {
 
 std::unique_ptr<Machine> open_machine(const std::string& device) {
   if (device == "cpu") return std::make_unique<CpuMachine>();
+  if (device == "auto") {
+    for (const auto& gpu : cuda::devices()) {
+      if (gpu.is_hopper()) return open_cuda_machine(gpu.ordinal);
+    }
+    return std::make_unique<CpuMachine>();
+  }
+  if (device == "cuda") return open_cuda_machine(0);
+  if (int ordinal = 0; std::sscanf(device.c_str(), "cuda:%d", &ordinal) == 1) return open_cuda_machine(ordinal);
   throw Error(ErrorCode::invalid_device,
               fmt::format("--device: {}; expected auto, cpu, cuda or cuda:<ordinal>", device));
 }

@@ -27,6 +27,9 @@ class Machine {
   virtual double time(const std::function<void()>& work) = 0;
 };
 
+/// @throws Error invalid_device, unsupported
+std::unique_ptr<Machine> open_cuda_machine(int ordinal);
+
 /// "cpu", "cuda" or "cuda:<ordinal>"; "auto" is the first supported GPU, or the CPU where there is none.
 /// @throws Error invalid_device, unsupported
 std::unique_ptr<Machine> open_machine(const std::string& device);
