@@ -15,8 +15,10 @@ library=$(find "$work/prefix" -name libphalanx.so)
 lib_dir=$(dirname "$library")
 
 echo "- CMake's find_package"
-cmake -S "$here" -B "$work/build" -G Ninja -DCMAKE_PREFIX_PATH="$work/prefix" >"$work/log" 2>&1 &&
-  cmake --build "$work/build" >>"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+build_by_cmake() {
+  cmake -S "$here" -B "$work/build" -G Ninja -DCMAKE_PREFIX_PATH="$work/prefix" && cmake --build "$work/build"
+}
+build_by_cmake >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 "$work/build/consumer"
 
 echo "- pkg-config"
