@@ -20,7 +20,7 @@ struct WarmupOptions {
   int jobs = 0;        ///< threads; 0 means one per core
   bool fresh = false;  ///< compile even what a cache or pack holds
 };
-/// Compiles every kernel of the library. Non-zero when one fails, spills or has a ptxas advisory.
+/// Compiles every kernel of the library. Non-zero when one fails, spills, has a stack or a ptxas advisory.
 int warmup(const WarmupOptions& options);
 
 int cache_show(bool json);

@@ -21,7 +21,8 @@ struct Outcome {
   jit::Origin origin = jit::Origin::compiled;
   std::string error;
 
-  bool good() const { return error.empty() && info.spill_bytes == 0 && info.warnings.empty(); }
+  // A stack frame is a register array that fell into local memory, which no spill reports.
+  bool good() const { return error.empty() && info.spill_bytes == 0 && info.stack_bytes == 0 && info.warnings.empty(); }
 };
 
 const char* name_of(jit::Origin origin) {
@@ -129,6 +130,7 @@ int print_faults(const std::vector<jit::KernelSource>& kernels, const std::vecto
     fmt::print(stderr, "{}:", kernels[i].name);
     if (!outcome.error.empty()) fmt::print(stderr, " {}", outcome.error);
     if (outcome.info.spill_bytes > 0) fmt::print(stderr, " spills {} bytes", outcome.info.spill_bytes);
+    if (outcome.info.stack_bytes > 0) fmt::print(stderr, " has a stack of {} bytes", outcome.info.stack_bytes);
     for (const auto& warning : outcome.info.warnings) fmt::print(stderr, " {}", warning);
     fmt::print(stderr, "\n");
   }
