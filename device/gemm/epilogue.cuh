@@ -5,6 +5,7 @@
 #pragma once
 #include "device/gemm/params.h"
 #include "device/gemm/tiles.h"
+#include "device/ptx/convert.cuh"
 #include "device/ptx/mbarrier.cuh"
 #include "device/ptx/sync.cuh"
 #include "device/ptx/tma.cuh"

@@ -27,13 +27,4 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], const void* smem) {
                : "memory");
 }
 
-// A pair of floats, rounded to BF16: `lo` in the lower half.
-__device__ __forceinline__ u32 pack_bf16(float lo, float hi) {
-  u32 packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
-  return packed;
-}
-__device__ __forceinline__ float bf16_lo(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float bf16_hi(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-
 }  // namespace phalanx::ptx

@@ -14,7 +14,8 @@ struct QuantizeConfig {
   friend constexpr bool operator==(const QuantizeConfig&, const QuantizeConfig&) = default;
 };
 
-constexpr int kQuantizeBlock = 128;
+constexpr int kQuantizeBlock = 128;    // columns (and rows) that share a scale
+constexpr int kQuantizeThreads = 256;  // of a CTA
 constexpr float kE4m3Max = 448.0f;
 constexpr float kMinScale = 0x1p-126f;  // smallest normal float: its reciprocal is finite
 

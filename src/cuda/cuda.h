@@ -30,7 +30,8 @@ struct DeviceInfo {
   bool is_hopper() const { return major == 9 && minor == 0; }
   std::string arch() const;  ///< "sm_90a"
 };
-/// Empty when there is no driver or no GPU.
+constexpr int kMaxDevices = 64;
+/// At most kMaxDevices; empty when there is no driver or no GPU.
 std::vector<DeviceInfo> devices();
 /// @throws Error unsupported (no driver), invalid_device
 const DeviceInfo& device(int ordinal);

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <deque>
 #include <mutex>
 #include <shared_mutex>
@@ -46,7 +47,7 @@ std::deque<DeviceState>& states() {
     auto* list = new std::deque<DeviceState>;  // never destroyed: kernels may be launched until the process ends
     int count = 0;
     PHALANX_CUDA(cuDeviceGetCount(&count));
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < std::min(count, kMaxDevices); ++i) {
       DeviceState& state = list->emplace_back();
       PHALANX_CUDA(cuDeviceGet(&state.handle, i));
       state.info = read_info(i, state.handle);
