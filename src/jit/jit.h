@@ -2,8 +2,8 @@
 // Sees no tensor and launches nothing; works on a machine without a GPU.
 #pragma once
 
+#include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,9 +20,11 @@ inline constexpr const char* kEntryPoint = "phalanx_kernel";
 
 /// What ptxas said of a kernel.
 struct CompileInfo {
+  std::string nvrtc;  ///< the compiler's version: "13.0"
   double seconds = 0;
   int registers = 0, spill_bytes = 0, stack_bytes = 0, static_smem_bytes = 0;
-  std::vector<std::string> warnings;  ///< ptxas advisories such as C7510 (serialised wgmma); must be empty for our kernels
+  std::vector<std::string>
+      warnings;  ///< ptxas advisories such as C7510 (serialised wgmma); must be empty for our kernels
 };
 
 enum class Origin { memory, pack, disk, compiled };
@@ -34,10 +36,12 @@ struct Cubin {
 };
 
 /// The cubin for `arch` ("sm_90a"). Thread-safe; processes that want the same kernel at once compile it once.
-/// @throws Error unsupported (no NVRTC), compilation_failed
+/// Packs and the disk cache serve a machine without NVRTC too, whichever version made their entries.
+/// @throws Error unsupported (no NVRTC), compilation_failed (the message holds NVRTC's log)
 std::shared_ptr<const Cubin> get_cubin(const KernelSource& source, const std::string& arch);
 
 /// Compiles with NVRTC, past every cache.
+/// @throws Error as get_cubin
 Cubin compile(const KernelSource& source, const std::string& arch);
 
 // --- where things are -------------------------------------------------------------------------------------------------
@@ -50,7 +54,7 @@ struct NvrtcInfo {
 };
 NvrtcInfo nvrtc_info();
 
-/// PHALANX_CACHE_DIR, else $XDG_CACHE_HOME/phalanx, else ~/.cache/phalanx; empty when there is none.
+/// PHALANX_CACHE_DIR, else $XDG_CACHE_HOME/phalanx, else $HOME/.cache/phalanx; empty when none is set.
 std::filesystem::path cache_dir();
 /// PHALANX_PACK_PATH, colon-separated, read-only; then `packs/` beside the library.
 std::vector<std::filesystem::path> pack_dirs();
@@ -61,10 +65,12 @@ struct CacheEntry {
   std::uintmax_t bytes = 0;
 };
 std::vector<CacheEntry> cache_entries();
-/// Deletes every entry; returns how many.
+/// Deletes every entry, and what interrupted processes left beside them; returns how many entries.
 int clear_cache();
 
-/// Writes `cubin` as an entry of the pack or cache directory `dir`, atomically.
+/// Writes `cubin` as an entry of the pack or cache directory `dir`, which is made if missing. Atomic: a reader sees the
+/// whole entry or none.
+/// @throws std::system_error
 void publish(const std::filesystem::path& dir, const KernelSource& source, const std::string& arch, const Cubin& cubin);
 
 }  // namespace phalanx::jit

@@ -1,0 +1,27 @@
+// A lock between processes (and threads) that want to make the same file.
+#pragma once
+
+#include <chrono>
+#include <filesystem>
+
+namespace phalanx::jit {
+
+/// Holds flock(2) on `path` while it lives, and removes the file at its end. It is a courtesy that saves double work and
+/// nothing rests on it: where it cannot be had (a file system without locks, a holder that hangs), the owner goes on
+/// without. Removing the file is safe for the same reason, as long as the owner publishes its result before.
+class FileLock {
+ public:
+  FileLock(std::filesystem::path path, std::chrono::milliseconds patience);
+  ~FileLock();
+  FileLock(const FileLock&) = delete;
+  FileLock& operator=(const FileLock&) = delete;
+
+  bool held() const { return held_; }
+
+ private:
+  std::filesystem::path path_;
+  int descriptor_ = -1;
+  bool held_ = false;
+};
+
+}  // namespace phalanx::jit

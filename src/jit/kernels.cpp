@@ -1,0 +1,67 @@
+#include "jit/kernels.h"
+
+#include <fmt/format.h>
+
+#include "plan/plan.h"
+
+namespace phalanx::jit {
+namespace {
+
+const char* name_of(OutType type) { return type == OutType::bf16 ? "bf16" : "f32"; }
+
+const char* name_of(FloatType type) {
+  switch (type) {
+    case FloatType::bf16:
+      return "bf16";
+    case FloatType::f16:
+      return "f16";
+    case FloatType::f32:
+      break;
+  }
+  return "f32";
+}
+
+const char* name_of(ScaleShape shape) { return shape == ScaleShape::row_1x128 ? "row_1x128" : "block_128x128"; }
+
+// `function` is quantize or dequantize: they share a header, their config and their parameters.
+KernelSource quantize_kernel(const char* function, const QuantizeConfig& config) {
+  const auto& [type, shape] = config;
+  return {.name = fmt::format("{}_{}_{}", function, name_of(shape), name_of(type)),
+          .text = fmt::format(R"(#include "device/quantize/quantize.cuh"
+constexpr phalanx::QuantizeConfig kConfig{{.type = phalanx::FloatType::{}, .shape = phalanx::ScaleShape::{}}};
+extern "C" __global__ void __launch_bounds__(phalanx::kQuantizeThreads) {}(const __grid_constant__ phalanx::QuantizeParams params) {{ phalanx::{}<kConfig>(params); }}
+)",
+                              name_of(type), name_of(shape), kEntryPoint, function)};
+}
+
+}  // namespace
+
+KernelSource gemm_source(const GemmConfig& config) {
+  // Names every field, so that one that is added and not printed here does not compile.
+  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, split_k, out] = config;
+  return {
+      .name = fmt::format("gemm_fp8_{}x{}_c{}_s{}_st{}_w{}_{}", block_m, block_n, cluster_n, split_k, num_stages,
+                          num_consumers, name_of(out)),
+      .text = fmt::format(R"(#include "device/gemm/gemm_fp8.cuh"
+constexpr phalanx::GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .split_k = {}, .out = phalanx::OutType::{}}};
+extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), 1) {}(const __grid_constant__ phalanx::GemmParams params) {{ phalanx::gemm_fp8<kConfig>(params); }}
+)",
+                          block_m, block_n, num_consumers, num_stages, cluster_n, split_k, name_of(out), kEntryPoint)};
+}
+
+KernelSource quantize_source(const QuantizeConfig& config) { return quantize_kernel("quantize", config); }
+KernelSource dequantize_source(const QuantizeConfig& config) { return quantize_kernel("dequantize", config); }
+
+std::vector<KernelSource> all_kernels() {
+  std::vector<KernelSource> kernels;
+  for (const GemmConfig& config : plan::all_gemm_configs()) kernels.push_back(gemm_source(config));
+  for (const ScaleShape shape : {ScaleShape::row_1x128, ScaleShape::block_128x128}) {
+    for (const FloatType type : {FloatType::bf16, FloatType::f16, FloatType::f32}) {
+      kernels.push_back(quantize_source({type, shape}));
+      kernels.push_back(dequantize_source({type, shape}));
+    }
+  }
+  return kernels;
+}
+
+}  // namespace phalanx::jit
