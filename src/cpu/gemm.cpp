@@ -1,0 +1,164 @@
+// D = A · Bᵀ (+ C) in tiles. A thread decodes the tile's rows of A and B, one k-block at a time, into FP32 scratch that
+// fits its L2 cache, multiplies them with the BLAS, and promotes the product with the scales:
+//
+//     A [tile_m, 128] ─ decode ─┐
+//                               ├─ SGEMM → partial [tile_m, panel] ─ × sfa · sfb → acc [tile_m, tile_n] ─ + C, round →
+//                               D
+//     B [panel, 128] ── decode ─┘
+//
+// Tiles depend on the shape alone, and one thread computes a tile from its first k-block to its last: the number of
+// threads cannot change a bit.
+#include <cblas.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <semaphore>
+#include <vector>
+
+#include "cpu/convert.h"
+#include "cpu/cpu.h"
+#include "cpu/parallel.h"
+#include "device/gemm/config.h"
+
+namespace phalanx::cpu {
+namespace {
+
+using std::int64_t;
+
+constexpr int kMaxTileM = 256, kMinTileM = 64;
+constexpr int kMaxTileN = 512, kMinTileN = kScaleBlock;
+constexpr int kEnoughTiles = 32;     // to occupy many cores
+constexpr int kPanel = kScaleBlock;  // columns that share one scale of B
+
+// What one thread needs beyond inputs and outputs, besides the BLAS's own packing buffer.
+struct Scratch {
+  alignas(64) float a[kMaxTileM * kBlockK];
+  alignas(64) float b[kPanel * kBlockK];
+  alignas(64) float partial[kMaxTileM * kPanel];
+  alignas(64) float acc[kMaxTileM * kMaxTileN];
+};
+
+// out [m, n] = a [m, k] · b [n, k]ᵀ, on this thread.
+void multiply(const float* a, const float* b, float* out, int m, int n, int k) {
+  // OpenBLAS has a fixed number of packing buffers, and ends the process when they are used up: callers beyond wait
+  // here.
+  static std::counting_semaphore<64> buffers{64};
+  // Our copy of OpenBLAS is private, so this setting is nobody else's.
+  static std::once_flag single_threaded;
+  std::call_once(single_threaded, [] { openblas_set_num_threads(1); });
+  buffers.acquire();
+  if (m == 1) {
+    cblas_sgemv(CblasRowMajor, CblasNoTrans, n, k, 1.0f, b, kBlockK, a, 1, 0.0f, out, 1);
+  } else {
+    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, m, n, k, 1.0f, a, kBlockK, b, kBlockK, 0.0f, out, kPanel);
+  }
+  buffers.release();
+}
+
+// Rows of E4M3, `k` of each, as FP32 rows of kBlockK.
+void decode(const std::uint8_t* codes, int64_t row_stride, int rows, int k, float* __restrict out) {
+  for (int i = 0; i < rows; ++i, codes += row_stride, out += kBlockK) {
+    // The next k-block of this row, two cache lines: hardware does not see so wide a stride coming.
+    __builtin_prefetch(codes + kBlockK);
+    __builtin_prefetch(codes + kBlockK + 64);
+    for (int j = 0; j < k; ++j) out[j] = kE4m3Values[codes[j]];
+  }
+}
+
+float scale_at(const Tensor& scales, int64_t i, int64_t j) {
+  return static_cast<const float*>(scales.data)[i * scales.strides[0] + j * scales.strides[1]];
+}
+
+struct Tile {
+  int64_t m0, n0;
+  int m, n;
+};
+
+// How D is cut: tiles as large as leaves enough of them.
+class Tiling {
+ public:
+  Tiling(int64_t m, int64_t n) : m_(m), n_(n) {
+    while (size() < kEnoughTiles && tile_n_ > kMinTileN) tile_n_ /= 2;
+    while (size() < kEnoughTiles && tile_m_ > kMinTileM) tile_m_ /= 2;
+  }
+
+  int64_t size() const { return count_m() * ((n_ + tile_n_ - 1) / tile_n_); }
+  double elements() const { return static_cast<double>(std::min<int64_t>(tile_m_, m_)) * tile_n_; }
+
+  // Down a column of tiles first: the rows of B stay in the shared cache.
+  Tile operator[](int64_t i) const {
+    const int64_t m0 = i % count_m() * tile_m_, n0 = i / count_m() * tile_n_;
+    return {m0, n0, static_cast<int>(std::min<int64_t>(tile_m_, m_ - m0)),
+            static_cast<int>(std::min<int64_t>(tile_n_, n_ - n0))};
+  }
+
+ private:
+  int64_t count_m() const { return (m_ + tile_m_ - 1) / tile_m_; }
+
+  int64_t m_, n_;
+  int tile_m_ = kMaxTileM, tile_n_ = kMaxTileN;
+};
+
+// acc [tile.m, tile.n], rows kMaxTileN apart.
+void accumulate_tile(const ScaledTensor& a, const ScaledTensor& b, const Tile& tile, Scratch& scratch) {
+  const auto* a_codes = static_cast<const std::uint8_t*>(a.data.data) + tile.m0 * a.data.strides[0];
+  const auto* b_codes = static_cast<const std::uint8_t*>(b.data.data) + tile.n0 * b.data.strides[0];
+  const int64_t depth = a.data.cols();
+  std::fill_n(scratch.acc, tile.m * kMaxTileN, 0.0f);
+  for (int64_t k0 = 0; k0 < depth; k0 += kBlockK) {
+    const int k = static_cast<int>(std::min<int64_t>(kBlockK, depth - k0));
+    decode(a_codes + k0, a.data.strides[0], tile.m, k, scratch.a);
+    for (int n0 = 0; n0 < tile.n; n0 += kPanel) {
+      const int n = std::min(kPanel, tile.n - n0);
+      decode(b_codes + n0 * b.data.strides[0] + k0, b.data.strides[0], n, k, scratch.b);
+      multiply(scratch.a, scratch.b, scratch.partial, tile.m, n, k);
+      const float sfb = scale_at(b.scales, (tile.n0 + n0) / kScaleBlock, k0 / kBlockK);
+      for (int i = 0; i < tile.m; ++i) {
+        const float scale = scale_at(a.scales, tile.m0 + i, k0 / kBlockK) * sfb;
+        float* acc = scratch.acc + i * kMaxTileN + n0;
+        const float* partial = scratch.partial + i * kPanel;
+        for (int j = 0; j < n; ++j) acc[j] += scale * partial[j];
+      }
+    }
+  }
+}
+
+template <class T>
+void store_tile(const float* acc, const Tensor& d, const Tensor* c, const Tile& tile) {
+  for (int i = 0; i < tile.m; ++i, acc += kMaxTileN) {
+    T* out = static_cast<T*>(d.data) + (tile.m0 + i) * d.strides[0] + tile.n0;
+    if (c == nullptr) {
+      for (int j = 0; j < tile.n; ++j) out[j] = from_f32<T>(acc[j]);
+    } else {
+      const T* in = static_cast<const T*>(c->data) + (tile.m0 + i) * c->strides[0] + tile.n0;
+      for (int j = 0; j < tile.n; ++j) out[j] = from_f32<T>(acc[j] + to_f32(in[j]));
+    }
+  }
+}
+
+}  // namespace
+
+void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const Tensor* c) {
+  const Tiling tiling(d.rows(), d.cols());
+  if (tiling.size() == 0) return;
+
+  // Roughly: 30 multiply-adds a nanosecond, 2 codes decoded.
+  const double tile_ns = static_cast<double>(a.data.cols()) * (tiling.elements() / 30 + kMinTileN / 2.0);
+  const int num_threads = threads_for(tiling.size(), tile_ns);
+  std::vector<std::unique_ptr<Scratch>> scratch(num_threads);
+  for (auto& s : scratch) s = std::make_unique_for_overwrite<Scratch>();
+
+  TaskQueue tiles(tiling.size());
+  run_on_threads(num_threads, [&](int thread_idx) {
+    Scratch& mine = *scratch[thread_idx];
+    for (int64_t i; tiles.next(i);) {
+      const Tile tile = tiling[i];
+      accumulate_tile(a, b, tile, mine);
+      d.dtype == DType::f32 ? store_tile<float>(mine.acc, d, c, tile) : store_tile<Bf16>(mine.acc, d, c, tile);
+    }
+  });
+}
+
+}  // namespace phalanx::cpu
