@@ -4,7 +4,7 @@
 
 namespace phalanx {
 
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   u64 opaque[16];
 };
 

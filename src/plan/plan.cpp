@@ -107,7 +107,8 @@ std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& pro
                                      [&](const auto& f) { return f.first == item.substr(0, equals); });
     if (field == std::end(fields)) return std::nullopt;
     const char* end = item.data() + item.size();
-    if (std::from_chars(item.data() + equals + 1, end, *field->second).ptr != end) return std::nullopt;
+    const auto [stop, error] = std::from_chars(item.data() + equals + 1, end, *field->second);
+    if (error != std::errc{} || stop != end) return std::nullopt;
   }
   if (group_m < 1 || !is_valid(c)) return std::nullopt;
   return plan_with(c, group_m, problem, num_sms);

@@ -1,0 +1,53 @@
+// The planner: every plan is one of the enumerated, valid kernels, and a developer's override means what it says.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <set>
+
+#include "jit/kernels.h"
+#include "plan/plan.h"
+
+namespace phalanx {
+namespace {
+
+TEST(Plan, ConfigsAreValidAndDistinct) {
+  std::set<std::string> names;
+  for (const GemmConfig& c : plan::all_gemm_configs()) {
+    EXPECT_TRUE(is_valid(c)) << jit::gemm_source(c).name;
+    EXPECT_LE(smem_layout(c).total, kMaxSmemBytes);
+    EXPECT_TRUE(names.insert(jit::gemm_source(c).name).second) << "twice: " << jit::gemm_source(c).name;
+  }
+  EXPECT_LE(names.size(), 60u);
+}
+
+TEST(Plan, ReturnsOnlyEnumeratedConfigs) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE(::testing::Message() << "seed " << seed);
+  std::mt19937 rng(seed);
+  const auto& all = plan::all_gemm_configs();
+  for (int i = 0; i < 20000; ++i) {
+    const auto size = [&] { return 1 + int(std::exp(std::uniform_real_distribution(0.0, 10.0)(rng))); };
+    const plan::GemmProblem problem{size(), size(), size(), rng() % 2 ? OutType::bf16 : OutType::f32};
+    const int num_sms = 1 + rng() % 132;
+    const plan::GemmPlan p = plan::plan_gemm(problem, num_sms);
+    ASSERT_NE(std::find(all.begin(), all.end(), p.config), all.end());
+    ASSERT_EQ(p, plan::plan_gemm(problem, num_sms)) << "a pure function";
+  }
+}
+
+TEST(Plan, ParsesOverrides) {
+  const plan::GemmProblem problem{4096, 4096, 4096, OutType::bf16};
+  const auto p = plan::parse_plan("block_m=256,block_n=128,num_stages=3,cluster_n=2,group_m=16", problem, 132);
+  ASSERT_TRUE(p);
+  EXPECT_EQ(p->config, (GemmConfig{.block_m = 256, .block_n = 128, .num_stages = 3, .cluster_n = 2}));
+  EXPECT_EQ(p->group_m, 16);
+  EXPECT_EQ(p->num_ctas, 132);
+  for (const char* bad :
+       {"block_m", "block_q=3", "block_m=", "block_m=12x", "block_m=100", "num_stages=40", "group_m=0"})
+    EXPECT_FALSE(plan::parse_plan(bad, problem, 132)) << bad;
+}
+
+}  // namespace
+}  // namespace phalanx
