@@ -1,0 +1,28 @@
+// Argument checks of the public operations. All throw Error before anything is written; the message names the operation, the
+// argument, what it is and what was expected. When all is well they allocate and format nothing: a warm call can afford them.
+#pragma once
+
+#include <cstdint>
+
+#include "device/quantize/config.h"
+#include "phalanx/gemm.h"
+#include "phalanx/quantize.h"
+
+namespace phalanx {
+
+/// Elements from one row of a checked matrix to the next. A matrix of one row may carry any stride: it gets the smallest that
+/// keeps the 16-byte rule.
+inline std::int64_t row_stride(const Tensor& matrix) {
+  const std::int64_t unit = 16 / size_of(matrix.dtype);
+  return matrix.rows() > 1 ? matrix.strides[0] : (matrix.cols() + unit - 1) / unit * unit;
+}
+
+/// The same rules on CPU and CUDA, whether a tensor lies in either.
+void check_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const GemmOptions& options);
+
+void check_quantize(const Tensor& x, const ScaledTensor& q, ScaleShape shape);
+
+/// Returns the shape of the blocks, which the scales' shape tells.
+ScaleShape check_dequantize(const ScaledTensor& q, const Tensor& x);
+
+}  // namespace phalanx
