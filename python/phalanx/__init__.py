@@ -1,0 +1,45 @@
+"""FP8 matrix products with fine-grained scaling, for NVIDIA Hopper and, with the same calls, the CPU.
+
+    a = phalanx.quantize(activations)                  # [M, K], one scale per 1 x 128
+    b = phalanx.quantize(weights, block=(128, 128))    # [N, K], one scale per 128 x 128
+    d = phalanx.gemm_fp8(a, b)                         # [M, N] = A · Bᵀ
+
+Arrays are the caller's own: PyTorch (CPU and CUDA), CuPy, JAX, or NumPy with ml_dtypes; results are of the same
+library, on the same device, computed on the library's current stream. Importing this package imports none of them.
+"""
+
+import sys as _sys
+
+from phalanx._api import Quantized, dequantize, gemm_fp8, quantize
+from phalanx._errors import CompilationError, CudaError, Error, UnsupportedError
+
+__all__ = [
+    "CompilationError",
+    "CudaError",
+    "Error",
+    "Quantized",
+    "UnsupportedError",
+    "dequantize",
+    "gemm_fp8",
+    "quantize",
+    "version",
+]
+
+
+def version() -> str:
+    """The version of the loaded library, "major.minor.patch"; `__version__` is the same."""
+    from phalanx import _native
+
+    return _native.version()
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        return version()
+    raise AttributeError(f"module 'phalanx' has no attribute {name!r}")
+
+
+# So that torch.ops.phalanx is there, and torch.compile sees through the very first call. With torch imported later, the
+# first eager call on a tensor, or `import phalanx.torch`, does the same.
+if "torch" in _sys.modules:
+    import phalanx.torch  # noqa: F401

@@ -1,0 +1,95 @@
+"""What Phalanx needs of an array library, and the operations in those terms."""
+
+from typing import Any
+
+from phalanx import _native
+
+
+def padded(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def num_blocks(n: int) -> int:
+    return -(-n // 128)
+
+
+def matrix_shape(name: str, array: Any) -> tuple[int, int]:
+    if len(array.shape) != 2:
+        raise ValueError(f"{name}: shape {tuple(array.shape)}; expected a matrix")
+    return tuple(array.shape)
+
+
+class Framework:
+    """One array library. A subclass supplies the hooks; PyTorch's also short-cuts the operations."""
+
+    e4m3: Any  # dtypes, as the library names them
+    bf16: Any
+    f32: Any
+
+    def empty(self, shape: tuple[int, int], strides: tuple[int, int], dtype: Any, like: Any) -> Any:
+        """A new matrix of these strides (in elements) on `like`'s device."""
+        raise NotImplementedError
+
+    def view(self, array: Any) -> Any:
+        """Something that tvm-ffi passes as a tensor, alive as long as `array`."""
+        raise NotImplementedError
+
+    def writable_view(self, array: Any) -> Any:
+        return self.view(array)
+
+    def stream(self, like: Any) -> int | None:
+        """The current stream of `like`'s device; None leaves it to tvm-ffi (or to no one, on the CPU)."""
+        return None
+
+    def itemsize(self, dtype: Any) -> int:
+        return dtype.itemsize
+
+    def finish(self, like: Any) -> None:
+        """Called after the work has been enqueued."""
+
+    # --- allocation ---------------------------------------------------------------------------------------------------
+
+    def empty_rows(self, rows: int, cols: int, dtype: Any, like: Any) -> Any:
+        """Row-major, rows padded to 16 bytes."""
+        return self.empty((rows, cols), (padded(cols, 16 // self.itemsize(dtype)), 1), dtype, like)
+
+    def empty_quantized(self, rows: int, cols: int, blocks: bool, like: Any) -> tuple[Any, Any]:
+        """Data and scales; those of 1 x 128 blocks MN-major, columns padded to 16 bytes, so that TMA can read them."""
+        data = self.empty_rows(rows, cols, self.e4m3, like)
+        if blocks:
+            scales = self.empty((num_blocks(rows), num_blocks(cols)), (num_blocks(cols), 1), self.f32, like)
+        else:
+            scales = self.empty((rows, num_blocks(cols)), (1, padded(rows, 4)), self.f32, like)
+        return data, scales
+
+    # --- operations ---------------------------------------------------------------------------------------------------
+
+    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms):
+        if out is None:
+            if out_dtype is None:
+                out_dtype = self.bf16 if c is None else c.dtype
+            out = self.empty_rows(matrix_shape("a.data", a)[0], matrix_shape("b.data", b)[0], out_dtype, a)
+        elif out_dtype is not None and out.dtype != out_dtype:
+            raise ValueError(f"out_dtype: {out_dtype}; expected that of out, {out.dtype}, or none")
+        view = self.view
+        c_view = None if c is None else view(c)
+        out_view = self.writable_view(out)
+        _native.gemm_fp8(view(a), view(sfa), view(b), view(sfb), out_view, c_view, num_sms, self.stream(a))
+        self.finish(a)
+        return out
+
+    def quantize(self, x, blocks, pow2_scales, out):
+        data, scales = self.empty_quantized(*matrix_shape("x", x), blocks, x) if out is None else out
+        data_view, scales_view = self.writable_view(data), self.writable_view(scales)
+        _native.quantize(self.view(x), data_view, scales_view, blocks, pow2_scales, self.stream(x))
+        self.finish(x)
+        return data, scales
+
+    def dequantize(self, data, scales, out, dtype):
+        if out is None:
+            out = self.empty_rows(*matrix_shape("q.data", data), self.f32 if dtype is None else dtype, data)
+        elif dtype is not None and out.dtype != dtype:
+            raise ValueError(f"dtype: {dtype}; expected that of out, {out.dtype}, or none")
+        _native.dequantize(self.view(data), self.view(scales), self.writable_view(out), self.stream(data))
+        self.finish(data)
+        return out

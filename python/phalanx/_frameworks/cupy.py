@@ -1,0 +1,44 @@
+"""CuPy. It has no E4M3: data is uint8, the elements' bytes. BF16 is ml_dtypes', from CuPy 14 on."""
+
+import cupy
+import numpy as np
+import tvm_ffi
+
+from phalanx import _native
+from phalanx._frameworks import by_type
+from phalanx._frameworks.base import Framework
+from phalanx._frameworks.numpy import element_strides, ffi_dtype, ml_dtypes, num_elements
+
+_E4M3 = tvm_ffi.dtype("float8_e4m3fn")
+
+
+class CuPy(Framework):
+    e4m3 = np.dtype(np.uint8)
+    f32 = np.dtype(np.float32)
+
+    @property
+    def bf16(self):
+        return np.dtype(ml_dtypes().bfloat16)
+
+    def itemsize(self, dtype):
+        return np.dtype(dtype).itemsize
+
+    def empty(self, shape, strides, dtype, like):
+        size = self.itemsize(dtype)
+        with like.device:
+            memory = cupy.cuda.alloc(num_elements(shape, strides) * size)
+        return cupy.ndarray(shape, dtype, memory, strides=tuple(stride * size for stride in strides))
+
+    def view(self, array):
+        if not isinstance(array, cupy.ndarray):
+            return array  # the module names the argument
+        dtype = _E4M3 if array.dtype == self.e4m3 else ffi_dtype(array.dtype)
+        device = tvm_ffi.device("cuda", array.device.id)
+        return _native.view(array.data.ptr, dtype, array.shape, element_strides(array), device)
+
+    def stream(self, like):
+        return cupy.cuda.get_current_stream(like.device.id).ptr
+
+
+framework = CuPy()
+by_type[cupy.ndarray] = framework

@@ -1,0 +1,102 @@
+"""JAX, eager calls. Arrays are immutable and row-major: every result is a fresh array, written before anyone sees it.
+
+JAX does not tell its streams, so inputs are waited for, the work runs on the legacy default stream, and is waited for
+too. Inside jax.jit none of this applies; that wants a registration with jax.ffi, which is not there yet.
+"""
+
+import ctypes
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tvm_ffi
+
+from phalanx import _native
+from phalanx._errors import CudaError
+from phalanx._frameworks.base import Framework
+from phalanx._frameworks.numpy import ffi_dtype
+
+_DEFAULT_STREAM = 0
+
+
+class Jax(Framework):
+    e4m3 = np.dtype(jnp.float8_e4m3fn)
+    bf16 = np.dtype(jnp.bfloat16)
+    f32 = np.dtype(jnp.float32)
+
+    def itemsize(self, dtype):
+        return np.dtype(dtype).itemsize
+
+    def empty(self, shape, strides, dtype, like):
+        return jnp.empty(shape, dtype, device=_device(like))
+
+    def view(self, array):
+        if isinstance(array, jax.core.Tracer):
+            raise TypeError("phalanx cannot be traced by jax.jit, grad or vmap yet: call it outside")
+        if not isinstance(array, jax.Array):
+            return array  # the module names the argument
+        array.block_until_ready()
+        device = _device(array)
+        ffi_device = (
+            tvm_ffi.device("cuda", device.local_hardware_id) if device.platform == "gpu" else tvm_ffi.device("cpu")
+        )
+        strides = tuple(int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim))
+        return _native.view(array.unsafe_buffer_pointer(), ffi_dtype(array.dtype), array.shape, strides, ffi_device)
+
+    def stream(self, like):
+        return _DEFAULT_STREAM
+
+    def finish(self, like):
+        device = _device(like)
+        if device.platform == "gpu":
+            _synchronize(device.local_hardware_id)
+
+    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms):
+        _check_no_out(out)
+        return super().gemm_fp8(a, sfa, b, sfb, c, out, out_dtype, num_sms)
+
+    def quantize(self, x, blocks, pow2_scales, out):
+        _check_no_out(out)
+        return super().quantize(x, blocks, pow2_scales, out)
+
+    def dequantize(self, data, scales, out, dtype):
+        _check_no_out(out)
+        return super().dequantize(data, scales, out, dtype)
+
+
+def _check_no_out(out) -> None:
+    if out is not None:
+        raise ValueError("out: JAX arrays are immutable; expected none")
+
+
+def _device(array):
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError("phalanx cannot be traced by jax.jit, grad or vmap yet: call it outside")
+    devices = array.devices()
+    if len(devices) != 1:
+        raise ValueError(f"an array sharded over {len(devices)} devices; expected one device")
+    return next(iter(devices))
+
+
+def _synchronize(ordinal: int) -> None:
+    """Waits for the legacy default stream of a device, whose primary context is the one that JAX and Phalanx use."""
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def call(name, *arguments):
+        code = getattr(driver, name)(*arguments)
+        if code != 0:
+            raise CudaError(f"{name} returned {code}")
+
+    context = ctypes.c_void_p()
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ordinal)
+    try:
+        call("cuCtxPushCurrent_v2", context)
+        try:
+            call("cuStreamSynchronize", ctypes.c_void_p(_DEFAULT_STREAM))
+        finally:
+            call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+    finally:
+        call("cuDevicePrimaryCtxRelease_v2", ordinal)
+
+
+framework = Jax()

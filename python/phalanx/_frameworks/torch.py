@@ -1,0 +1,66 @@
+"""PyTorch. tvm-ffi takes tensors, and the current stream, straight from torch's C API; so this path is lean."""
+
+import torch
+
+from phalanx import _native
+from phalanx._frameworks.base import Framework
+
+_BF16 = torch.bfloat16
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Torch(Framework):
+    e4m3 = torch.float8_e4m3fn
+    bf16 = _BF16
+    f32 = torch.float32
+
+    def empty(self, shape, strides, dtype, like):
+        return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
+
+    def view(self, array):
+        return array
+
+    # Traced calls, and tensors that are none (fake, functional, users' subclasses), go through torch's dispatcher, to
+    # the operators of phalanx.torch. The others call the module directly.
+
+    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms):
+        if torch.compiler.is_dynamo_compiling() or type(a) not in _PLAIN:
+            if out is None:
+                return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms)
+            torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms)
+            return out
+        if out is None:
+            out = self.empty_product(a, b, c, out_dtype)
+        elif out_dtype is not None and out_dtype != out.dtype:
+            raise ValueError(f"out_dtype: {out_dtype}; expected that of out, {out.dtype}, or none")
+        _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, None)
+        return out
+
+    def empty_product(self, a, b, c, out_dtype):
+        try:
+            (m, _), (n, _) = a.shape, b.shape
+        except ValueError:
+            raise ValueError(f"a.data, b.data: shapes {[*a.shape]}, {[*b.shape]}; expected two matrices") from None
+        dtype = out_dtype or (_BF16 if c is None else c.dtype)
+        stride = n if n % 8 == 0 else -(-n // 8) * 8  # 16 bytes of BF16, 32 of FP32
+        # empty_strided is much quicker than empty, whose arguments take longer to parse.
+        return torch.empty_strided((m, n), (stride, 1), dtype=dtype, device=a.device)
+
+    def quantize(self, x, blocks, pow2_scales, out):
+        if torch.compiler.is_dynamo_compiling() or type(x) not in _PLAIN:
+            if out is None:
+                return torch.ops.phalanx.quantize(x, blocks, pow2_scales)
+            torch.ops.phalanx.quantize_out(x, *out, blocks, pow2_scales)
+            return out
+        return super().quantize(x, blocks, pow2_scales, out)
+
+    def dequantize(self, data, scales, out, dtype):
+        if torch.compiler.is_dynamo_compiling() or type(data) not in _PLAIN:
+            if out is None:
+                return torch.ops.phalanx.dequantize(data, scales, dtype)
+            torch.ops.phalanx.dequantize_out(data, scales, out)
+            return out
+        return super().dequantize(data, scales, out, dtype)
+
+
+framework = Torch()

@@ -1,0 +1,43 @@
+"""The compiled module, loaded when one of its functions is first looked up: `import phalanx` stays quick.
+
+The functions take DLPack views and write into them; see python/bindings.cpp. `_api` and the frameworks call them as
+`_native.gemm_fp8(...)`, which after the first time is a plain module attribute.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from phalanx import _errors
+from phalanx._nvrtc import hint_nvrtc
+
+_FUNCTIONS = ("gemm_fp8", "quantize", "dequantize", "version", "view")
+
+
+def library_dir() -> Path:
+    """Where the compiled module is: PHALANX_LIBRARY_DIR (a build tree), else this package."""
+    return Path(os.environ.get("PHALANX_LIBRARY_DIR") or Path(__file__).parent)
+
+
+def _load() -> None:
+    path = library_dir() / "libphalanx_python.so"
+    if not path.exists():
+        raise ImportError(
+            f"{path} does not exist: install the package with `pip install .`, or let PHALANX_LIBRARY_DIR name the "
+            "directory that holds the built libphalanx_python.so"
+        )
+    hint_nvrtc()
+
+    import tvm_ffi
+
+    for error in (_errors.UnsupportedError, _errors.CompilationError, _errors.CudaError):
+        tvm_ffi.register_error(f"phalanx.{error.__name__}", error)
+    module = tvm_ffi.load_module(str(path))
+    globals().update({name: getattr(module, name) for name in _FUNCTIONS})
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load()
+    return globals()[name]

@@ -1,0 +1,96 @@
+"""`torch.ops.phalanx`: the operations as PyTorch operators, with fake kernels for torch.compile and torch.export.
+
+`phalanx.gemm_fp8` and the others call these by themselves where they are traced. Importing `phalanx` after `torch`
+imports this module, as does a first eager call on a tensor; else import it yourself before the first compiled call.
+
+    gemm_fp8(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0) -> D
+    quantize(x, blocks, pow2_scales) -> (data, scales)        blocks: 128 x 128 rather than 1 x 128
+    dequantize(data, scales, dtype=None) -> x
+
+and `*_out`, which write into tensors of the caller. None has a gradient.
+"""
+
+import torch
+
+from phalanx import _frameworks, _native
+from phalanx._frameworks.base import matrix_shape
+from phalanx._frameworks.torch import framework
+
+for _tensor_type in (torch.Tensor, torch.nn.Parameter):
+    _frameworks.by_type[_tensor_type] = framework
+
+_library = torch.library.Library("phalanx", "DEF")
+
+
+def _operator(schema: str, fake):
+    """Defines an operator: the decorated function runs it on any device, `fake` only allocates its result."""
+
+    def define(function):
+        name = schema.partition("(")[0]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"phalanx::{name}", fake, lib=_library)
+        return function
+
+    return define
+
+
+def _empty_product(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0):
+    return framework.empty_product(a, b, c, out_dtype)
+
+
+def _empty_quantized(x, blocks, pow2_scales):
+    return framework.empty_quantized(*matrix_shape("x", x), blocks, x)
+
+
+def _empty_dequantized(data, scales, dtype=None):
+    return framework.empty_rows(*matrix_shape("data", data), dtype or torch.float32, data)
+
+
+def _nothing(*args, **kwargs):
+    pass
+
+
+@_operator(
+    "gemm_fp8_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor(out!) out, Tensor? c=None, int num_sms=0) -> ()",
+    _nothing,
+)
+def _gemm_fp8_out(a, sfa, b, sfb, out, c=None, num_sms=0):
+    _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, None)
+
+
+@_operator(
+    "gemm_fp8(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor? c=None, ScalarType? out_dtype=None, int num_sms=0)"
+    " -> Tensor",
+    _empty_product,
+)
+def _gemm_fp8(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0):
+    out = framework.empty_product(a, b, c, out_dtype)
+    _gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms)
+    return out
+
+
+@_operator(
+    "quantize_out(Tensor x, Tensor(data!) data, Tensor(scales!) scales, bool blocks, bool pow2_scales) -> ()", _nothing
+)
+def _quantize_out(x, data, scales, blocks, pow2_scales):
+    _native.quantize(x, data, scales, blocks, pow2_scales, None)
+
+
+@_operator("quantize(Tensor x, bool blocks, bool pow2_scales) -> (Tensor, Tensor)", _empty_quantized)
+def _quantize(x, blocks, pow2_scales):
+    data, scales = _empty_quantized(x, blocks, pow2_scales)
+    _quantize_out(x, data, scales, blocks, pow2_scales)
+    return data, scales
+
+
+@_operator("dequantize_out(Tensor data, Tensor scales, Tensor(out!) out) -> ()", _nothing)
+def _dequantize_out(data, scales, out):
+    _native.dequantize(data, scales, out, None)
+
+
+@_operator("dequantize(Tensor data, Tensor scales, ScalarType? dtype=None) -> Tensor", _empty_dequantized)
+def _dequantize(data, scales, dtype=None):
+    out = _empty_dequantized(data, scales, dtype)
+    _dequantize_out(data, scales, out)
+    return out
