@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = {".h", ".cpp", ".cuh", ".cu"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 
-# Device headers that the host compiles too.
-SHARED_DEVICE = r"device/(types|gemm/config|gemm/tiles|quantize/config)\.h"
+# Device headers that the host compiles too are named .h; those that only NVRTC sees, .cuh.
+SHARED_DEVICE = r"device/.*\.h"
 
 # Directory -> what its files may include of the project (matched whole). First match wins.
 PROJECT_RULES: list[tuple[str, list[str]]] = [
@@ -44,6 +44,7 @@ FOREIGN_RULES: list[tuple[str, str]] = [
     ("device", r".*"),
     ("include", r"(?![a-z_]+$).*"),  # only the standard library, whose headers are one bare word
     ("python", CUDA),
+    ("tests", FRAMEWORK),  # one compares our declarations with <cuda.h>, where there is one
     ("", rf"{CUDA}|{FRAMEWORK}"),
 ]
 

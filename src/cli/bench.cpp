@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <cstdio>
 #include <random>
 #include <vector>
 
@@ -118,19 +119,22 @@ std::vector<Shape> shapes_to_run(const BenchOptions& options, Device device) {
 
 int bench(const BenchOptions& options) {
   const auto machine = open_machine(options.device);
+  const auto shapes = shapes_to_run(options, machine->device());
   const DType out_dtype = options.out_dtype == "f32" ? DType::f32 : DType::bf16;
+  std::FILE* table = options.json == "-" ? stderr : stdout;
 
-  fmt::print(stderr, "gemm_fp8 to {} on {}; median of {} runs or more\n", options.out_dtype, machine->name(),
+  fmt::print(table, "gemm_fp8 to {} on {}, median of at least {} runs\n", options.out_dtype, machine->name(),
              options.min_repeats);
-  fmt::print(stderr, "{:>7} {:>7} {:>7} {:>12} {:>9} {:>9}\n", "M", "N", "K", "median us", "TFLOPS", "GB/s");
+  fmt::print(table, "{:>7} {:>7} {:>7} {:>12} {:>9} {:>9}\n", "M", "N", "K", "median us", "TFLOPS", "GB/s");
   Json rows = Json::array();
-  for (const Shape& shape : shapes_to_run(options, machine->device())) {
+  for (const Shape& shape : shapes) {
     const double m = shape.m, n = shape.n, k = shape.k;
     const double seconds = median_seconds(*machine, make_operands(*machine, shape, out_dtype), options);
     const double tflops = 2 * m * n * k / seconds * 1e-12;
     const double gbps = (m * k + n * k + m * n * size_of(out_dtype)) / seconds * 1e-9;
-    fmt::print(stderr, "{:>7} {:>7} {:>7} {:>12.1f} {:>9.3f} {:>9.1f}\n", shape.m, shape.n, shape.k, seconds * 1e6,
+    fmt::print(table, "{:>7} {:>7} {:>7} {:>12.1f} {:>9.3f} {:>9.1f}\n", shape.m, shape.n, shape.k, seconds * 1e6,
                tflops, gbps);
+    std::fflush(table);
     rows.push_back({{"op", "gemm_fp8"},
                     {"shape", {{"m", shape.m}, {"n", shape.n}, {"k", shape.k}, {"out", options.out_dtype}}},
                     {"median_us", seconds * 1e6},
