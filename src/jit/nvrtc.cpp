@@ -19,9 +19,10 @@ const char* environment(const char* name) {
   return value != nullptr && *value != '\0' ? value : nullptr;
 }
 
-// The linker's own search comes first: it also finds the copy that another package has loaded already.
 std::vector<std::string> candidates() {
   std::vector<std::string> paths;
+  // The Python package knows where pip has put a library that no search of the linker's would find.
+  if (const char* hint = environment("PHALANX_NVRTC_HINT")) paths.emplace_back(hint);
   for (const char* soname : kSonames) {
     paths.emplace_back(soname);
     for (const char* variable : {"CUDA_HOME", "CUDA_PATH"}) {
@@ -62,8 +63,9 @@ std::string path_of(void* library, const std::string& fallback) {
 // NVRTC opens its builtins by bare name and has no run path, so beside a library that the linker would not have found
 // (a Python package's) it finds them only when they are in the process already.
 void load_builtins(const NvrtcInfo& info) {
-  const auto path = std::filesystem::path(info.path).parent_path() /
-                    fmt::format("libnvrtc-builtins.so.{}.{}", info.major, info.minor);
+  std::error_code error;
+  const auto folder = std::filesystem::weakly_canonical(info.path, error).parent_path();
+  const auto path = folder / fmt::format("libnvrtc-builtins.so.{}.{}", info.major, info.minor);
   if (dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL) == nullptr) {
     log_debug(fmt::format("{}; leaving NVRTC to find its builtins", last_dl_error()));
   }
@@ -103,8 +105,9 @@ Nvrtc search() {
     if (load(path, n, faults)) return n;
   }
   n.info.error =
-      "NVRTC, the CUDA run-time compiler, was not found. Install it with `pip install nvidia-cuda-nvrtc` or with the "
-      "CUDA toolkit (12 or later), or set PHALANX_NVRTC to the full path of libnvrtc.so.13. It was looked for here:" +
+      "NVRTC, the CUDA run-time compiler, was not found. Install the CUDA toolkit (12 or later) or `pip install "
+      "nvidia-cuda-nvrtc`, whose library the Python package finds; or set PHALANX_NVRTC to the full path of "
+      "libnvrtc.so.13. It was looked for here:" +
       faults;
   return n;
 }

@@ -63,7 +63,7 @@ std::string get(const std::string& salt) {
   }
 }
 
-// "get SALT...": one after the other. "threads N SALT": N threads at once. "publish DIR SALT".
+// "get SALT...": one after the other. "threads N SALT": N threads at once. "publish DIR SALT". "nvrtc": its path.
 int child(const std::vector<std::string>& arguments) {
   if (arguments.at(0) == "get") {
     for (std::size_t i = 1; i < arguments.size(); ++i) std::cout << get(arguments[i]) << "\n";
@@ -80,6 +80,8 @@ int child(const std::vector<std::string>& arguments) {
       }
     }
     for (const std::string& result : results) std::cout << result << "\n";
+  } else if (arguments.at(0) == "nvrtc") {
+    std::cout << nvrtc_info().path << "\n";
   } else if (arguments.at(0) == "publish") {
     publish(arguments.at(1), kernel_of(arguments.at(2)), "sm_90a", compile(kernel_of(arguments.at(2)), "sm_90a"));
   }
@@ -115,7 +117,8 @@ class Child {
       : log_(log) {
     const std::string self = fs::read_symlink("/proc/self/exe").string();
     const std::string command = fmt::format(
-        "{} exec env -u PHALANX_LOG_LEVEL -u PHALANX_PACK_PATH -u PHALANX_CACHE_DIR {} '{}' --child {} 2>'{}'",
+        "{} exec env -u PHALANX_LOG_LEVEL -u PHALANX_PACK_PATH -u PHALANX_CACHE_DIR {} '{}' "
+        "--child {} 2>'{}'",
         prologue, environment, self, arguments, log_.string());
     pipe_ = popen(command.c_str(), "r");
   }
@@ -360,6 +363,19 @@ TEST_F(JitCache, SaysWhatIsMissingWithoutNvrtc) {
     EXPECT_NE(first.find("PHALANX_NVRTC is '" + library + "'"), std::string::npos) << first;
     EXPECT_NE(first.find("expected the full path of libnvrtc.so.13"), std::string::npos) << first;
   }
+}
+
+TEST_F(JitCache, FollowsTheHintToNvrtc) {
+  // Under another name and away from its builtins, which must be found all the same.
+  const std::string hint = (root_ / "libnvrtc.so.hinted").string();
+  fs::create_symlink(fs::canonical(nvrtc_info().path), hint);
+  const std::string hinted = "-u PHALANX_NVRTC " + here() + " PHALANX_NVRTC_HINT=" + hint;
+  EXPECT_EQ(run(hinted, "nvrtc").lines, Lines{hint});
+  EXPECT_EQ(run(hinted, "get a").lines, Lines{"compiled"});
+  // A hint that leads nowhere is passed over.
+  const std::string elsewhere = fs::canonical(nvrtc_info().path).parent_path().string();
+  const std::string lost = "-u PHALANX_NVRTC LD_LIBRARY_PATH=" + elsewhere + " " + here();
+  EXPECT_EQ(run(lost + " PHALANX_NVRTC_HINT=/nonexistent/libnvrtc.so.13", "get b").lines, Lines{"compiled"});
 }
 
 // --- where things are ------------------------------------------------------------------------------------------------
