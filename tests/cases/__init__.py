@@ -1,0 +1,19 @@
+"""One struct per operation: inputs, reference, tolerance, flops and bytes. Tests sweep them on every backend.
+
+`shapes.json` holds the shapes by name, [M, N, K] each; the command's `bench` and the benchmarks read it too.
+"""
+
+from cases.arrays import NumPyArrays, TorchArrays
+from cases.gemm import GemmFp8Case
+from cases.quantize import DequantizeCase, QuantizeCase
+from cases.shapes import random_shapes, shapes
+
+__all__ = [
+    "DequantizeCase",
+    "GemmFp8Case",
+    "NumPyArrays",
+    "QuantizeCase",
+    "TorchArrays",
+    "random_shapes",
+    "shapes",
+]
