@@ -35,10 +35,6 @@ template <class... Args>
               fmt::format("{}: {} is {}: {}", arg.op, arg.name, to_string(arg.tensor), fmt::format(problem, args...)));
 }
 
-std::string device_name(const Device& device) {
-  return fmt::format("{}:{}", device.type == DeviceType::cpu ? "cpu" : "cuda", device.index);
-}
-
 // --- one tensor ------------------------------------------------------------------------------------------------------------
 
 enum class Access { read, write };
@@ -127,8 +123,7 @@ void check_scales(const Arg& arg, Access access) {
 
 void check_device(const Arg& arg, const Arg& reference) {
   if (arg->device != reference->device) [[unlikely]]
-    fail(ErrorCode::invalid_device, arg, "expected the device of {}, {}", reference.name,
-         device_name(reference->device));
+    fail(ErrorCode::invalid_device, arg, "expected the device of {}, {}", reference.name, to_string(reference->device));
 }
 
 /// The bytes that a tensor spans, gaps between its rows included.
@@ -139,10 +134,13 @@ struct Extent {
 Extent extent_of(const Arg& arg) {
   if (arg.empty()) return {};
   const int64_t size = size_of(arg->dtype);
-  Extent extent{reinterpret_cast<std::uintptr_t>(arg->data), reinterpret_cast<std::uintptr_t>(arg->data) + size};
+  const std::uintptr_t data = reinterpret_cast<std::uintptr_t>(arg->data);
+  Extent extent{data, data + size};
   for (const int i : {0, 1}) {
     if (arg->shape[i] == 1) continue;
-    const int64_t reach = (arg->shape[i] - 1) * arg->strides[i] * size;
+    int64_t reach;
+    if (__builtin_mul_overflow((arg->shape[i] - 1) * size, arg->strides[i], &reach)) [[unlikely]]
+      fail(ErrorCode::invalid_argument, arg, "stride {} leads out of the address space", arg->strides[i]);
     (reach < 0 ? extent.begin : extent.end) += reach;
   }
   return extent;

@@ -3,12 +3,16 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "device/quantize/config.h"
 #include "phalanx/gemm.h"
 #include "phalanx/quantize.h"
 
 namespace phalanx {
+
+/// "cpu", "cuda:0"
+std::string to_string(const Device& device);
 
 /// Elements from one row of a checked matrix to the next. A matrix of one row may carry any stride: it gets the smallest that
 /// keeps the 16-byte rule.

@@ -1,13 +1,20 @@
 // How tensors are named in messages.
 #include "phalanx/tensor.h"
 
-#include <fmt/format.h>
-#include <fmt/ranges.h>
-
 #include <algorithm>
-#include <span>
+
+#include "ops/check.h"
 
 namespace phalanx {
+namespace {
+
+std::string list_of(const std::array<std::int64_t, Tensor::kMaxDims>& values, int count) {
+  std::string text;
+  for (int i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::to_string(values[i]);
+  return "[" + text + "]";
+}
+
+}  // namespace
 
 const char* name_of(DType dtype) noexcept {
   switch (dtype) {
@@ -23,16 +30,16 @@ const char* name_of(DType dtype) noexcept {
   return "unknown dtype";
 }
 
+std::string to_string(const Device& device) {
+  if (device == Device{}) return "cpu";
+  return (device.type == DeviceType::cpu ? "cpu:" : "cuda:") + std::to_string(device.index);
+}
+
 std::string to_string(const Tensor& tensor) {
   // Whatever the caller filled in, reading stays inside the arrays.
-  const std::size_t ndim = std::clamp(tensor.ndim, 0, Tensor::kMaxDims);
-  const std::span shape(tensor.shape.data(), ndim), strides(tensor.strides.data(), ndim);
-  const std::string device =
-      tensor.device.type == DeviceType::cpu && tensor.device.index == 0
-          ? "cpu"
-          : fmt::format("{}:{}", tensor.device.type == DeviceType::cpu ? "cpu" : "cuda", tensor.device.index);
-  return fmt::format("{} [{}], strides [{}], {}", name_of(tensor.dtype), fmt::join(shape, ", "),
-                     fmt::join(strides, ", "), device);
+  const int ndim = std::clamp(tensor.ndim, 0, Tensor::kMaxDims);
+  return std::string(name_of(tensor.dtype)) + " " + list_of(tensor.shape, ndim) + ", strides " +
+         list_of(tensor.strides, ndim) + ", " + to_string(tensor.device);
 }
 
 }  // namespace phalanx
