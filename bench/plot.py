@@ -1,0 +1,150 @@
+"""Plots of a results file, as SVG and PNG: `python -m bench.plot bench/results/dense_fp8.json`.
+
+The background is transparent and the ink a middle grey: the pictures read on a light page and on a dark one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+INK, FAINT = "#7d8590", "#7d859055"
+FLOOR_LABEL = "a launch, then every byte at the rate of a kernel that only reads"
+STYLE = {  # order of the bars; Phalanx is the only one in a strong colour
+    "phalanx": ("Phalanx", "#f97316"),
+    "deep_gemm": ("DeepGEMM", "#3b82f6"),
+    "torch_scaled_mm": ("cuBLASLt FP8 (torch._scaled_mm)", "#76a832"),
+    "triton": ("Triton", "#a371c9"),
+    "cublaslt_bf16": ("cuBLASLt BF16", "#9aa4af"),
+}
+RC = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "phalanx",  # the same data gives the same file
+}
+
+
+def plot_dense(path: Path) -> list[Path]:
+    """Draws prefill (TFLOPS) over decode (GB/s) from the JSON at `path`, beside it; returns the files written."""
+    result = json.loads(path.read_text())
+    rows = [row for row in result["rows"] if row["op"] == "gemm_fp8"]
+    large = [row for row in rows if row["shape"]["m"] >= 1024]
+    small = [row for row in rows if row["shape"]["m"] == 64] or [row for row in rows if row["shape"]["m"] < 1024]
+    panels = [(draw, members) for draw, members in ((_draw_tflops, large), (_draw_gbps, small)) if members]
+    if not panels:
+        raise ValueError(f"{path}: no gemm_fp8 rows")
+
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(len(panels), 1, figsize=(10.5, 3.6 * len(panels) + 0.7), squeeze=False)
+        for (draw, members), ax in zip(panels, axes[:, 0], strict=True):
+            draw(ax, members, result["ceilings"])
+        _legend(figure, axes[0, 0])
+        figure.text(0.995, 0.005, _caption(result), ha="right", va="bottom", fontsize=7.5)
+        figure.tight_layout(rect=(0, 0.02, 1, 0.95))
+        written = [path.with_suffix(".svg"), path.with_suffix(".png")]
+        for target in written:
+            metadata = {"Date": None} if target.suffix == ".svg" else None
+            figure.savefig(target, transparent=True, dpi=160, metadata=metadata)
+        plt.close(figure)
+    return written
+
+
+def _draw_tflops(ax: Axes, rows: list[dict], ceilings: dict[str, float]) -> None:
+    _bars(ax, rows, lambda row, time: row["flops"] / time * 1e-6, "{:.0f}")
+    ceiling = ceilings.get("mma_tflops")
+    if ceiling:
+        ax.axhline(ceiling, color=INK, linewidth=1.2, linestyle=(0, (5, 3)))
+        ax.text(ax.get_xlim()[1], ceiling, f"tensor cores alone: {ceiling:.0f} ", ha="right", va="bottom", fontsize=8.5)
+        ax.set_ylim(0, ceiling * 1.13)
+    _finish(ax, "TFLOPS", f"FP8 GEMM, {_ms(rows)}: higher is better")
+
+
+def _draw_gbps(ax: Axes, rows: list[dict], ceilings: dict[str, float]) -> None:
+    _bars(ax, rows, lambda row, time: row["bytes"] / time * 1e-3, "{:.0f}")
+    top = 0.0
+    for x, row in enumerate(rows):
+        if row.get("bound") == "memory":
+            figure = row["bytes"] / row["floor_us"] * 1e-3
+            label = FLOOR_LABEL if not top else None
+            ax.plot(
+                [x - 0.45, x + 0.45], [figure, figure], color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=label
+            )
+            top = max(top, figure)
+    if top:
+        handles, labels = ax.get_legend_handles_labels()
+        picked = [pair for pair in zip(handles, labels, strict=True) if pair[1] == FLOOR_LABEL]
+        ax.legend(*zip(*picked, strict=True), loc="upper right", frameon=False, fontsize=8.5, labelcolor=INK)
+        ax.set_ylim(0, max(ax.get_ylim()[1], top * 1.18))
+    _finish(ax, "GB/s (FP8 bytes)", f"FP8 GEMM, {_ms(rows)}: higher is better")
+
+
+def _bars(ax: Axes, rows: list[dict], figure_of, value_format: str) -> None:
+    names = [name for name in STYLE if any(_time(row, name) for row in rows)]
+    width = 0.84 / max(1, len(names))
+    for i, name in enumerate(names):
+        label, color = STYLE[name]
+        points = [(x, figure_of(row, _time(row, name))) for x, row in enumerate(rows) if _time(row, name)]
+        offset = (i - (len(names) - 1) / 2) * width
+        bars = ax.bar([x + offset for x, _ in points], [y for _, y in points], width * 0.92, color=color, label=label)
+        if name == "phalanx":
+            texts = [value_format.format(y) for _, y in points]
+            ax.bar_label(bars, texts, padding=1.5, fontsize=8, color=color, fontweight="bold")
+    several = len({row["shape"]["m"] for row in rows}) > 1
+    ax.set_xticks(range(len(rows)), [_name(row["shape"], several) for row in rows], fontsize=8.5)
+    ax.set_xlim(-0.6, len(rows) - 0.4)
+
+
+def _time(row: dict, name: str) -> float | None:
+    return row["median_us"] if name == "phalanx" else row["peers"].get(name)
+
+
+def _name(shape: dict[str, int], with_m: bool) -> str:
+    rest = f"N {shape['n']}\nK {shape['k']}"
+    return f"M {shape['m']}\n{rest}" if with_m else rest
+
+
+def _ms(rows: list[dict]) -> str:
+    return "M = " + ", ".join(map(str, dict.fromkeys(row["shape"]["m"] for row in rows)))
+
+
+def _finish(ax: Axes, unit: str, title: str) -> None:
+    ax.set_title(title, loc="left", fontsize=10.5, color=INK)
+    ax.set_ylabel(unit)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.grid(axis="y", color=FAINT, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0)
+
+
+def _legend(figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(labels), frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _caption(result: dict) -> str:
+    versions = result.get("versions", {})
+    parts = [result["gpu"], f"torch {versions.get('torch', '?')}", f"commit {result['commit']}", result["date"][:10]]
+    return ", ".join(parts) + "; median, cold L2, all interleaved in one run"
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        for written in plot_dense(Path(name)):
+            print(written)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Timing of calls on the GPU: interleaved, with a cold L2, and with the launch latency hidden."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # several times the L2 of 50 to 60 MB
+HEAD_START_CYCLES = 12_000_000  # 6 ms: the GPU waits while the host fills the queue
+REPEATS_PER_BLOCK = 10
+
+Call = Callable[[], object]
+
+
+@dataclass
+class Sample:
+    """Times of one call, in microseconds."""
+
+    times: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.times)
+
+    @property
+    def min(self) -> float:
+        return min(self.times)
+
+    def quantile(self, q: float) -> float:
+        ordered = sorted(self.times)
+        return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+
+
+class L2Flush:
+    """Writes a buffer much larger than the L2, so that nothing of the operands is left in it."""
+
+    def __init__(self, num_bytes: int = FLUSH_BYTES):
+        self._buffer = torch.empty(num_bytes // 4, dtype=torch.int32, device="cuda")
+
+    def __call__(self) -> None:
+        self._buffer.zero_()
+
+
+def _order(names: list[str], repeat: int) -> list[str]:
+    """Rotates, and turns round every other time: nobody always comes first, or always after the same neighbour."""
+    turn = repeat % len(names)
+    rotated = names[turn:] + names[:turn]
+    return rotated[::-1] if repeat % 2 else rotated
+
+
+def interleaved(
+    calls: dict[str, Call], repeats: int, flush: L2Flush | None = None, warmup: int = 3
+) -> dict[str, Sample]:
+    """Times every call `repeats` times, in turn. An L2 flush stands before each call; events stand right around it.
+
+    A block of repeats is enqueued whole before anything waits for it: the GPU is always behind the host, so that an
+    interval holds one call's work and the gap between two kernels, but no launch latency.
+    """
+    flush = flush or L2Flush()
+    names = list(calls)
+    for name in names:
+        for _ in range(warmup):
+            calls[name]()
+    torch.cuda.synchronize()
+
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for first in range(0, repeats, REPEATS_PER_BLOCK):
+        events = []
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        for repeat in range(first, min(repeats, first + REPEATS_PER_BLOCK)):
+            for name in _order(names, repeat):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                flush()
+                start.record()
+                calls[name]()
+                end.record()
+                events.append((name, start, end))
+        torch.cuda.synchronize()
+        for name, start, end in events:
+            times[name].append(start.elapsed_time(end) * 1e3)
+    return {name: Sample(values) for name, values in times.items()}
+
+
+def with_environment(variable: str, value: str | None, call: Call) -> Call:
+    """`call` with an environment variable set (or unset) before it, for configurations that are read per call."""
+
+    def wrapped() -> object:
+        if value is None:
+            os.environ.pop(variable, None)
+        else:
+            os.environ[variable] = value
+        return call()
+
+    return wrapped
