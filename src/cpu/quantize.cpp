@@ -1,7 +1,10 @@
 // Quantisation and back; docs/numerics.md defines every byte, and the CUDA kernels write the same ones.
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "cpu/convert.h"
 #include "cpu/cpu.h"
@@ -47,15 +50,34 @@ void for_each_block(const Tensor& data, ScaleShape shape, const F& f) {
   });
 }
 
-/// The largest finite |x|, as FP32 bits: magnitudes compare like integers, and infinities and NaN come after all numbers.
+float larger_if_finite(float amax, float x) {
+  const float magnitude = std::fabs(x);
+  const float finite = magnitude < std::numeric_limits<float>::infinity() ? magnitude : 0.0f;  // false for NaN
+  return amax < finite ? finite : amax;
+}
+
+// Simple loops over a row of a block, each of which the compiler vectorises. They stage FP32 in `Row`.
+using Row = std::array<float, kQuantizeBlock>;
+
 template <class T>
-std::uint32_t finite_amax(const T* x, int64_t count) {
-  std::uint32_t amax = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(to_f32(x[i])) & ~detail::kSignBit;
-    amax = std::max(amax, magnitude < detail::kInfinity ? magnitude : 0);
+void widen(const T* x, int64_t count, Row& row) {
+  for (int64_t i = 0; i < count; ++i) row[i] = to_f32(x[i]);
+}
+
+/// The largest finite |x|. The maximum is taken in lanes, as its order does not matter.
+float finite_amax(const Row& row, int64_t count) {
+  constexpr int kLanes = 8;
+  float lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = larger_if_finite(lanes[lane], row[i + lane]);
   }
-  return amax;
+  for (; i < count; ++i) lanes[0] = larger_if_finite(lanes[0], row[i]);
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+void encode(const Row& row, float inv, int64_t count, E4m3* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = from_f32<E4m3>(row[i] * inv);
 }
 
 float scale_for(float amax, bool pow2) {
@@ -66,15 +88,17 @@ float scale_for(float amax, bool pow2) {
 template <class T>
 void quantize_as(const Tensor& x, const ScaledTensor& q, ScaleShape shape, bool pow2) {
   for_each_block(x, shape, [&](const Block& block) {
-    std::uint32_t amax = 0;
-    for (int64_t i = 0; i < block.rows; ++i)
-      amax = std::max(amax, finite_amax(row_of<const T>(x, block, i), block.cols));
-    const float scale = scale_for(std::bit_cast<float>(amax), pow2), inv = 1.0f / scale;
+    Row row;
+    float amax = 0;
+    for (int64_t i = 0; i < block.rows; ++i) {
+      widen(row_of<const T>(x, block, i), block.cols, row);
+      amax = std::max(amax, finite_amax(row, block.cols));
+    }
+    const float scale = scale_for(amax, pow2), inv = 1.0f / scale;
     scale_of(q.scales, block) = scale;
     for (int64_t i = 0; i < block.rows; ++i) {
-      const T* in = row_of<const T>(x, block, i);
-      E4m3* out = row_of<E4m3>(q.data, block, i);
-      for (int64_t j = 0; j < block.cols; ++j) out[j] = from_f32<E4m3>(to_f32(in[j]) * inv);
+      if (block.rows > 1) widen(row_of<const T>(x, block, i), block.cols, row);
+      encode(row, inv, block.cols, row_of<E4m3>(q.data, block, i));
     }
   });
 }
