@@ -1,0 +1,62 @@
+"""JAX on the CPU."""
+
+import numpy as np
+import phalanx
+import pytest
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture
+def operands():
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((33, 272), np.float32), rng.standard_normal((264, 272), np.float32)
+
+
+def test_the_same_bits_as_numpy(operands):
+    x, w = operands
+    expected = phalanx.gemm_fp8(phalanx.quantize(x), phalanx.quantize(w, (128, 128)))
+    a, b = phalanx.quantize(jnp.asarray(x)), phalanx.quantize(jnp.asarray(w), (128, 128))
+    d = phalanx.gemm_fp8(a, b)
+    assert isinstance(d, jax.Array) and d.dtype == jnp.bfloat16 and a.data.dtype == jnp.float8_e4m3fn
+    np.testing.assert_array_equal(np.asarray(d).view(np.uint16), expected.view(np.uint16))
+    np.testing.assert_array_equal(phalanx.dequantize(a), phalanx.dequantize(phalanx.quantize(x)))
+
+
+def test_inputs_still_being_computed(operands):
+    x, w = map(jnp.asarray, operands)
+    b = phalanx.quantize(w, (128, 128))
+    y = x
+    for _ in range(50):
+        y = y @ jnp.eye(272)
+    d = phalanx.gemm_fp8(phalanx.quantize(y), b, out_dtype=jnp.float32)
+    np.testing.assert_array_equal(d, phalanx.gemm_fp8(phalanx.quantize(x), b, out_dtype=jnp.float32))
+
+
+def test_c_stays_as_it_is(operands):
+    x, w = map(jnp.asarray, operands)
+    a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
+    c = jnp.ones((33, 264), jnp.float32)
+    d = phalanx.gemm_fp8(a, b, c=c)
+    np.testing.assert_allclose(d, phalanx.gemm_fp8(a, b, out_dtype=jnp.float32) + 1, atol=1e-4)
+    assert (c == 1).all()
+
+
+def test_errors(operands):
+    x, w = map(jnp.asarray, operands)
+    a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
+    with pytest.raises(ValueError, match="out: JAX arrays are immutable"):
+        phalanx.gemm_fp8(a, b, out=jnp.zeros((33, 264), jnp.bfloat16))
+    with pytest.raises(TypeError, match=r"jax\.jit"):
+        jax.jit(phalanx.quantize)(x)
+    with pytest.raises(TypeError, match=r"a\.scales: expected an array"):
+        phalanx.gemm_fp8((a.data, None), b)
+    with pytest.raises(ValueError, match=r"d is .*row stride is .*multiple of 16"):
+        phalanx.gemm_fp8(a, phalanx.quantize(w[:257], (128, 128)))

@@ -1,0 +1,139 @@
+"""PyTorch on the CPU: tensors in, tensors out; torch.compile and torch.export see through."""
+
+import subprocess
+import sys
+
+import phalanx
+import pytest
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def x():
+    return torch.randn(33, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+@pytest.fixture
+def b():
+    w = torch.randn(257, 300, generator=torch.Generator().manual_seed(1))
+    return phalanx.quantize(w, block=(128, 128))
+
+
+def same_bits(x, y):
+    return x.dtype == y.dtype and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+
+
+def test_tensors_of_the_right_kind(x, b):
+    a = phalanx.quantize(x)
+    assert a.data.dtype == torch.float8_e4m3fn and a.data.stride() == (304, 1)
+    assert a.scales.dtype == torch.float32 and a.scales.stride() == (1, 36)
+    d = phalanx.gemm_fp8(a, b)
+    assert d.dtype == torch.bfloat16 and d.shape == (33, 257) and d.stride() == (264, 1)
+    assert phalanx.gemm_fp8(a, b, out_dtype=torch.float32).dtype == torch.float32
+    assert phalanx.dequantize(a).dtype == torch.float32
+    assert phalanx.dequantize(a, dtype=torch.float16).dtype == torch.float16
+
+
+def test_out_and_c(x, b):
+    a = phalanx.quantize(x)
+    plain = phalanx.gemm_fp8(a, b, out_dtype=torch.float32)
+    d = torch.ones(33, 260)[:, :257]
+    assert phalanx.gemm_fp8(a, b, c=d, out=d) is d
+    torch.testing.assert_close(d, plain + 1)
+
+
+def test_sliced_operands(x, b):
+    """Rows of a wider, taller tensor: row strides and offsets are honoured."""
+    a = phalanx.quantize(x)
+    wide = torch.zeros(50, 1024).to(torch.float8_e4m3fn)
+    wide[10:43, 512:812] = a.data
+    d = phalanx.gemm_fp8((wide[10:43, 512:812], a.scales.contiguous()), b)
+    assert same_bits(d, phalanx.gemm_fp8(a, b))
+
+
+def test_parameters_and_gradients(x, b):
+    """Parameters serve; results carry no gradient."""
+    a = phalanx.quantize(x)
+    weight = torch.nn.Parameter(b.data, requires_grad=False)
+    assert same_bits(phalanx.gemm_fp8(a, (weight, b.scales)), phalanx.gemm_fp8(a, b))
+    q = phalanx.quantize(x.float().requires_grad_())
+    assert not q.data.requires_grad and not q.scales.requires_grad
+
+
+def test_subclasses_go_through_the_dispatcher(x, b):
+    calls = []
+
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append(getattr(function, "__name__", ""))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    a = phalanx.quantize(x)
+    d = phalanx.gemm_fp8((a.data.as_subclass(Watched), a.scales), b)
+    assert any("gemm_fp8" in name for name in calls)
+    assert same_bits(d.as_subclass(torch.Tensor), phalanx.gemm_fp8(a, b))
+
+
+# --- tracing ----------------------------------------------------------------------------------------------------------
+
+
+class Linear(torch.nn.Module):
+    def __init__(self, b):
+        super().__init__()
+        self.register_buffer("data", b.data)
+        self.register_buffer("scales", b.scales)
+
+    def forward(self, x):
+        return phalanx.gemm_fp8(phalanx.quantize(x), (self.data, self.scales)) * 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_without_a_break(x, b, backend):
+    module = Linear(b)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    assert same_bits(compiled(x), module(x))
+    assert same_bits(compiled(x[:7]), module(x[:7]))  # another M
+
+
+def test_compile_out_and_dequantize(x, b):
+    def step(x, out):
+        a = phalanx.quantize(x, pow2_scales=True)
+        phalanx.gemm_fp8(a, b, c=out, out=out)
+        return phalanx.dequantize(a, dtype=torch.bfloat16), out * 2
+
+    outs = [torch.ones(33, 264, dtype=torch.bfloat16)[:, :257] for _ in range(2)]
+    expected = step(x, outs[0])
+    actual = torch.compile(step, fullgraph=True, backend="aot_eager")(x, outs[1])
+    assert all(same_bits(*pair) for pair in zip((*actual, outs[1]), (*expected, outs[0]), strict=True))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(x, b, strict):
+    module = Linear(b)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: rows}}, strict=strict)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert {"phalanx.quantize.default", "phalanx.gemm_fp8.default"} <= called
+    assert same_bits(program.module()(x), module(x))
+    assert same_bits(program.module()(x[:5]), module(x[:5]))
+
+
+def test_fake_kernels_tell_the_truth(x, b):
+    """Shapes, strides and dtypes of fake results are those of real ones."""
+    a = phalanx.quantize(x)
+    tests = ("test_faketensor", "test_autograd_registration")
+    ops = torch.ops.phalanx
+    torch.library.opcheck(ops.gemm_fp8.default, (*a, *b), test_utils=tests)
+    torch.library.opcheck(ops.gemm_fp8.default, (*a, *b, None, torch.float32, 0), test_utils=tests)
+    torch.library.opcheck(ops.quantize.default, (x, False, True), test_utils=tests)
+    torch.library.opcheck(ops.quantize.default, (x, True, False), test_utils=tests)
+    torch.library.opcheck(ops.dequantize.default, (*a, torch.float16), test_utils=tests)
+
+
+@pytest.mark.parametrize("imports", ["import torch, phalanx", "import phalanx, torch, phalanx.torch"])
+def test_operators_are_there_after_import(imports):
+    code = f"{imports}; print(torch.ops.phalanx.gemm_fp8.default._schema)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.startswith("phalanx::gemm_fp8(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor? c=None")
