@@ -1,7 +1,6 @@
 """FP8 from CuPy, on an H100 or H200. `pip install cupy-cuda13x phalanx` first."""
 
 import cupy
-
 import phalanx
 
 

@@ -1,8 +1,7 @@
 """FP8 from PyTorch, eager and compiled, on the GPU if Phalanx has kernels for it. `pip install torch phalanx` first."""
 
-import torch
-
 import phalanx
+import torch
 
 
 class Fp8Linear(torch.nn.Module):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks who includes whom: the table of docs/tour.md, kept by a tool and not by goodwill.
 
-Every #include of a C++ or CUDA file is looked up in the rules of its room. Exits with 1 and names each line that breaks one.
+Looks up every #include of a C++ or CUDA file in the rules of its room. Exits with 1 and names each line that breaks one.
 """
 
 from __future__ import annotations

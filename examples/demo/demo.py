@@ -12,14 +12,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import phalanx
 from arrays import Array, Arrays, on_cpu, on_gpu
 from minilm import LAYERS, MiniLM
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from sentences import NOTES, QUESTIONS
-
-import phalanx
 
 MIN_COSINE = 0.99
 TOP = 2
