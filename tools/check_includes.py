@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Checks who includes whom: the table of docs/tour.md, kept by a tool and not by goodwill.
 
-Looks up every #include of a C++ or CUDA file in the rules of its room. Exits with 1 and names each line that breaks one.
+Looks up every #include of a C++ or CUDA file in the rules of its room. Names each line that breaks one
+and exits with 1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A real transformer in FP8, beside itself in FP32: `./dev demo`.
 
 Every linear layer of all-MiniLM-L6-v2 multiplies through `phalanx.quantize` and `phalanx.gemm_fp8`: weights with one
-scale per 128 x 128 block, quantised once; activations with one scale per 1 x 128 block, quantised on the way. Runs on an
-H200 where there is one, on the CPU where there is none. Exits with 1 when an embedding or a ranking goes astray.
+scale per 128 x 128 block, quantised once; activations with one scale per 1 x 128 block, quantised on the way. Runs on
+an H200 where there is one, on the CPU where there is none. Exits with 1 when an embedding or a ranking goes astray.
 """
 
 from __future__ import annotations

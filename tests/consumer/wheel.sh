@@ -22,7 +22,6 @@ if grep -i '^Requires-Dist: torch' "$work"/site/*.dist-info/METADATA; then
   exit 1
 fi
 
-cd "$work"
 unset PHALANX_LIBRARY_DIR
 export PYTHONPATH=$work/site
 "$python" - <<'END'
