@@ -27,9 +27,9 @@ namespace {
 
 using std::int64_t;
 
-constexpr int kMaxTileM = 256, kMinTileM = 64;
+constexpr int kMaxTileM = 512, kMinTileM = 64;
 constexpr int kMaxTileN = 512, kMinTileN = kScaleBlock;
-constexpr int kEnoughTiles = 32;     // to occupy many cores
+constexpr int kEnoughTiles = 16;     // to occupy many cores
 constexpr int kPanel = kScaleBlock;  // columns that share one scale of B
 
 // What one thread needs beyond inputs and outputs, besides the BLAS's own packing buffer.
@@ -80,8 +80,10 @@ struct Tile {
 class Tiling {
  public:
   Tiling(int64_t m, int64_t n) : m_(m), n_(n) {
-    while (size() < kEnoughTiles && tile_n_ > kMinTileN) tile_n_ /= 2;
-    while (size() < kEnoughTiles && tile_m_ > kMinTileM) tile_m_ /= 2;
+    while (tile_m_ / 2 >= m && tile_m_ > kMinTileM) tile_m_ /= 2;
+    // Squarish tiles decode least: halve the longer side.
+    while (size() < kEnoughTiles && (tile_m_ > kMinTileM || tile_n_ > kMinTileN))
+      (tile_n_ >= tile_m_ && tile_n_ > kMinTileN ? tile_n_ : tile_m_) /= 2;
   }
 
   int64_t size() const { return count_m() * ((n_ + tile_n_ - 1) / tile_n_); }
