@@ -18,4 +18,6 @@ constexpr T min_of(T a, T b) {
   return a < b ? a : b;
 }
 
+constexpr int gcd_of(int a, int b) { return b == 0 ? a : gcd_of(b, a % b); }
+
 }  // namespace phalanx

@@ -19,13 +19,18 @@ struct GemmConfig {
   int num_consumers = 2;             // warpgroups that multiply; each takes block_m / num_consumers rows, 64 at a time
   int num_stages = 4;                // k-blocks in flight
   int cluster_n = 1;                 // CTAs side by side along N that share A by multicast
+  int cluster_m = 1;                 // CTAs one above the other along M that share B by multicast
   int split_k = 1;                   // CTAs of a cluster that share a tile, each with a part of K
   OutType out = OutType::bf16;
 
   constexpr int consumer_rows() const { return block_m / num_consumers; }
   constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
   constexpr int num_threads() const { return kWarpgroup * (num_consumers + 1); }
-  constexpr int cluster_size() const { return cluster_n * split_k; }
+  // Columns of the tile that always share a scale of B, whatever the tile's position; and how many scales it can see.
+  constexpr int scale_group() const { return gcd_of(block_n, kScaleBlock); }
+  constexpr int num_b_scales() const { return block_n == scale_group() ? 1 : 2; }
+  constexpr int cluster_size() const { return cluster_n * cluster_m * split_k; }
+  constexpr bool multicasts() const { return cluster_n * cluster_m > 1; }
   // BF16 tiles leave through shared memory by TMA; FP32, narrow and split-K tiles straight from registers.
   constexpr bool stores_by_tma() const { return out == OutType::bf16 && split_k == 1 && block_n % kPanelColumns == 0; }
 
@@ -57,9 +62,11 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
 constexpr bool is_valid(const GemmConfig& c) {
   const bool tile = c.num_consumers >= 1 && c.num_consumers <= 2 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
                     c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 16 &&
-                    kScaleBlock % c.block_n == 0;
-  const bool cluster = c.cluster_n >= 1 && c.split_k >= 1 && (c.cluster_n == 1 || c.split_k == 1) &&
-                       c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0;
+                    c.block_n - c.scale_group() <= kScaleBlock;
+  const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);
+  const bool cluster = c.cluster_n >= 1 && c.cluster_m >= 1 && c.split_k >= 1 && one_kind <= 1 &&
+                       c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0 &&
+                       c.block_n % (8 * c.cluster_m) == 0;
   return tile && cluster && c.num_stages >= 2 && smem_layout(c).total <= kMaxSmemBytes;
 }
 

@@ -103,8 +103,7 @@ struct StagedTile {
     ptx::tma_store_wait_read();
     ptx::mbarrier_arrive_expect_tx(&c_full[consumer], C.consumer_rows() * C.block_n * 2);
     for (int panel = 0; panel < C.block_n / kPanelColumns; ++panel)
-      ptx::tma_load_2d(panel_row(panel, row), &p.c, &c_full[consumer], t.n + panel * kPanelColumns, t.m + row,
-                       ptx::kEvictFirst);
+      ptx::tma_load_2d(panel_row(panel, row), &p.c, &c_full[consumer], t.n + panel * kPanelColumns, t.m + row);
   }
 
   __device__ void store(const GemmParams& p, const Tile& t, int consumer, const Accumulator<C>& acc) {
@@ -136,11 +135,28 @@ struct StagedTile {
     }
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(1 + consumer, kWarpgroup);
-    if (is_issuer) {
+    if (p.n % 8 != 0 && t.n + C.block_n > p.n) {  // TMA writes whole 16 bytes, and so past a ragged N
+      copy_out(p, t, consumer);
+      ptx::named_barrier_sync(1 + consumer, kWarpgroup);  // C of the next tile may come
+    } else if (is_issuer) {
       const int row = consumer * C.consumer_rows();
       for (int panel = 0; panel < C.block_n / kPanelColumns; ++panel)
         ptx::tma_store_2d(&p.d, panel_row(panel, row), t.n + panel * kPanelColumns, t.m + row);
       ptx::tma_store_commit();
+    }
+  }
+
+  // One thread a row at a time, element by element: slow, and rare.
+  __device__ void copy_out(const GemmParams& p, const Tile& t, int consumer) const {
+    for (int i = threadIdx.x % kWarpgroup; i < C.consumer_rows(); i += kWarpgroup) {
+      const int row = consumer * C.consumer_rows() + i;
+      if (t.m + row >= p.m) return;
+      u16* d = static_cast<u16*>(p.d_ptr) + (t.m + row) * p.d_stride + t.n;
+      for (int col = 0; col < C.block_n && t.n + col < p.n; ++col) {
+        const int chunk = col % kPanelColumns / 8;
+        d[col] =
+            *reinterpret_cast<const u16*>(panel_row(col / kPanelColumns, row) + (chunk ^ (row % 8)) * 16 + col % 8 * 2);
+      }
     }
   }
 };

@@ -3,9 +3,9 @@
 // A, B: E4M3. A CTA is a ring of shared-memory stages, each one k-block (128 deep) of A, B and A's scales, between
 //
 //     producer warpgroup                                consumer warpgroups (each owns rows of the tile)
-//       warp 0, one thread: A, B by TMA ----+             wait full[s]
-//       warp 1: scales of A by cp.async ----+-> full[s]   64 x block_n x 128 by WGMMA, into `partial`
-//       both wait empty[s]  <------------------ empty[s]  arrive: the stage may be refilled
+//       wait empty[s]                                     wait full[s]
+//       one thread: A, B, scales of A by TMA -> full[s]   64 x block_n x 128 by WGMMA, into `partial`
+//                              empty[s] <---------------- arrive: the stage may be refilled
 //                                                         promote: acc += scale_a * scale_b * partial
 //
 // The tensor cores sum one k-block only, in their own narrower accumulator; the promotion in FP32 registers is what
@@ -45,13 +45,14 @@ __device__ DenseTiles my_tiles(const GemmParams& p) {
 
 // --- producers ------------------------------------------------------------------------------------------------------
 
-// One thread. Of a cluster that shares A, each CTA loads its slice of the rows into all.
+// One thread. What CTAs of a cluster share, each loads a slice of into all.
 template <GemmConfig C>
 __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) {
-  constexpr u32 kStageBytes = (C.block_m + C.block_n) * kBlockK;
-  constexpr int kSliceRows = C.block_m / C.cluster_n;
-  constexpr u16 kAllCtas = (1 << C.cluster_n) - 1;
-  const int slice = C.cluster_n > 1 ? ptx::cluster_ctarank() * kSliceRows : 0;
+  const u32 stage_bytes = (C.block_m + C.block_n) * kBlockK + (p.sfa_by_tma ? C.block_m * 4 : 0);
+  constexpr u16 kAllCtas = (1 << C.cluster_size()) - 1;
+  const int rank = C.multicasts() ? ptx::cluster_ctarank() : 0;
+  const int slice_a = rank % C.cluster_n * (C.block_m / C.cluster_n),
+            slice_b = rank % C.cluster_m * (C.block_n / C.cluster_m);
   const KRange ks = my_k_range<C>(p);
 
   auto pipe = smem.pipeline();
@@ -59,22 +60,26 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
   for (Tile t; tiles.next(t);) {
 #pragma unroll 1
     for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
+      const int k = kb * kBlockK, stage = pipe.stage;
       pipe.wait_empty();
-      u64* full = &pipe.full[pipe.stage];
-      u8* a = smem.a(pipe.stage) + slice * kBlockK;
-      ptx::mbarrier_arrive_expect_tx(full, kStageBytes);
+      u64* full = &pipe.full[stage];
+      ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
       if constexpr (C.cluster_n > 1)
-        ptx::tma_load_2d_multicast(a, &p.a, full, kb * kBlockK, t.m + slice, kAllCtas, ptx::kEvictNormal);
+        ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, &p.a, full, k, t.m + slice_a, kAllCtas);
       else
-        ptx::tma_load_2d(a, &p.a, full, kb * kBlockK, t.m, ptx::kEvictNormal);
-      ptx::tma_load_2d(smem.b(pipe.stage), &p.b, full, kb * kBlockK, t.n, ptx::kEvictNormal);
+        ptx::tma_load_2d(smem.a(stage), &p.a, full, k, t.m);
+      if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfa(stage), &p.sfa_map, full, t.m, kb);
+      if constexpr (C.cluster_m > 1)
+        ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, t.n + slice_b, kAllCtas);
+      else
+        ptx::tma_load_2d(smem.b(stage), &p.b, full, k, t.n);
     }
   }
-  if constexpr (C.cluster_n > 1)  // stay until the peers' last arrivals at our barriers have landed
+  if constexpr (C.multicasts())  // stay until the peers' last arrivals at our barriers have landed
     for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
 }
 
-// One warp. cp.async copies single floats, so the scales may have any strides.
+// One warp, where TMA cannot: cp.async copies single floats, so the scales may have any strides. It costs some percent.
 template <GemmConfig C>
 __device__ void load_scales(const GemmParams& p, const SharedMemory<C>& smem) {
   const int lane = threadIdx.x % 32;
@@ -99,29 +104,64 @@ __device__ void load_scales(const GemmParams& p, const SharedMemory<C>& smem) {
 
 // --- consumers ------------------------------------------------------------------------------------------------------
 
+// acc += scale_a * scale_b * partial, for one wave: `boundary` column groups by the first scale of B, the others by the second.
+template <GemmConfig C>
+__device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float (&partial)[C.block_n / 2],
+                                        const float (&scales_a)[2], const float (&scales_b)[C.num_b_scales()],
+                                        int boundary) {
+  constexpr int kGroupValues = C.scale_group() / 2;  // of a thread: two rows, a quarter of the columns
+#pragma unroll
+  for (int group = 0; group < C.block_n / C.scale_group(); ++group) {
+    const float scale_b = C.num_b_scales() == 1 || group < boundary ? scales_b[0] : scales_b[C.num_b_scales() - 1];
+    const float scale_lo = scales_a[0] * scale_b, scale_hi = scales_a[1] * scale_b;
+#pragma unroll
+    for (int i = group * kGroupValues; i < (group + 1) * kGroupValues; i += 4) {
+      acc[i + 0] += scale_lo * partial[i + 0];
+      acc[i + 1] += scale_lo * partial[i + 1];
+      acc[i + 2] += scale_hi * partial[i + 2];
+      acc[i + 3] += scale_hi * partial[i + 3];
+    }
+  }
+}
+
 template <GemmConfig C>
 __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem, Pipeline<C.num_stages>& pipe,
                                 const Tile& t, int consumer, Accumulator<C>& acc) {
   constexpr int kWgmmaK = 32;
-  const int lane = threadIdx.x % 32;
-  const KRange ks = my_k_range<C>(p);
-  // A tile sees one column of B's scales; a tile past N, beside a ragged edge, must still read inside them.
-  const float* sfb = p.sfb + min_of(t.n, p.n - 1) / kScaleBlock * p.sfb_stride_n + ks.begin * p.sfb_stride_k;
+  int lane = threadIdx.x % 32;
+  KRange ks = my_k_range<C>(p);
+  // The tile's first column of B's scales and, from column group `boundary` on, its second. Clamped: a tile may begin or end
+  // past N, beside a ragged edge.
+  const int last = (p.n - 1) / kScaleBlock, column = min_of(t.n / kScaleBlock, last);
+  int boundary = (kScaleBlock - t.n % kScaleBlock) / C.scale_group();
+  const float* sfb[2] = {p.sfb + column * p.sfb_stride_n + ks.begin * p.sfb_stride_k};
+  sfb[1] = sfb[0] + (min_of(column + 1, last) - column) * p.sfb_stride_n;
+  int first_row = fragment_row<C>(consumer, 0);
+  // In registers to stay: recomputed in the loop, as the compiler prefers, they would delay every product.
+  ptx::keep_in_register(lane), ptx::keep_in_register(first_row), ptx::keep_in_register(boundary);
+  ptx::keep_in_register(ks.end);
 
 #pragma unroll
   for (auto& wave : acc)
 #pragma unroll
     for (float& x : wave) x = 0;
 
-  for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance(), sfb += p.sfb_stride_k) {
-    const float scale_b = *sfb;  // arrives under the products. Not __ldg: the previous kernel may have written it
-    pipe.wait_full();
-    float scales_a[C.num_waves()][2];  // loaded now: the stage is given back before the last promotion
+  // Of the next k-block, so that they are here when they are needed. Not __ldg: the previous kernel may have written them.
+  float next_scales_b[C.num_b_scales()];
+  const auto load_scales_b = [&](bool in_range) {
 #pragma unroll
-    for (int wave = 0; wave < C.num_waves(); ++wave) {
-      const float* sfa = smem.sfa(pipe.stage) + fragment_row<C>(consumer, wave);
-      scales_a[wave][0] = sfa[0], scales_a[wave][1] = sfa[8];
-    }
+    for (int i = 0; i < C.num_b_scales(); ++i)
+      if (in_range) next_scales_b[i] = *sfb[i], sfb[i] += p.sfb_stride_k;
+  };
+  load_scales_b(ks.begin < ks.end);
+
+#pragma unroll 4
+  for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
+    float scales_a[C.num_waves()][2], scales_b[C.num_b_scales()];
+#pragma unroll
+    for (int i = 0; i < C.num_b_scales(); ++i) scales_b[i] = next_scales_b[i];
+    load_scales_b(kb + 1 < ks.end);
+    pipe.wait_full();
 
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
@@ -135,24 +175,19 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
       for (int k = 0; k < kBlockK; k += kWgmmaK)  // a descriptor counts in 16 bytes
         ptx::WgmmaE4m3<C.block_n>::issue(partial, desc_a + k / 16, desc_b + k / 16, k > 0);
       ptx::wgmma_commit();
+      scales_a[wave][0] = smem.sfa(pipe.stage)[first_row + wave * 64];  // under the product
+      scales_a[wave][1] = smem.sfa(pipe.stage)[first_row + wave * 64 + 8];
       ptx::wgmma_wait<0>();
       ptx::wgmma_fence_registers(partial);
 
-      if (wave == C.num_waves() - 1 && lane < C.cluster_n) {
-        if constexpr (C.cluster_n > 1)
+      if (wave == C.num_waves() - 1 && lane < (C.multicasts() ? C.cluster_size() : 1)) {
+        if constexpr (C.multicasts())
           ptx::mbarrier_arrive_cluster(&pipe.empty[pipe.stage], lane);
         else
           ptx::mbarrier_arrive(&pipe.empty[pipe.stage]);
       }
 
-      const float scale_lo = scales_a[wave][0] * scale_b, scale_hi = scales_a[wave][1] * scale_b;
-#pragma unroll
-      for (int i = 0; i < C.block_n / 2; i += 4) {  // promote
-        acc[wave][i + 0] += scale_lo * partial[i + 0];
-        acc[wave][i + 1] += scale_lo * partial[i + 1];
-        acc[wave][i + 2] += scale_hi * partial[i + 2];
-        acc[wave][i + 3] += scale_hi * partial[i + 3];
-      }
+      promote<C>(acc[wave], partial, scales_a[wave], scales_b, boundary);
     }
   }
 }
@@ -194,8 +229,9 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   if (threadIdx.x == 0) {
     const auto pipe = smem.pipeline();
     for (int s = 0; s < C.num_stages; ++s) {
-      ptx::mbarrier_init(&pipe.full[s], 1 + kScaleWarpLanes);
-      ptx::mbarrier_init(&pipe.empty[s], C.cluster_n * C.num_consumers * 4);  // one arrival per consumer warp
+      ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + kScaleWarpLanes);
+      ptx::mbarrier_init(&pipe.empty[s],
+                         C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
     }
     if constexpr (C.stores_by_tma())
       for (int i = 0; i < C.num_consumers; ++i) ptx::mbarrier_init(&smem.staged().c_full[i], 1);
@@ -213,7 +249,7 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers == 2) ptx::register_decrease<40>();
     if (warp == 0 && ptx::elect_one()) load_operands<C>(p, smem);
-    if (warp == 1) load_scales<C>(p, smem);
+    if (warp == 1 && !p.sfa_by_tma) load_scales<C>(p, smem);
   } else {
     if constexpr (C.num_consumers == 2) ptx::register_increase<232>();
     consume_tiles<C>(p, smem, warpgroup);

@@ -7,11 +7,13 @@ namespace phalanx {
 // Strides are in elements.
 struct GemmParams {
   TensorMap a;  // box: block_m / cluster_n rows x 128
-  TensorMap b;  // box: block_n rows x 128
+  TensorMap b;  // box: block_n / cluster_m rows x 128
   TensorMap c;  // box: consumer_rows x 64, as D's; these two only if config.stores_by_tma()
   TensorMap d;
-  const float* sfa;  // [m, ceil(k / 128)]
-  const float* sfb;  // [ceil(n / 128), ceil(k / 128)]
+  TensorMap sfa_map;  // box: block_m x 1 of the transposed scales; only if sfa_by_tma
+  int sfa_by_tma;     // else `sfa` is copied float by float
+  const float* sfa;   // [m, ceil(k / 128)]
+  const float* sfb;   // [ceil(n / 128), ceil(k / 128)]
   i64 sfa_stride_m, sfa_stride_k, sfb_stride_n, sfb_stride_k;
   void* d_ptr;
   const void* c_ptr;  // null: no C

@@ -11,6 +11,9 @@ __device__ __forceinline__ bool elect_one() {
   return elected;
 }
 
+// The compiler can neither recompute `x` later nor see where it came from.
+__device__ __forceinline__ void keep_in_register(int& x) { asm volatile("" : "+r"(x)); }
+
 // Registers move from producers, who need few, to consumers, who hold the tile. By a whole warpgroup.
 template <int kCount>
 __device__ __forceinline__ void register_increase() {

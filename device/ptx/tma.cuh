@@ -10,25 +10,21 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// What the caches should do with a stream that is read once, and with one that many CTAs read.
-constexpr u64 kEvictFirst = 0x12f0000000000000ull, kEvictNormal = 0x1000000000000000ull,
-              kEvictLast = 0x14f0000000000000ull;
-
-__device__ __forceinline__ void tma_load_2d(void* smem, const TensorMap* map, u64* bar, int x, int y, u64 policy) {
+__device__ __forceinline__ void tma_load_2d(void* smem, const TensorMap* map, u64* bar, int x, int y) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem_addr(smem)),
-      "l"(map), "r"(smem_addr(bar)), "r"(x), "r"(y), "l"(policy)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          smem_addr(smem)),
+      "l"(map), "r"(smem_addr(bar)), "r"(x), "r"(y)
       : "memory");
 }
 
 // The same box lands at the same offset in every CTA of `cta_mask` and counts on the barrier at the same offset there.
 __device__ __forceinline__ void tma_load_2d_multicast(void* smem, const TensorMap* map, u64* bar, int x, int y,
-                                                      u16 cta_mask, u64 policy) {
+                                                      u16 cta_mask) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(smem_addr(smem)),
-      "l"(map), "r"(smem_addr(bar)), "r"(x), "r"(y), "h"(cta_mask), "l"(policy)
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(smem_addr(smem)),
+      "l"(map), "r"(smem_addr(bar)), "r"(x), "r"(y), "h"(cta_mask)
       : "memory");
 }
 

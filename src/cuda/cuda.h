@@ -70,9 +70,10 @@ class Kernel {
 const Kernel& kernel(int ordinal, const std::string& name, int smem_bytes,
                      const std::function<std::shared_ptr<const std::string>()>& load);
 
-/// A matrix seen by TMA: rows of `cols` elements, `row_stride_bytes` apart, copied in boxes with the 128-byte swizzle.
+/// A matrix seen by TMA: rows of `cols` elements, `row_stride_bytes` apart, copied in boxes. Operands (E4M3, BF16) lie in
+/// shared memory with the 128-byte swizzle, scales (FP32) as they are.
 struct TensorMapSpec {
-  DType dtype;  ///< e4m3 or bf16
+  DType dtype;  ///< e4m3, bf16 or f32
   const void* data;
   std::int64_t rows, cols, row_stride_bytes;
   int box_rows, box_cols;

@@ -142,8 +142,11 @@ TensorMap make_tensor_map(const TensorMapSpec& spec) {
   const std::uint64_t dims[2] = {std::uint64_t(spec.cols), std::uint64_t(spec.rows)};
   const std::uint64_t strides[1] = {std::uint64_t(spec.row_stride_bytes)};
   const std::uint32_t box[2] = {std::uint32_t(spec.box_cols), std::uint32_t(spec.box_rows)}, ones[2] = {1, 1};
-  PHALANX_CUDA(cuTensorMapEncodeTiled(&map, spec.dtype == DType::bf16 ? kTensorMapBfloat16 : kTensorMapUint8, 2,
-                                      const_cast<void*>(spec.data), dims, strides, box, ones, 0, kTensorMapSwizzle128B,
+  const int type = spec.dtype == DType::bf16  ? kTensorMapBfloat16
+                   : spec.dtype == DType::f32 ? kTensorMapFloat32
+                                              : kTensorMapUint8;
+  PHALANX_CUDA(cuTensorMapEncodeTiled(&map, type, 2, const_cast<void*>(spec.data), dims, strides, box, ones, 0,
+                                      spec.dtype == DType::f32 ? kTensorMapSwizzleNone : kTensorMapSwizzle128B,
                                       kTensorMapL2Promotion256B, 0));
   return map;
 }

@@ -38,15 +38,15 @@ extern "C" __global__ void __launch_bounds__(phalanx::kQuantizeThreads) {}(const
 
 KernelSource gemm_source(const GemmConfig& config) {
   // Names every field, so that one that is added and not printed here does not compile.
-  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, split_k, out] = config;
-  return {
-      .name = fmt::format("gemm_fp8_{}x{}_c{}_s{}_st{}_w{}_{}", block_m, block_n, cluster_n, split_k, num_stages,
-                          num_consumers, name_of(out)),
-      .text = fmt::format(R"(#include "device/gemm/gemm_fp8.cuh"
-constexpr phalanx::GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .split_k = {}, .out = phalanx::OutType::{}}};
+  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out] = config;
+  return {.name = fmt::format("gemm_fp8_{}x{}_c{}x{}_s{}_st{}_w{}_{}", block_m, block_n, cluster_m, cluster_n, split_k,
+                              num_stages, num_consumers, name_of(out)),
+          .text = fmt::format(R"(#include "device/gemm/gemm_fp8.cuh"
+constexpr phalanx::GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = phalanx::OutType::{}}};
 extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), 1) {}(const __grid_constant__ phalanx::GemmParams params) {{ phalanx::gemm_fp8<kConfig>(params); }}
 )",
-                          block_m, block_n, num_consumers, num_stages, cluster_n, split_k, name_of(out), kEntryPoint)};
+                              block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, name_of(out),
+                              kEntryPoint)};
 }
 
 KernelSource quantize_source(const QuantizeConfig& config) { return quantize_kernel("quantize", config); }

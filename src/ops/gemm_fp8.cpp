@@ -67,8 +67,15 @@ PlannedGemm tuned_gemm(const PlanKey& key) {
   const char* text = std::getenv("PHALANX_GEMM_CONFIG");
   if (!text || !*text) return planned_gemm(key);
   const auto plan = plan::parse_plan(text, key.problem, key.num_sms);
-  if (!plan) throw Error(ErrorCode::invalid_argument, std::string("PHALANX_GEMM_CONFIG is not a valid configuration: ") + text);
+  if (!plan)
+    throw Error(ErrorCode::invalid_argument, std::string("PHALANX_GEMM_CONFIG is not a valid configuration: ") + text);
   return with_kernel(*plan, key.device);
+}
+
+// Scales of A that TMA can read: MN-major, aligned. Their view is transposed: TMA copies `block_m` of them at a time.
+bool tma_reads(const Tensor& scales) {
+  return (scales.strides[0] == 1 || scales.rows() == 1) && reinterpret_cast<std::uintptr_t>(scales.data) % 16 == 0 &&
+         (scales.cols() == 1 || (scales.strides[1] % 4 == 0 && scales.strides[1] >= scales.rows()));
 }
 
 void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const GemmOptions& options) {
@@ -89,10 +96,15 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   };
   GemmParams p{};
   p.a = tensor_map(a.data, config.block_m / config.cluster_n, kBlockK);
-  p.b = tensor_map(b.data, config.block_n, kBlockK);
+  p.b = tensor_map(b.data, config.block_n / config.cluster_m, kBlockK);
   if (config.stores_by_tma()) {
     p.d = tensor_map(d, config.consumer_rows(), kPanelColumns);
     if (options.c) p.c = tensor_map(*options.c, config.consumer_rows(), kPanelColumns);
+  }
+  p.sfa_by_tma = tma_reads(a.scales);
+  if (p.sfa_by_tma) {
+    const std::int64_t column_bytes = a.scales.cols() > 1 ? a.scales.strides[1] * 4 : 16;
+    p.sfa_map = cuda::make_tensor_map({DType::f32, a.scales.data, a.scales.cols(), m, column_bytes, 1, config.block_m});
   }
   p.sfa = static_cast<const float*>(a.scales.data);
   p.sfb = static_cast<const float*>(b.scales.data);

@@ -95,8 +95,8 @@ std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& pro
   int group_m = kDefaultGroupM;
   const std::pair<std::string_view, int*> fields[] = {
       {"block_m", &c.block_m},       {"block_n", &c.block_n},     {"num_consumers", &c.num_consumers},
-      {"num_stages", &c.num_stages}, {"cluster_n", &c.cluster_n}, {"split_k", &c.split_k},
-      {"group_m", &group_m},
+      {"num_stages", &c.num_stages}, {"cluster_n", &c.cluster_n}, {"cluster_m", &c.cluster_m},
+      {"split_k", &c.split_k},       {"group_m", &group_m},
   };
   while (!text.empty()) {
     const std::string_view item = text.substr(0, text.find(','));

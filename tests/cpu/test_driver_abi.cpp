@@ -32,6 +32,8 @@ TEST(DriverAbi, ConstantsAreTheHeaders) {
   EXPECT_EQ(ours::kLaunchAttributeProgrammaticStreamSerialization,
             CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
   EXPECT_EQ(ours::kTensorMapUint8, CU_TENSOR_MAP_DATA_TYPE_UINT8);
+  EXPECT_EQ(ours::kTensorMapFloat32, CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
+  EXPECT_EQ(ours::kTensorMapSwizzleNone, CU_TENSOR_MAP_SWIZZLE_NONE);
   EXPECT_EQ(ours::kTensorMapBfloat16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
   EXPECT_EQ(ours::kTensorMapSwizzle128B, CU_TENSOR_MAP_SWIZZLE_128B);
   EXPECT_EQ(ours::kTensorMapL2Promotion256B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
