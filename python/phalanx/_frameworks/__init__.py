@@ -13,6 +13,7 @@ def of(array: Any, name: str) -> Framework:
 
 
 def _find(array: Any, name: str) -> Framework:
+    framework: Framework
     for cls in type(array).__mro__:
         library = cls.__module__.split(".")[0]
         if library == "torch":
