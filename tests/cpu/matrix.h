@@ -34,7 +34,7 @@ class Matrix {
       : rows_(rows), cols_(cols), order_(order) {
     const std::int64_t inner = order == Order::row_major ? cols : rows,
                        unit = 16 / static_cast<std::int64_t>(sizeof(T));
-    pitch_ = (inner + unit - 1) / unit * unit + pad * unit;
+    pitch_ = (std::max<std::int64_t>(inner, 1) + unit - 1) / unit * unit + pad * unit;
     lines_ = order == Order::row_major ? rows : cols;
     memory_.resize((lines_ + 2 * kGuards) * pitch_);
     std::memset(static_cast<void*>(memory_.data()), 0xff, memory_.size() * sizeof(T));
