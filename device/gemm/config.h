@@ -7,6 +7,7 @@ namespace phalanx {
 
 constexpr int kBlockK = 128;           // depth of a k-block: one row of the 128-byte swizzle, and one scale of A
 constexpr int kScaleBlock = 128;       // a scale of B covers 128 x 128 elements
+constexpr int kMaxScaleGroups = 4;     // see GemmConfig::scale_group
 constexpr int kPanelColumns = 64;      // BF16 columns in one 128-byte row of a staged D tile
 constexpr int kPartialPad = 8;         // floats after each row of a split-K partial tile, against bank conflicts
 constexpr int kWarpgroup = 128;        // threads
@@ -26,9 +27,9 @@ struct GemmConfig {
   constexpr int consumer_rows() const { return block_m / num_consumers; }
   constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
   constexpr int num_threads() const { return kWarpgroup * (num_consumers + 1); }
-  // Columns of the tile that always share a scale of B, whatever the tile's position; and how many scales it can see.
+  // Columns of a tile that share a scale of B wherever the tile begins.
   constexpr int scale_group() const { return gcd_of(block_n, kScaleBlock); }
-  constexpr int num_b_scales() const { return block_n == scale_group() ? 1 : 2; }
+  constexpr int num_scale_groups() const { return block_n / scale_group(); }
   constexpr int cluster_size() const { return cluster_n * cluster_m * split_k; }
   constexpr bool multicasts() const { return cluster_n * cluster_m > 1; }
   // BF16 tiles leave through shared memory by TMA; FP32, narrow and split-K tiles straight from registers.
@@ -39,7 +40,7 @@ struct GemmConfig {
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, full, empty, c_full, total;
+  int a, b, d, sfa, sfb, full, empty, c_full, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -51,7 +52,8 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
                       : c.stores_by_tma() ? 2 * c.block_m * c.block_n
                                           : 0;
   s.sfa = s.d + d_bytes;
-  s.full = s.sfa + c.num_stages * c.block_m * 4;
+  s.sfb = s.sfa + c.num_stages * c.block_m * 4;
+  s.full = s.sfb + c.num_stages * kMaxScaleGroups * 4;
   s.empty = s.full + c.num_stages * 8;
   s.c_full = s.empty + c.num_stages * 8;
   s.total = s.c_full + c.num_consumers * 8;
@@ -62,7 +64,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
 constexpr bool is_valid(const GemmConfig& c) {
   const bool tile = c.num_consumers >= 1 && c.num_consumers <= 2 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
                     c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 16 &&
-                    c.block_n - c.scale_group() <= kScaleBlock;
+                    c.num_scale_groups() <= kMaxScaleGroups;
   const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);
   const bool cluster = c.cluster_n >= 1 && c.cluster_m >= 1 && c.split_k >= 1 && one_kind <= 1 &&
                        c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0 &&

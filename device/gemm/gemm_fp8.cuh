@@ -3,9 +3,10 @@
 // A, B: E4M3. A CTA is a ring of shared-memory stages, each one k-block (128 deep) of A, B and A's scales, between
 //
 //     producer warpgroup                                consumer warpgroups (each owns rows of the tile)
-//       wait empty[s]                                     wait full[s]
-//       one thread: A, B, scales of A by TMA -> full[s]   64 x block_n x 128 by WGMMA, into `partial`
-//                              empty[s] <---------------- arrive: the stage may be refilled
+//       warp 0, one thread: A, B and A's                  wait full[s]
+//                 scales by TMA -----------+-> full[s]    64 x block_n x 128 by WGMMA, into `partial`
+//       warp 1: B's scales by cp.async ----+
+//       both wait empty[s] <------------------ empty[s]   arrive: the stage may be refilled
 //                                                         promote: acc += scale_a * scale_b * partial
 //
 // The tensor cores sum one k-block only, in their own narrower accumulator; the promotion in FP32 registers is what
@@ -27,6 +28,9 @@ struct SharedMemory {
   __device__ float* partial() const { return reinterpret_cast<float*>(base + kLayout.d); }
   __device__ StagedTile<C> staged() const { return {base + kLayout.d, reinterpret_cast<u64*>(base + kLayout.c_full)}; }
   __device__ float* sfa(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.block_m; }
+  __device__ float* sfb(int stage) const {
+    return reinterpret_cast<float*>(base + kLayout.sfb) + stage * kMaxScaleGroups;
+  }
   __device__ Pipeline<C.num_stages> pipeline() const {
     return {reinterpret_cast<u64*>(base + kLayout.full), reinterpret_cast<u64*>(base + kLayout.empty)};
   }
@@ -79,7 +83,8 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
     for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
 }
 
-// One warp, where TMA cannot: cp.async copies single floats, so the scales may have any strides. It costs some percent.
+// One warp. B's scales, one for each column group of the tile, and A's where TMA cannot read them: cp.async copies single
+// floats, so scales may have any strides.
 template <GemmConfig C>
 __device__ void load_scales(const GemmParams& p, const SharedMemory<C>& smem) {
   const int lane = threadIdx.x % 32;
@@ -88,32 +93,36 @@ __device__ void load_scales(const GemmParams& p, const SharedMemory<C>& smem) {
   auto pipe = smem.pipeline();
   auto tiles = my_tiles<C>(p);
   for (Tile t; tiles.next(t);) {
-    const float* block = p.sfa + ks.begin * p.sfa_stride_k + (t.m + lane) * p.sfa_stride_m;
-    const int rows = p.m - t.m;  // rows past M keep what they hold: their results are not stored
+    // Clamped: a tile may begin or end past N, beside a ragged edge.
+    const int group = min_of(lane, C.num_scale_groups() - 1);
+    const int column = min_of(t.n + group * C.scale_group(), p.n - 1) / kScaleBlock;
+    const float* sfb = p.sfb + column * p.sfb_stride_n + ks.begin * p.sfb_stride_k;
+    const float* sfa = p.sfa + (t.m + lane) * p.sfa_stride_m + ks.begin * p.sfa_stride_k;
+    const int rows = p.sfa_by_tma ? 0 : p.m - t.m;  // rows past M keep what they hold: their results are not stored
 #pragma unroll 1
-    for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance(), block += p.sfa_stride_k) {
+    for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
       pipe.wait_empty();
-      const float* scale = block;
-#pragma unroll 2
-      for (int row = lane; row < C.block_m; row += 32, scale += 32 * p.sfa_stride_m)
-        if (row < rows) ptx::cp_async_4(&smem.sfa(pipe.stage)[row], scale);
+      if (lane < C.num_scale_groups()) ptx::cp_async_4(&smem.sfb(pipe.stage)[lane], sfb);
+      const float* scale = sfa;
+#pragma unroll 1
+      for (int row = lane; row < min_of(rows, C.block_m); row += 32, scale += 32 * p.sfa_stride_m)
+        ptx::cp_async_4(&smem.sfa(pipe.stage)[row], scale);
       ptx::mbarrier_arrive_cp_async(&pipe.full[pipe.stage]);
+      sfb += p.sfb_stride_k, sfa += p.sfa_stride_k;
     }
   }
 }
 
 // --- consumers ------------------------------------------------------------------------------------------------------
 
-// acc += scale_a * scale_b * partial, for one wave: `boundary` column groups by the first scale of B, the others by the second.
+// acc += scale_a * scale_b * partial, for one wave.
 template <GemmConfig C>
 __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float (&partial)[C.block_n / 2],
-                                        const float (&scales_a)[2], const float (&scales_b)[C.num_b_scales()],
-                                        int boundary) {
+                                        const float (&scales_a)[2], const float (&scales_b)[C.num_scale_groups()]) {
   constexpr int kGroupValues = C.scale_group() / 2;  // of a thread: two rows, a quarter of the columns
 #pragma unroll
-  for (int group = 0; group < C.block_n / C.scale_group(); ++group) {
-    const float scale_b = C.num_b_scales() == 1 || group < boundary ? scales_b[0] : scales_b[C.num_b_scales() - 1];
-    const float scale_lo = scales_a[0] * scale_b, scale_hi = scales_a[1] * scale_b;
+  for (int group = 0; group < C.num_scale_groups(); ++group) {
+    const float scale_lo = scales_a[0] * scales_b[group], scale_hi = scales_a[1] * scales_b[group];
 #pragma unroll
     for (int i = group * kGroupValues; i < (group + 1) * kGroupValues; i += 4) {
       acc[i + 0] += scale_lo * partial[i + 0];
@@ -126,68 +135,51 @@ __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float
 
 template <GemmConfig C>
 __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem, Pipeline<C.num_stages>& pipe,
-                                const Tile& t, int consumer, Accumulator<C>& acc) {
+                                int consumer, Accumulator<C>& acc) {
   constexpr int kWgmmaK = 32;
   int lane = threadIdx.x % 32;
   KRange ks = my_k_range<C>(p);
-  // The tile's first column of B's scales and, from column group `boundary` on, its second. Clamped: a tile may begin or end
-  // past N, beside a ragged edge.
-  const int last = (p.n - 1) / kScaleBlock, column = min_of(t.n / kScaleBlock, last);
-  int boundary = (kScaleBlock - t.n % kScaleBlock) / C.scale_group();
-  const float* sfb[2] = {p.sfb + column * p.sfb_stride_n + ks.begin * p.sfb_stride_k};
-  sfb[1] = sfb[0] + (min_of(column + 1, last) - column) * p.sfb_stride_n;
   int first_row = fragment_row<C>(consumer, 0);
+  const u64 first_a = ptx::wgmma_descriptor(smem.a(0) + consumer * C.consumer_rows() * kBlockK);
+  const u64 first_b = ptx::wgmma_descriptor(smem.b(0));
   // In registers to stay: recomputed in the loop, as the compiler prefers, they would delay every product.
-  ptx::keep_in_register(lane), ptx::keep_in_register(first_row), ptx::keep_in_register(boundary);
-  ptx::keep_in_register(ks.end);
+  ptx::keep_in_register(lane), ptx::keep_in_register(first_row), ptx::keep_in_register(ks.end);
 
 #pragma unroll
   for (auto& wave : acc)
 #pragma unroll
     for (float& x : wave) x = 0;
 
-  // Of the next k-block, so that they are here when they are needed. Not __ldg: the previous kernel may have written them.
-  float next_scales_b[C.num_b_scales()];
-  const auto load_scales_b = [&](bool in_range) {
-#pragma unroll
-    for (int i = 0; i < C.num_b_scales(); ++i)
-      if (in_range) next_scales_b[i] = *sfb[i], sfb[i] += p.sfb_stride_k;
-  };
-  load_scales_b(ks.begin < ks.end);
-
 #pragma unroll 4
   for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
-    float scales_a[C.num_waves()][2], scales_b[C.num_b_scales()];
-#pragma unroll
-    for (int i = 0; i < C.num_b_scales(); ++i) scales_b[i] = next_scales_b[i];
-    load_scales_b(kb + 1 < ks.end);
     pipe.wait_full();
 
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
       float partial[C.block_n / 2];
-      const u64 desc_a =
-          ptx::wgmma_descriptor(smem.a(pipe.stage) + (consumer * C.consumer_rows() + wave * 64) * kBlockK);
-      const u64 desc_b = ptx::wgmma_descriptor(smem.b(pipe.stage));
+      const u64 desc_a = ptx::wgmma_advance(first_a, pipe.stage * C.block_m * kBlockK + wave * 64 * kBlockK);
+      const u64 desc_b = ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK);
       ptx::wgmma_fence_registers(partial);
       ptx::wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kBlockK; k += kWgmmaK)  // a descriptor counts in 16 bytes
-        ptx::WgmmaE4m3<C.block_n>::issue(partial, desc_a + k / 16, desc_b + k / 16, k > 0);
+      for (int k = 0; k < kBlockK; k += kWgmmaK)
+        ptx::WgmmaE4m3<C.block_n>::issue(partial, ptx::wgmma_advance(desc_a, k), ptx::wgmma_advance(desc_b, k), k > 0);
       ptx::wgmma_commit();
-      scales_a[wave][0] = smem.sfa(pipe.stage)[first_row + wave * 64];  // under the product
-      scales_a[wave][1] = smem.sfa(pipe.stage)[first_row + wave * 64 + 8];
+      const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;  // under the product
+      const float scales_a[2] = {sfa[0], sfa[8]};
+      float scales_b[C.num_scale_groups()];
+#pragma unroll
+      for (int group = 0; group < C.num_scale_groups(); ++group) scales_b[group] = smem.sfb(pipe.stage)[group];
       ptx::wgmma_wait<0>();
-      ptx::wgmma_fence_registers(partial);
-
       if (wave == C.num_waves() - 1 && lane < (C.multicasts() ? C.cluster_size() : 1)) {
         if constexpr (C.multicasts())
           ptx::mbarrier_arrive_cluster(&pipe.empty[pipe.stage], lane);
         else
           ptx::mbarrier_arrive(&pipe.empty[pipe.stage]);
       }
+      ptx::wgmma_fence_registers(partial);  // after the arrival: no promotion goes before it
 
-      promote<C>(acc[wave], partial, scales_a[wave], scales_b, boundary);
+      promote<C>(acc[wave], partial, scales_a, scales_b);
     }
   }
 }
@@ -198,11 +190,13 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
   auto pipe = smem.pipeline();
   auto tiles = my_tiles<C>(p);
   auto staged = smem.staged();
-  for (Tile t; tiles.next(t);) {
+  Tile t, next;
+  for (bool more = tiles.next(t); more; t = next) {
     if constexpr (C.stores_by_tma())
       if (p.c_ptr != nullptr && threadIdx.x % kWarpgroup == 0) staged.load_c(p, t, consumer);
     Accumulator<C> acc;
-    accumulate_tile<C>(p, smem, pipe, t, consumer, acc);
+    accumulate_tile<C>(p, smem, pipe, consumer, acc);
+    more = tiles.next(next);  // its divisions hide among the stores
     if constexpr (C.stores_by_tma())
       staged.store(p, t, consumer, acc);
     else if constexpr (C.split_k == 1)
@@ -229,7 +223,7 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   if (threadIdx.x == 0) {
     const auto pipe = smem.pipeline();
     for (int s = 0; s < C.num_stages; ++s) {
-      ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + kScaleWarpLanes);
+      ptx::mbarrier_init(&pipe.full[s], 1 + kScaleWarpLanes);
       ptx::mbarrier_init(&pipe.empty[s],
                          C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
     }
@@ -249,7 +243,7 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers == 2) ptx::register_decrease<40>();
     if (warp == 0 && ptx::elect_one()) load_operands<C>(p, smem);
-    if (warp == 1 && !p.sfa_by_tma) load_scales<C>(p, smem);
+    if (warp == 1) load_scales<C>(p, smem);
   } else {
     if constexpr (C.num_consumers == 2) ptx::register_increase<232>();
     consume_tiles<C>(p, smem, warpgroup);

@@ -38,12 +38,14 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(u64* bar, u32 cta_rank) 
       : "memory");
 }
 
+// The hint lets a waiting warp sleep until the phase completes (at most so many nanoseconds) instead of spinning.
 __device__ __forceinline__ void mbarrier_wait(u64* bar, u32 phase) {
+  constexpr u32 kSuspendTimeHint = 10'000'000;
   asm volatile(
       "{ .reg .pred done;\n"
-      "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
       "@!done bra WAIT; }" ::"r"(smem_addr(bar)),
-      "r"(phase)
+      "r"(phase), "r"(kSuspendTimeHint)
       : "memory");
 }
 

@@ -25,4 +25,9 @@ __device__ __forceinline__ u64 wgmma_descriptor(const void* smem) {
   return kSwizzle128 | kGroupStride | kUnusedLeading | ((smem_addr(smem) & 0x3ffff) >> 4);
 }
 
+// The same operand `bytes` further on. Shared memory is small: the address never carries out of the lower half.
+__device__ __forceinline__ u64 wgmma_advance(u64 descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + bytes / 16);
+}
+
 }  // namespace phalanx::ptx
