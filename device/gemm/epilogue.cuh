@@ -106,33 +106,41 @@ struct StagedTile {
       ptx::tma_load_2d(panel_row(panel, row), &p.c, &c_full[consumer], t.n + panel * kPanelColumns, t.m + row);
   }
 
-  __device__ void store(const GemmParams& p, const Tile& t, int consumer, const Accumulator<C>& acc) {
+  // Visits this thread's place in every 8 x 32-byte piece of the staged tile: f(shared memory, its 8 values).
+  template <class F>
+  __device__ void for_each_piece(int consumer, Accumulator<C>& acc, F f) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    const bool is_issuer = threadIdx.x % kWarpgroup == 0, has_c = p.c_ptr != nullptr;
-    if (has_c) {
-      ptx::mbarrier_wait(&c_full[consumer], phase);
-      phase ^= 1;
-    } else {
-      if (is_issuer) ptx::tma_store_wait_read();
-      ptx::named_barrier_sync(1 + consumer, kWarpgroup);  // the previous tile has left the buffer
-    }
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
       const int row = consumer * C.consumer_rows() + wave * 64 + warp * 16 + lane % 16;
 #pragma unroll
       for (int i = 0; i < C.block_n / 8; i += 2) {  // two 8-column chunks at a time
         const int chunk = i + lane / 16;
-        u8* smem = panel_row(chunk / 8, row) + ((chunk % 8) ^ (row % 8)) * 16;
-        u32 pairs[4] = {};
-        if (has_c) ptx::ldmatrix_x4(pairs, smem);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float* x = &acc[wave][i * 4 + j * 2];
-          pairs[j] = ptx::pack_bf16(x[0] + ptx::bf16_lo(pairs[j]), x[1] + ptx::bf16_hi(pairs[j]));
-        }
-        ptx::stmatrix_x4(smem, pairs);
+        f(panel_row(chunk / 8, row) + ((chunk % 8) ^ (row % 8)) * 16, &acc[wave][i * 4]);
       }
     }
+  }
+
+  __device__ void store(const GemmParams& p, const Tile& t, int consumer, Accumulator<C>& acc) {
+    const bool is_issuer = threadIdx.x % kWarpgroup == 0;
+    if (p.c_ptr != nullptr) {  // a pass of its own, so that who has no C pays nothing
+      ptx::mbarrier_wait(&c_full[consumer], phase);
+      phase ^= 1;
+      for_each_piece(consumer, acc, [](u8* smem, float* x) {
+        u32 pairs[4];
+        ptx::ldmatrix_x4(pairs, smem);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[j * 2] += ptx::bf16_lo(pairs[j]), x[j * 2 + 1] += ptx::bf16_hi(pairs[j]);
+      });
+    } else {
+      if (is_issuer) ptx::tma_store_wait_read();
+      ptx::named_barrier_sync(1 + consumer, kWarpgroup);  // the previous tile has left the buffer
+    }
+    for_each_piece(consumer, acc, [](u8* smem, const float* x) {
+      const u32 pairs[4] = {ptx::pack_bf16(x[0], x[1]), ptx::pack_bf16(x[2], x[3]), ptx::pack_bf16(x[4], x[5]),
+                            ptx::pack_bf16(x[6], x[7])};
+      ptx::stmatrix_x4(smem, pairs);
+    });
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(1 + consumer, kWarpgroup);
     if (p.n % 8 != 0 && t.n + C.block_n > p.n) {  // TMA writes whole 16 bytes, and so past a ragged N
@@ -148,10 +156,12 @@ struct StagedTile {
 
   // One thread a row at a time, element by element: slow, and rare.
   __device__ void copy_out(const GemmParams& p, const Tile& t, int consumer) const {
+#pragma unroll 1
     for (int i = threadIdx.x % kWarpgroup; i < C.consumer_rows(); i += kWarpgroup) {
       const int row = consumer * C.consumer_rows() + i;
       if (t.m + row >= p.m) return;
       u16* d = static_cast<u16*>(p.d_ptr) + (t.m + row) * p.d_stride + t.n;
+#pragma unroll 1
       for (int col = 0; col < C.block_n && t.n + col < p.n; ++col) {
         const int chunk = col % kPanelColumns / 8;
         d[col] =
