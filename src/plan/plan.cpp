@@ -10,57 +10,67 @@ namespace phalanx::plan {
 namespace {
 
 constexpr int kDefaultGroupM = 8;
+constexpr int kSmemPerSm = 233472;  // bytes that the CTAs of one SM share
 
-// Fastest stage count that fits beside everything else in shared memory.
-constexpr GemmConfig with_most_stages(GemmConfig c, int most) {
-  for (c.num_stages = most; c.num_stages > 2 && !is_valid(c);) --c.num_stages;
+// The deepest pipeline that fits in `smem_bytes`, up to 12 stages: more were never faster.
+constexpr GemmConfig with_stages(GemmConfig c, int smem_bytes = kMaxSmemBytes) {
+  for (c.num_stages = 12; c.num_stages > 2 && smem_layout(c).total > smem_bytes;) --c.num_stages;
   return c;
-}
-
-constexpr GemmConfig tile(int block_m, int block_n, int num_consumers, int cluster_n, int split_k, OutType out) {
-  return with_most_stages({.block_m = block_m,
-                           .block_n = block_n,
-                           .num_consumers = num_consumers,
-                           .cluster_n = cluster_n,
-                           .split_k = split_k,
-                           .out = out},
-                          12);
 }
 
 std::vector<GemmConfig> make_configs() {
   std::vector<GemmConfig> list;
   for (const OutType out : {OutType::bf16, OutType::f32}) {
-    list.push_back(tile(256, 128, 2, 2, 1, out));
-    list.push_back(tile(256, 128, 2, 1, 1, out));
-    list.push_back(tile(128, 128, 2, 2, 1, out));
-    list.push_back(tile(128, 128, 2, 1, 1, out));
-    list.push_back(tile(128, 64, 2, 1, 1, out));
-    for (const int block_n : {64, 128})
-      for (const int split_k : {1, 2, 4, 8}) list.push_back(tile(64, block_n, 1, 1, split_k, out));
+    // Many rows: the tensor cores and shared memory decide.
+    list.push_back(with_stages({.block_m = 256, .block_n = 128, .cluster_n = 2, .out = out}));
+    list.push_back(with_stages({.block_m = 128, .block_n = 192, .cluster_m = 2, .out = out}));
+    list.push_back(with_stages({.block_m = 128, .block_n = 128, .out = out}));
+    // Few rows: every SM streams weights; a narrow tile or a split K gives work to all of them.
+    for (const int split_k : {1, 2, 4})
+      list.push_back(with_stages({.block_m = 128, .block_n = 64, .split_k = split_k, .out = out}));
+    for (const auto& [block_n, split_k] : {std::pair{32, 1}, {32, 2}, {64, 1}, {64, 2}, {128, 1}, {128, 2}})
+      list.push_back(
+          with_stages({.block_m = 64, .block_n = block_n, .num_consumers = 1, .split_k = split_k, .out = out}));
+    // Large clusters leave SMs idle unless two fit on one.
+    for (const int split_k : {4, 8})
+      list.push_back(with_stages({.block_m = 64, .block_n = 64, .num_consumers = 1, .split_k = split_k, .out = out},
+                                 kSmemPerSm / 2 - 1024));
   }
   return list;
 }
 
-// Cycles of one SM, from measurements on an H200: docs/tuning.md. Only their order matters.
-double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
-  const double k_blocks = ceil_div(ceil_div(p.k, kBlockK), c.split_k);
-  const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
-  const double ctas = double(tiles.count()) * c.cluster_size();
-  const double slots = num_sms / c.cluster_size() * c.cluster_size();
-  const double waves = std::max(1.0, std::ceil(ctas / slots));
+// SMs that clusters of a size can occupy: those of a GPC that do not fill one stay idle.
+int usable_sms(int cluster_size, int num_sms) {
+  const int used = cluster_size <= 2 ? num_sms : cluster_size <= 4 ? num_sms * 10 / 11 : num_sms * 8 / 10;
+  return std::max(used / cluster_size, 1) * cluster_size;
+}
 
-  // A k-block costs the larger of its products and its loads. Both overlap, the tensor cores lose some to promotion.
-  const double mma =
-      4.0 * c.block_m / 64 * c.block_n / 2 * (c.num_consumers == 2 ? (c.num_waves() == 2 ? 1.28 : 1.42) : 1.6);
-  const double active = std::min(ctas, slots);
-  const double dram_share = 2300.0 / active;  // bytes per cycle: 4.5 TB/s at 1.98 GHz, over the SMs that read
-  const double b_bytes = double(c.block_n) * kBlockK, a_bytes = double(c.block_m) * kBlockK / c.cluster_n;
-  const double b_reads =
-      std::min(1.0, double(tiles.tiles_n) * c.cluster_n / active);  // B's share that is not re-read from L2
-  const double l2_share = std::min(64.0, 5200.0 / active);
-  const double load = std::max(b_bytes * b_reads / dram_share, (a_bytes + b_bytes) / l2_share);
-  const double fixed = 1500 + (c.split_k > 1 ? 1200 + 100 * c.split_k : 0) + c.block_m * c.block_n / 16.0;
-  return waves * (k_blocks * std::max(mma, load) + fixed);
+// Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in order.
+double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
+  constexpr double kMmaLoss = 1.27;      // promotion and shared memory that products of two consumers do not hide
+  constexpr double kWaveLatency = 236;   // from a full stage to its promotion, where nothing hides it
+  constexpr double kDramBytes = 1770;    // per cycle, all SMs
+  constexpr double kSmBytes = 42;        // per cycle, one SM
+  constexpr double kLoadLatency = 2294;  // from an empty stage to a full one
+  constexpr double kTile = 1645;         // pipeline fill, epilogue, store
+  constexpr double kSplit = 4069, kSplitPart = 154;  // reduction through distributed shared memory
+
+  const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
+  const double k_blocks = ceil_div(ceil_div(p.k, kBlockK), c.split_k),
+               num_ctas = double(tiles.count()) * c.cluster_size();
+  const int per_sm = c.split_k > 1 && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm && c.num_consumers == 1 ? 2 : 1;
+  const double slots = usable_sms(c.cluster_size(), num_sms) * per_sm, active = std::min(num_ctas, slots);
+  const double n = c.block_n, waves = c.num_waves();
+
+  double mma =
+      waves * (c.num_consumers == 2 ? std::max(2 * 2 * n * kMmaLoss, 2.5 * n + kWaveLatency) : 2.5 * n + kWaveLatency);
+  if (active > num_sms) mma *= per_sm;
+  const double columns_of_b = double(tiles.tiles_n) * c.cluster_n * c.split_k;
+  const double dram = n * kBlockK * std::min(1.0, columns_of_b / active) * active / kDramBytes;
+  const double sm = (double(c.block_m) / c.cluster_n + n / c.cluster_m) * kBlockK / kSmBytes;
+  const double k_block = std::max({mma, dram, sm, kLoadLatency / c.num_stages});
+  const double tile = kTile + (c.split_k > 1 ? kSplit + kSplitPart * c.split_k : 0);
+  return std::ceil(num_ctas / slots) * (k_blocks * k_block + tile);
 }
 
 }  // namespace
@@ -84,6 +94,7 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
   for (const GemmConfig& config : all_gemm_configs()) {
     if (config.out != problem.out) continue;
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
+    if (config.block_m > 64 && problem.m <= config.block_m / 2) continue;  // half of the tile would be empty
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
   }
