@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <map>
 #include <mutex>
-#include <optional>
 #include <thread>
 
 #include "cli/commands.h"
@@ -120,29 +120,30 @@ Json to_json(const std::vector<jit::KernelSource>& kernels, const std::vector<Ou
           {"kernels", rows}};
 }
 
-// Says what is wrong with each bad kernel; returns how many there are.
+std::string fault_of(const Outcome& outcome) {
+  if (!outcome.error.empty()) return outcome.error;
+  std::string fault;
+  if (outcome.info.spill_bytes > 0) fault += fmt::format("spills {} bytes; ", outcome.info.spill_bytes);
+  if (outcome.info.stack_bytes > 0) fault += fmt::format("has a stack of {} bytes; ", outcome.info.stack_bytes);
+  return fault + fmt::format("{}", fmt::join(outcome.info.warnings, "; "));
+}
+
+// Says what is wrong with the bad kernels, each fault once; returns how many are bad.
 int print_faults(const std::vector<jit::KernelSource>& kernels, const std::vector<Outcome>& outcomes) {
+  std::map<std::string, std::vector<std::string>> names_by_fault;
   int num_bad = 0;
   for (std::size_t i = 0; i < kernels.size(); ++i) {
-    const Outcome& outcome = outcomes[i];
-    if (outcome.good()) continue;
+    if (outcomes[i].good()) continue;
     ++num_bad;
-    fmt::print(stderr, "{}:", kernels[i].name);
-    if (!outcome.error.empty()) fmt::print(stderr, " {}", outcome.error);
-    if (outcome.info.spill_bytes > 0) fmt::print(stderr, " spills {} bytes", outcome.info.spill_bytes);
-    if (outcome.info.stack_bytes > 0) fmt::print(stderr, " has a stack of {} bytes", outcome.info.stack_bytes);
-    for (const auto& warning : outcome.info.warnings) fmt::print(stderr, " {}", warning);
-    fmt::print(stderr, "\n");
+    names_by_fault[fault_of(outcomes[i])].push_back(kernels[i].name);
   }
+  for (const auto& [fault, names] : names_by_fault) fmt::print(stderr, "{}: {}\n", fmt::join(names, ", "), fault);
   return num_bad;
 }
 
 }  // namespace
 
 int warmup(const WarmupOptions& options) {
-  if (const auto nvrtc = jit::nvrtc_info(); !nvrtc.available) {
-    throw std::runtime_error("warmup: compiling needs NVRTC, and there is none: " + nvrtc.error);
-  }
   if (!options.out.empty()) std::filesystem::create_directories(options.out);
 
   const auto kernels = jit::all_kernels();

@@ -1,0 +1,112 @@
+"""The command `phalanx`, as built."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(os.environ.get("PHALANX_LIBRARY_DIR", "build/python")).parent / "src/cli/phalanx"
+pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not built")
+
+NO_NVRTC = {"PHALANX_NVRTC": "/nonexistent/libnvrtc.so.13"}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory) -> Path:
+    """Every kernel, from a warm-up that may take them from the cache."""
+    folder = tmp_path_factory.mktemp("pack")
+    result = run("warmup", "--out", str(folder / "pack"), "--json", str(folder / "warmup.json"))
+    assert result.returncode == 0, result.stderr
+    return folder / "pack"
+
+
+def test_info_names_what_a_bug_report_needs(tmp_path):
+    result = run("info", "--json", PHALANX_CACHE_DIR=str(tmp_path), PHALANX_LOG_LEVEL="error")
+    assert result.returncode == 0, result.stderr
+    info = json.loads(result.stdout)
+    assert {"version", "system", "cpu", "driver", "gpus", "nvrtc", "packs", "environment"} <= info.keys()
+    assert info["cache"] == {"directory": str(tmp_path), "entries": 0, "bytes": 0}
+    assert info["environment"]["PHALANX_LOG_LEVEL"] == "error"
+    assert info["driver"]["available"] or info["driver"]["error"]
+
+
+def test_info_says_why_there_is_no_nvrtc():
+    text = run("info", **NO_NVRTC).stdout
+    assert "/nonexistent/libnvrtc.so.13" in text
+
+
+def test_info_keeps_other_variables_private():
+    assert "hunter2" not in run("info", SECRET="hunter2").stdout
+
+
+def test_warmup_lists_every_kernel(pack):
+    kernels = json.loads((pack.parent / "warmup.json").read_text())["kernels"]
+    assert len(kernels) > 12
+    assert len({kernel["name"] for kernel in kernels}) == len(kernels)
+    for kernel in kernels:
+        assert kernel["seconds"] > 0 and kernel["registers"] > 0, kernel
+        assert kernel["spill_bytes"] == kernel["stack_bytes"] == 0 and not kernel["warnings"] and not kernel["error"]
+
+
+def test_pack_serves_where_there_is_no_nvrtc(pack, tmp_path):
+    there = {"PHALANX_CACHE_DIR": str(tmp_path / "cache"), **NO_NVRTC}
+    result = run("warmup", "--json", "-", PHALANX_PACK_PATH=str(pack), **there)
+    assert result.returncode == 0, result.stderr
+    assert {kernel["origin"] for kernel in json.loads(result.stdout)["kernels"]} == {"pack"}
+
+
+def test_warmup_fails_without_nvrtc_and_says_so_once(tmp_path):
+    result = run("warmup", PHALANX_CACHE_DIR=str(tmp_path), PHALANX_PACK_PATH="", **NO_NVRTC)
+    assert result.returncode == 1
+    assert result.stderr.count("/nonexistent/libnvrtc.so.13' cannot") <= 1
+    assert "/nonexistent/libnvrtc.so.13" in result.stderr
+
+
+def test_cache_shows_and_clears(pack):
+    here = {"PHALANX_CACHE_DIR": str(pack.parent / "cache")}
+    assert run("warmup", "--out", here["PHALANX_CACHE_DIR"]).returncode == 0  # a pack and a cache are laid out alike
+    shown = json.loads(run("cache", "show", "--json", **here).stdout)
+    assert len(shown["entries"]) > 12
+    assert shown["bytes"] == sum(entry["bytes"] for entry in shown["entries"])
+    cleared = run("cache", "clear", **here)
+    assert cleared.returncode == 0 and str(len(shown["entries"])) in cleared.stdout
+    assert json.loads(run("cache", "show", "--json", **here).stdout)["entries"] == []
+
+
+def test_bench_times_one_shape_on_the_cpu():
+    result = run(*"bench --device cpu --m 3 --n 20 --k 144 --repeats 2 --seconds 0 --out-dtype f32 --json -".split())
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)["rows"]
+    assert row["shape"] == {"m": 3, "n": 20, "k": 144, "out": "f32"}
+    assert row["median_us"] > 0
+    assert row["tflops"] == pytest.approx(2 * 3 * 20 * 144 / row["median_us"] * 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("bench --device tpu", "--device: tpu"),
+        ("bench --set nothing", "--set: nothing"),
+        ("bench --m 4", "--m requires"),
+        ("bench --m 0 --n 1 --k 1", "--m"),
+        ("bench --device cuda:99", "cuda"),
+        ("warmup --jobs -1", "--jobs"),
+        ("cache", "subcommand"),
+        ("frobnicate", "subcommand"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, named):
+    result = run(*arguments.split())
+    assert result.returncode != 0
+    assert named in result.stderr + result.stdout
+
+
+def test_unwritable_json_is_an_error():
+    result = run(*"bench --device cpu --m 1 --n 16 --k 16 --repeats 1 --seconds 0 --json /nonexistent/x.json".split())
+    assert result.returncode == 1 and "/nonexistent/x.json" in result.stderr
