@@ -18,6 +18,15 @@ constexpr T min_of(T a, T b) {
   return a < b ? a : b;
 }
 
+template <bool kCondition, class A, class B>
+struct Conditional {
+  using Type = A;
+};
+template <class A, class B>
+struct Conditional<false, A, B> {
+  using Type = B;
+};
+
 constexpr int gcd_of(int a, int b) { return b == 0 ? a : gcd_of(b, a % b); }
 
 }  // namespace phalanx

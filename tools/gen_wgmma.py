@@ -6,7 +6,7 @@ The instruction names each of its N / 2 accumulator registers, which no template
 
 from pathlib import Path
 
-WIDTHS = (8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
+WIDTHS = (16, 32, 64, 128, 192, 256)
 OUTPUT = Path(__file__).resolve().parent.parent / "device/ptx/wgmma_e4m3.cuh"
 
 HEADER = """\
@@ -16,7 +16,8 @@ HEADER = """\
 
 namespace phalanx::ptx {
 
-// d (+)= A · Bᵀ for 64 x N x 32 elements, both operands K-major in swizzled shared memory; asynchronous.
+// issue: d (+)= A · Bᵀ for 64 x N x 32 elements, both operands K-major in swizzled shared memory; asynchronous.
+// pin:   the compiler does not know that a product in flight writes `d`; no access to `d` moves across this.
 template <int N>
 struct WgmmaE4m3;
 """
@@ -32,6 +33,11 @@ struct WgmmaE4m3<{n}> {{
         "}}, %{a}, %{b}, p, 1, 1; }}"
         : {outputs}
         : "l"(desc_a), "l"(desc_b), "r"(int(accumulate)));
+  }}
+  static __device__ __forceinline__ void pin(float (&d)[{count}]) {{
+    asm volatile(
+        ""
+        : {outputs}::"memory");
   }}
 }};
 """

@@ -22,67 +22,68 @@ __device__ int fragment_row(int consumer, int wave) {
   return consumer * C.consumer_rows() + wave * 64 + warp * 16 + lane / 4;
 }
 
-// --- two neighbouring elements of a row, `col` even -----------------------------------------------------------------
+// --- pieces of a row --------------------------------------------------------------------------------------------------
 
+// Part of one row of C or D, beginning at an even column; `cols` elements are left in it. Read and written in pairs: a pair
+// is aligned, and an odd N leaves a single element at the end.
 template <OutType kOut>
-__device__ float2 load_pair(const void* base, i64 offset, bool has_second) {
-  if constexpr (kOut == OutType::f32) {
-    const float* p = static_cast<const float*>(base) + offset;
-    return has_second ? *reinterpret_cast<const float2*>(p) : make_float2(*p, 0);
-  } else {
-    const u16* p = static_cast<const u16*>(base) + offset;
-    const u32 pair = has_second ? *reinterpret_cast<const u32*>(p) : *p;
-    return make_float2(ptx::bf16_lo(pair), ptx::bf16_hi(pair));
+struct RowPiece {
+  using Element = typename Conditional<kOut == OutType::f32, float, u16>::Type;
+  Element* p;
+  int cols;
+
+  __device__ RowPiece(const void* base, i64 offset, int cols_)
+      : p(static_cast<Element*>(const_cast<void*>(base)) + offset), cols(cols_) {}
+
+  __device__ float2 load(int col) const {
+    if (col + 1 < cols) {
+      if constexpr (kOut == OutType::f32) return *reinterpret_cast<const float2*>(p + col);
+      const u32 pair = *reinterpret_cast<const u32*>(p + col);
+      return make_float2(ptx::bf16_lo(pair), ptx::bf16_hi(pair));
+    }
+    if (col >= cols) return make_float2(0, 0);
+    if constexpr (kOut == OutType::f32) return make_float2(p[col], 0);
+    return make_float2(ptx::bf16_to_float(p[col]), 0);
   }
-}
 
-template <OutType kOut>
-__device__ void store_pair(void* base, i64 offset, float2 v, bool has_second) {
-  if constexpr (kOut == OutType::f32) {
-    float* p = static_cast<float*>(base) + offset;
-    if (has_second)
-      *reinterpret_cast<float2*>(p) = v;
-    else
-      *p = v.x;
-  } else {
-    u16* p = static_cast<u16*>(base) + offset;
-    const u32 pair = ptx::pack_bf16(v.x, v.y);
-    if (has_second)
-      *reinterpret_cast<u32*>(p) = pair;
-    else
-      *p = static_cast<u16>(pair);
+  __device__ void store(int col, float2 v) const {
+    if constexpr (kOut == OutType::f32) {
+      if (col + 1 < cols)
+        *reinterpret_cast<float2*>(p + col) = v;
+      else if (col < cols)
+        p[col] = v.x;
+    } else {
+      const u32 pair = ptx::pack_bf16(v.x, v.y);
+      if (col + 1 < cols)
+        *reinterpret_cast<u32*>(p + col) = pair;
+      else if (col < cols)
+        p[col] = static_cast<u16>(pair);
+    }
   }
-}
+};
 
-template <OutType kOut>
-__device__ float2 add_c(const GemmParams& p, int row, int col, float2 v) {
-  if (p.c_ptr == nullptr || row >= p.m || col >= p.n) return v;
-  const float2 c = load_pair<kOut>(p.c_ptr, row * p.c_stride + col, col + 1 < p.n);
-  return make_float2(v.x + c.x, v.y + c.y);
-}
-
-template <OutType kOut>
-__device__ void add_c_and_store(const GemmParams& p, int row, int col, float2 v) {
-  if (row >= p.m || col >= p.n) return;
-  store_pair<kOut>(p.d_ptr, row * p.d_stride + col, add_c<kOut>(p, row, col, v), col + 1 < p.n);
-}
-
-// --- three ways out -------------------------------------------------------------------------------------------------
+// --- three ways out ---------------------------------------------------------------------------------------------------
 
 // Registers -> D.
 template <GemmConfig C>
-__device__ void store_tile_direct(const GemmParams& p, const Tile& t, int consumer, const Accumulator<C>& acc) {
-  const int lane = threadIdx.x % 32;
+__device__ void store_tile_direct(const GemmParams& p, const Tile& t, int consumer, Accumulator<C>& acc) {
+  const int col = t.n + threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int wave = 0; wave < C.num_waves(); ++wave) {
-    const int row = t.m + fragment_row<C>(consumer, wave);
+  for (int i = 0; i < C.num_waves() * 2; ++i) {
+    const int row = t.m + fragment_row<C>(consumer, i / 2) + i % 2 * 8;
+    float* x = &acc[i / 2][i % 2 * 2];
+    if (row >= p.m) continue;
+    if (p.c_ptr != nullptr) {
+      const RowPiece<C.out> c(p.c_ptr, row * p.c_stride + col, p.n - col);
 #pragma unroll
-    for (int i = 0; i < C.block_n / 8; ++i) {
-      const int col = t.n + i * 8 + lane % 4 * 2;
-      const float* x = &acc[wave][i * 4];
-      add_c_and_store<C.out>(p, row, col, make_float2(x[0], x[1]));
-      add_c_and_store<C.out>(p, row + 8, col, make_float2(x[2], x[3]));
+      for (int j = 0; j < C.block_n / 8; ++j) {
+        const float2 v = c.load(j * 8);
+        x[j * 4] += v.x, x[j * 4 + 1] += v.y;
+      }
     }
+    const RowPiece<C.out> d(p.d_ptr, row * p.d_stride + col, p.n - col);
+#pragma unroll
+    for (int j = 0; j < C.block_n / 8; ++j) d.store(j * 8, make_float2(x[j * 4], x[j * 4 + 1]));
   }
 }
 
@@ -203,8 +204,15 @@ struct SplitKReduction {
         const float4 x = ptx::load_cluster_f4(partial + row * kRowFloats + col, peer);
         sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
       }
-      add_c_and_store<C.out>(p, t.m + row, t.n + col, make_float2(sum.x, sum.y));
-      add_c_and_store<C.out>(p, t.m + row, t.n + col + 2, make_float2(sum.z, sum.w));
+      const int cols = p.n - t.n - col;
+      if (p.c_ptr != nullptr) {
+        const RowPiece<C.out> c(p.c_ptr, (t.m + row) * p.c_stride + t.n + col, cols);
+        const float2 lo = c.load(0), hi = c.load(2);
+        sum = make_float4(sum.x + lo.x, sum.y + lo.y, sum.z + hi.x, sum.w + hi.y);
+      }
+      const RowPiece<C.out> d(p.d_ptr, (t.m + row) * p.d_stride + t.n + col, cols);
+      d.store(0, make_float2(sum.x, sum.y));
+      d.store(2, make_float2(sum.z, sum.w));
     }
   }
 };

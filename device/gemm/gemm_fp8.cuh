@@ -136,6 +136,7 @@ __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float
 template <GemmConfig C>
 __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem, Pipeline<C.num_stages>& pipe,
                                 int consumer, Accumulator<C>& acc) {
+  using Wgmma = ptx::WgmmaE4m3<C.block_n>;
   constexpr int kWgmmaK = 32;
   int lane = threadIdx.x % 32;
   KRange ks = my_k_range<C>(p);
@@ -150,7 +151,7 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
 #pragma unroll
     for (float& x : wave) x = 0;
 
-#pragma unroll 4
+#pragma unroll 2
   for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
     pipe.wait_full();
 
@@ -159,11 +160,11 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
       float partial[C.block_n / 2];
       const u64 desc_a = ptx::wgmma_advance(first_a, pipe.stage * C.block_m * kBlockK + wave * 64 * kBlockK);
       const u64 desc_b = ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK);
-      ptx::wgmma_fence_registers(partial);
+      Wgmma::pin(partial);
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kBlockK; k += kWgmmaK)
-        ptx::WgmmaE4m3<C.block_n>::issue(partial, ptx::wgmma_advance(desc_a, k), ptx::wgmma_advance(desc_b, k), k > 0);
+        Wgmma::issue(partial, ptx::wgmma_advance(desc_a, k), ptx::wgmma_advance(desc_b, k), k > 0);
       ptx::wgmma_commit();
       const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;  // under the product
       const float scales_a[2] = {sfa[0], sfa[8]};
@@ -177,7 +178,7 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
         else
           ptx::mbarrier_arrive(&pipe.empty[pipe.stage]);
       }
-      ptx::wgmma_fence_registers(partial);  // after the arrival: no promotion goes before it
+      Wgmma::pin(partial);  // after the arrival: no promotion goes before it
 
       promote<C>(acc[wave], partial, scales_a, scales_b);
     }

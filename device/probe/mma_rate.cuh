@@ -40,7 +40,7 @@ __device__ __forceinline__ void mma_rate(const u32* operands, int num_iterations
 
 #pragma unroll 1
   for (int iteration = 0; iteration < num_iterations; ++iteration) {
-    ptx::wgmma_fence_registers(acc);
+    ptx::WgmmaE4m3<kN>::pin(acc);
     ptx::wgmma_fence();
 #pragma unroll
     for (int stage = 0; stage < kMmaStages; ++stage) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void mma_rate(const u32* operands, int num_iterations
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
-    ptx::wgmma_fence_registers(acc);
+    ptx::WgmmaE4m3<kN>::pin(acc);
   }
 
   float sum = 0;

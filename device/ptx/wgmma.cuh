@@ -12,13 +12,6 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler does not know that a product in flight writes `d`: pin the registers before issue and after the wait.
-template <int kCount>
-__device__ __forceinline__ void wgmma_fence_registers(float (&d)[kCount]) {
-#pragma unroll
-  for (float& x : d) asm volatile("" : "+f"(x)::"memory");
-}
-
 // A K-major operand of 128-byte rows with the 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
 __device__ __forceinline__ u64 wgmma_descriptor(const void* smem) {
   constexpr u64 kSwizzle128 = u64{1} << 62, kGroupStride = u64{1024 >> 4} << 32, kUnusedLeading = u64{1} << 16;
