@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -13,21 +14,23 @@ pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not 
 NO_NVRTC = {"PHALANX_NVRTC": "/nonexistent/libnvrtc.so.13"}
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, env={**os.environ, **environment})
+def run(arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [PROGRAM, *shlex.split(arguments)], capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory) -> Path:
     """Every kernel, from a warm-up that may take them from the cache."""
     folder = tmp_path_factory.mktemp("pack")
-    result = run("warmup", "--out", str(folder / "pack"), "--json", str(folder / "warmup.json"))
+    result = run(f"warmup --out {folder}/pack --json {folder}/warmup.json")
     assert result.returncode == 0, result.stderr
     return folder / "pack"
 
 
 def test_info_names_what_a_bug_report_needs(tmp_path):
-    result = run("info", "--json", PHALANX_CACHE_DIR=str(tmp_path), PHALANX_LOG_LEVEL="error")
+    result = run("info --json", PHALANX_CACHE_DIR=str(tmp_path), PHALANX_LOG_LEVEL="error")
     assert result.returncode == 0, result.stderr
     info = json.loads(result.stdout)
     assert {"version", "system", "cpu", "driver", "gpus", "nvrtc", "packs", "environment"} <= info.keys()
@@ -56,7 +59,7 @@ def test_warmup_lists_every_kernel(pack):
 
 def test_pack_serves_where_there_is_no_nvrtc(pack, tmp_path):
     there = {"PHALANX_CACHE_DIR": str(tmp_path / "cache"), **NO_NVRTC}
-    result = run("warmup", "--json", "-", PHALANX_PACK_PATH=str(pack), **there)
+    result = run("warmup --json -", PHALANX_PACK_PATH=str(pack), **there)
     assert result.returncode == 0, result.stderr
     assert {kernel["origin"] for kernel in json.loads(result.stdout)["kernels"]} == {"pack"}
 
@@ -70,17 +73,17 @@ def test_warmup_fails_without_nvrtc_and_says_so_once(tmp_path):
 
 def test_cache_shows_and_clears(pack):
     here = {"PHALANX_CACHE_DIR": str(pack.parent / "cache")}
-    assert run("warmup", "--out", here["PHALANX_CACHE_DIR"]).returncode == 0  # a pack and a cache are laid out alike
-    shown = json.loads(run("cache", "show", "--json", **here).stdout)
+    assert run(f"warmup --out {pack.parent}/cache").returncode == 0  # a pack and a cache are laid out alike
+    shown = json.loads(run("cache show --json", **here).stdout)
     assert len(shown["entries"]) > 12
     assert shown["bytes"] == sum(entry["bytes"] for entry in shown["entries"])
-    cleared = run("cache", "clear", **here)
+    cleared = run("cache clear", **here)
     assert cleared.returncode == 0 and str(len(shown["entries"])) in cleared.stdout
-    assert json.loads(run("cache", "show", "--json", **here).stdout)["entries"] == []
+    assert json.loads(run("cache show --json", **here).stdout)["entries"] == []
 
 
 def test_bench_times_one_shape_on_the_cpu():
-    result = run(*"bench --device cpu --m 3 --n 20 --k 144 --repeats 2 --seconds 0 --out-dtype f32 --json -".split())
+    result = run("bench --device cpu --m 3 --n 20 --k 144 --repeats 2 --seconds 0 --out-dtype f32 --json -")
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout)["rows"]
     assert row["shape"] == {"m": 3, "n": 20, "k": 144, "out": "f32"}
@@ -102,11 +105,11 @@ def test_bench_times_one_shape_on_the_cpu():
     ],
 )
 def test_bad_arguments_are_named(arguments, named):
-    result = run(*arguments.split())
+    result = run(arguments)
     assert result.returncode != 0
     assert named in result.stderr + result.stdout
 
 
 def test_unwritable_json_is_an_error():
-    result = run(*"bench --device cpu --m 1 --n 16 --k 16 --repeats 1 --seconds 0 --json /nonexistent/x.json".split())
+    result = run("bench --device cpu --m 1 --n 16 --k 16 --repeats 1 --seconds 0 --json /nonexistent/x.json")
     assert result.returncode == 1 and "/nonexistent/x.json" in result.stderr
