@@ -52,6 +52,9 @@ class Matrix {
                                       : col_major(data, dtype_of(data), rows_, cols_, {}, pitch_);
   }
 
+  /// Everything, frame included: for copies to and from a GPU.
+  std::vector<T>& memory() { return memory_; }
+
   template <class F>
   Matrix& fill(F&& make) {
     for (std::int64_t i = 0; i < rows_; ++i)

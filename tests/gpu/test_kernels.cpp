@@ -1,0 +1,170 @@
+// Every kernel that a planner can pick, on small shapes that reach its features: clusters, split-K, pipelines that wrap,
+// ragged edges, C, both layouts of the scales. Short enough to run under each tool of compute-sanitizer.
+//
+// Operands are small integers with power-of-two scales: every sum is exact in every order, so the GPU must give the CPU's bits.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <map>
+#include <optional>
+#include <random>
+#include <string>
+
+#include "cuda/cuda.h"
+#include "cuda/driver.h"
+#include "jit/kernels.h"
+#include "phalanx/phalanx.h"
+#include "plan/plan.h"
+#include "tests/cpu/matrix.h"
+
+namespace phalanx::test {
+namespace {
+
+// The process tunes: gemm_fp8 reads the variable at each call.
+const bool kTuning = setenv("PHALANX_GEMM_CONFIG", "", 1) == 0;
+
+class OnGpu : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (cuda::devices().empty() || !cuda::device(0).is_hopper()) GTEST_SKIP() << "no Hopper GPU";
+    context_.emplace(0);
+  }
+
+ private:
+  std::optional<cuda::ContextGuard> context_;
+};
+
+/// A matrix's whole memory on the GPU, and a view of its elements there.
+template <class T>
+class DeviceCopy {
+ public:
+  explicit DeviceCopy(Matrix<T>& host) : host_(host), view_(host.tensor()) {
+    PHALANX_CUDA(cuMemAlloc(&memory_, bytes()));
+    PHALANX_CUDA(cuMemcpyHtoD(memory_, host.memory().data(), bytes()));
+    const auto offset = static_cast<char*>(view_.data) - reinterpret_cast<char*>(host.memory().data());
+    view_.data = reinterpret_cast<void*>(memory_ + offset);
+    view_.device = {DeviceType::cuda, 0};
+  }
+  ~DeviceCopy() { cuda::driver().cuMemFree(memory_); }
+  DeviceCopy(const DeviceCopy&) = delete;
+  DeviceCopy& operator=(const DeviceCopy&) = delete;
+
+  const Tensor& tensor() const { return view_; }
+  Matrix<T> download() const {
+    Matrix<T> copy = host_;
+    PHALANX_CUDA(cuCtxSynchronize());
+    PHALANX_CUDA(cuMemcpyDtoH(copy.memory().data(), memory_, bytes()));
+    return copy;
+  }
+
+ private:
+  std::size_t bytes() const { return host_.memory().size() * sizeof(T); }
+
+  Matrix<T>& host_;
+  Tensor view_;
+  cuda::CUdeviceptr memory_ = 0;
+};
+
+std::string override_of(const GemmConfig& c) {
+  return "block_m=" + std::to_string(c.block_m) + ",block_n=" + std::to_string(c.block_n) +
+         ",num_consumers=" + std::to_string(c.num_consumers) + ",num_stages=" + std::to_string(c.num_stages) +
+         ",cluster_n=" + std::to_string(c.cluster_n) + ",cluster_m=" + std::to_string(c.cluster_m) +
+         ",split_k=" + std::to_string(c.split_k);
+}
+
+struct Shape {
+  int m, n, k;
+};
+
+template <class T>
+void check_gemm(const GemmConfig& config, const Shape& shape, bool with_c, Order sfa_order, std::mt19937& rng) {
+  const auto& [m, n, k] = shape;
+  const int k_blocks = (k + 127) / 128, n_blocks = (n + 127) / 128;
+  const auto integer = [&](auto, auto) { return cpu::E4m3{std::uint8_t(nearest_e4m3(int(rng() % 5) - 2))}; };
+  const auto power = [&](auto, auto) { return rng() % 2 ? 1.0f : 0.5f; };
+  Matrix<cpu::E4m3> a(m, k, 1), b(n, k, 1);
+  Matrix<float> sfa(m, k_blocks, 0, sfa_order), sfb(n_blocks, k_blocks);
+  Matrix<T> c(m, n, 1), d(m, n, 2);
+  a.fill(integer), b.fill(integer), sfa.fill(power), sfb.fill(power);
+  c.fill([&](auto, auto) { return cpu::from_f32<T>(float(int(rng() % 17) - 8)); });
+
+  DeviceCopy a_gpu(a), b_gpu(b);
+  DeviceCopy sfa_gpu(sfa), sfb_gpu(sfb);
+  DeviceCopy c_gpu(c), d_gpu(d);
+  setenv("PHALANX_GEMM_CONFIG", override_of(config).c_str(), 1);
+  const auto options = [&](const Tensor& tensor) {
+    return with_c ? GemmOptions{.c = tensor, .stream = {}, .num_sms = 0} : GemmOptions{};
+  };
+  gemm_fp8({a_gpu.tensor(), sfa_gpu.tensor()}, {b_gpu.tensor(), sfb_gpu.tensor()}, d_gpu.tensor(),
+           options(c_gpu.tensor()));
+  const Matrix<T> result = d_gpu.download();
+  gemm_fp8({a.tensor(), sfa.tensor()}, {b.tensor(), sfb.tensor()}, d.tensor(), options(c.tensor()));
+
+  ASSERT_TRUE(result.same_bytes(d)) << "the bits of the CPU's result, and poison all around it";
+}
+
+TEST_F(OnGpu, EveryGemmKernelGivesTheBitsOfTheCpu) {
+  std::mt19937 rng(kSeed);
+  // Ragged in each dimension; more k-blocks than any pipeline has stages; several tiles of several CTAs.
+  const Shape shapes[] = {{1, 1, 1}, {3, 40, 100}, {130, 200, 1000}, {300, 456, 1700}, {515, 129, 300}};
+  for (const GemmConfig& config : plan::all_gemm_configs()) {
+    for (const Shape& shape : shapes) {
+      for (const bool with_c : {false, true}) {
+        const Order order = with_c ? Order::row_major : Order::col_major;  // A's scales by cp.async, by TMA
+        SCOPED_TRACE(::testing::Message() << jit::gemm_source(config).name << " " << shape.m << "x" << shape.n << "x"
+                                          << shape.k << (with_c ? " with C" : ""));
+        if (config.out == OutType::bf16)
+          check_gemm<cpu::Bf16>(config, shape, with_c, order, rng);
+        else
+          check_gemm<float>(config, shape, with_c, order, rng);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+template <class T>
+void check_quantize(int m, int n, bool blocks, bool pow2_scales, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  Matrix<T> x(m, n, 1), y(m, n, 1);
+  x.fill([&](auto i, auto j) {
+    if ((i + 3 * j) % 97 == 0) return cpu::from_f32<T>(std::numeric_limits<float>::infinity());
+    return cpu::from_f32<T>(i % 7 == 3 ? 0.0f : normal(rng));
+  });
+  Matrix<cpu::E4m3> q(m, n, 1);
+  Matrix<float> scales(blocks ? (m + 127) / 128 : m, (n + 127) / 128, 0, blocks ? Order::row_major : Order::col_major);
+  DeviceCopy<T> x_gpu(x), y_gpu(y);
+  DeviceCopy<cpu::E4m3> q_gpu(q);
+  DeviceCopy<float> scales_gpu(scales);
+
+  const auto run = [&](const Tensor& in, const ScaledTensor& out, const Tensor& back) {
+    (blocks ? quantize_blocks : quantize_rows)(in, out, {.pow2_scales = pow2_scales, .stream = {}});
+    dequantize(out, back, {});
+  };
+  run(x_gpu.tensor(), {q_gpu.tensor(), scales_gpu.tensor()}, y_gpu.tensor());
+  const auto q_result = q_gpu.download();
+  const auto scales_result = scales_gpu.download();
+  const auto y_result = y_gpu.download();
+  run(x.tensor(), {q.tensor(), scales.tensor()}, y.tensor());
+  ASSERT_TRUE(q_result.same_bytes(q));
+  ASSERT_TRUE(scales_result.same_bytes(scales));
+  ASSERT_TRUE(y_result.same_bytes(y));
+}
+
+TEST_F(OnGpu, EveryQuantiseKernelGivesTheBytesOfTheCpu) {
+  std::mt19937 rng(kSeed);
+  for (const auto& [m, n] : {std::pair{1, 1}, {5, 300}, {130, 257}, {300, 128}}) {
+    for (const bool blocks : {false, true}) {
+      for (const bool pow2_scales : {false, true}) {
+        SCOPED_TRACE(::testing::Message() << m << "x" << n << (blocks ? " by block" : " by row"));
+        check_quantize<cpu::Bf16>(m, n, blocks, pow2_scales, rng);
+        check_quantize<cpu::F16>(m, n, blocks, pow2_scales, rng);
+        check_quantize<float>(m, n, blocks, pow2_scales, rng);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace phalanx::test
