@@ -11,7 +11,8 @@
 namespace phalanx {
 
 struct GemmOptions {
-  std::optional<Tensor> c;  ///< added to the product; same shape, dtype and device as D; may be D itself, else disjoint from it
+  /// Added to the product; of D's shape, dtype and device. May be D itself, else disjoint from it.
+  std::optional<Tensor> c;
   Stream stream{};
   int num_sms = 0;  ///< SMs that the kernel may use, to leave room for others; 0 means all
 };
@@ -28,6 +29,7 @@ struct GemmOptions {
 /// The same input gives the same bits.
 ///
 /// @throws Error before anything is written
-PHALANX_API void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const GemmOptions& options = {});
+PHALANX_API void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d,
+                          const GemmOptions& options = {});
 
 }  // namespace phalanx

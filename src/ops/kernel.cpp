@@ -10,8 +10,8 @@ const cuda::DeviceInfo& require_hopper(int ordinal) {
   const cuda::DeviceInfo& device = cuda::device(ordinal);
   if (!device.is_hopper())
     throw Error(ErrorCode::unsupported,
-                fmt::format("cuda:{} is a {} of compute capability {}.{}; the kernels need Hopper, 9.0", ordinal, device.name,
-                            device.major, device.minor));
+                fmt::format("cuda:{} is a {} of compute capability {}.{}; the kernels need Hopper, 9.0", ordinal,
+                            device.name, device.major, device.minor));
   return device;
 }
 
