@@ -16,8 +16,9 @@ HEADER = """\
 
 namespace phalanx::ptx {
 
-// issue: d (+)= A · Bᵀ for 64 x N x 32 elements, both operands K-major in swizzled shared memory; asynchronous.
-// pin:   the compiler does not know that a product in flight writes `d`; no access to `d` moves across this.
+// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. Operands are K-major in swizzled
+// shared memory; asynchronous, in a commit group of its own. One asm statement, because each costs the compiler time for
+// every register that it names.
 template <int N>
 struct WgmmaE4m3;
 """
@@ -25,15 +26,17 @@ struct WgmmaE4m3;
 WRAPPER = """
 template <>
 struct WgmmaE4m3<{n}> {{
-  static __device__ __forceinline__ void issue(float (&d)[{count}], u64 desc_a, u64 desc_b, bool accumulate) {{
+  static __device__ __forceinline__ void multiply(float (&d)[{count}], const u64 (&a)[4], const u64 (&b)[4], bool accumulate) {{
     asm volatile(
-        "{{ .reg .pred p; setp.ne.b32 p, %{pred}, 0;\\n"
-        "wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {{"
-{names}
-        "}}, %{a}, %{b}, p, 1, 1; }}"
+        "{{ .reg .pred p, always; setp.ne.b32 p, %{pred}, 0; setp.eq.b32 always, 0, 0;\\n"
+        "wgmma.fence.sync.aligned;\\n"
+{products}
+        "wgmma.commit_group.sync.aligned; }}"
         : {outputs}
-        : "l"(desc_a), "l"(desc_b), "r"(int(accumulate)));
+        : {inputs}, "r"(int(accumulate))
+        : "memory");
   }}
+  // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
   static __device__ __forceinline__ void pin(float (&d)[{count}]) {{
     asm volatile(
         ""
@@ -50,15 +53,19 @@ def lines(items: list[str], per_line: int) -> list[str]:
 def wrapper(n: int) -> str:
     count = n // 2
     names = lines([f"%{i}" for i in range(count)], 16)
-    outputs = lines([f'"+f"(d[{i}])' for i in range(count)], 8)
+    registers = "\n".join(f'        "{line}{", " if i + 1 < len(names) else ""}"' for i, line in enumerate(names))
+    products = "\n".join(
+        f'        "wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {{"\n{registers}\n'
+        f'        "}}, %{count + step}, %{count + 4 + step}, {"always" if step else "p"}, 1, 1;\\n"'
+        for step in range(4)
+    )
     return WRAPPER.format(
         n=n,
         count=count,
-        pred=count + 2,
-        a=count,
-        b=count + 1,
-        names="\n".join(f'        "{line}{", " if i + 1 < len(names) else ""}"' for i, line in enumerate(names)),
-        outputs=",\n          ".join(outputs),
+        pred=count + 8,
+        products=products,
+        outputs=",\n          ".join(lines([f'"+f"(d[{i}])' for i in range(count)], 8)),
+        inputs=", ".join(f'"l"({operand}[{i}])' for operand in "ab" for i in range(4)),
     )
 
 

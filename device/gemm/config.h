@@ -40,7 +40,7 @@ struct GemmConfig {
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, sfb, full, empty, c_full, total;
+  int a, b, d, sfa, full, empty, sfa_empty, c_full, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -52,10 +52,10 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
                       : c.stores_by_tma() ? 2 * c.block_m * c.block_n
                                           : 0;
   s.sfa = s.d + d_bytes;
-  s.sfb = s.sfa + c.num_stages * c.block_m * 4;
-  s.full = s.sfb + c.num_stages * kMaxScaleGroups * 4;
+  s.full = s.sfa + c.num_stages * c.block_m * 4;
   s.empty = s.full + c.num_stages * 8;
-  s.c_full = s.empty + c.num_stages * 8;
+  s.sfa_empty = s.empty + c.num_stages * 8;
+  s.c_full = s.sfa_empty + c.num_stages * 8;
   s.total = s.c_full + c.num_consumers * 8;
   return s;
 }

@@ -2,11 +2,10 @@
 //
 // A, B: E4M3. A CTA is a ring of shared-memory stages, each one k-block (128 deep) of A, B and A's scales, between
 //
-//     producer warpgroup                                consumer warpgroups (each owns rows of the tile)
-//       warp 0, one thread: A, B and A's                  wait full[s]
-//                 scales by TMA -----------+-> full[s]    64 x block_n x 128 by WGMMA, into `partial`
-//       warp 1: B's scales by cp.async ----+
-//       both wait empty[s] <------------------ empty[s]   arrive: the stage may be refilled
+//     producer warpgroup (one thread)                   consumer warpgroups (each owns rows of the tile)
+//       wait empty[s]  <--------------------- empty[s]    wait full[s]
+//       A, B, scales of A by TMA -----------> full[s]     64 x block_n x 128 by WGMMA, into `partial`
+//                                                         arrive at empty[s]: the stage may be refilled
 //                                                         promote: acc += scale_a * scale_b * partial
 //
 // The tensor cores sum one k-block only, in their own narrower accumulator; the promotion in FP32 registers is what
@@ -28,9 +27,7 @@ struct SharedMemory {
   __device__ float* partial() const { return reinterpret_cast<float*>(base + kLayout.d); }
   __device__ StagedTile<C> staged() const { return {base + kLayout.d, reinterpret_cast<u64*>(base + kLayout.c_full)}; }
   __device__ float* sfa(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.block_m; }
-  __device__ float* sfb(int stage) const {
-    return reinterpret_cast<float*>(base + kLayout.sfb) + stage * kMaxScaleGroups;
-  }
+  __device__ u64* sfa_empty() const { return reinterpret_cast<u64*>(base + kLayout.sfa_empty); }
   __device__ Pipeline<C.num_stages> pipeline() const {
     return {reinterpret_cast<u64*>(base + kLayout.full), reinterpret_cast<u64*>(base + kLayout.empty)};
   }
@@ -47,7 +44,7 @@ __device__ DenseTiles my_tiles(const GemmParams& p) {
   return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
 }
 
-// --- producers ------------------------------------------------------------------------------------------------------
+// --- producer -------------------------------------------------------------------------------------------------------
 
 // One thread. What CTAs of a cluster share, each loads a slice of into all.
 template <GemmConfig C>
@@ -83,32 +80,27 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
     for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
 }
 
-// One warp. B's scales, one for each column group of the tile, and A's where TMA cannot read them: cp.async copies single
-// floats, so scales may have any strides.
+// One warp, only where TMA cannot read A's scales: cp.async copies single floats, whatever their strides. It has barriers of
+// its own, sfa_empty[s], at which every consumer thread arrives that has read its scales of stage s.
 template <GemmConfig C>
-__device__ void load_scales(const GemmParams& p, const SharedMemory<C>& smem) {
+__device__ void copy_scales_a(const GemmParams& p, const SharedMemory<C>& smem) {
   const int lane = threadIdx.x % 32;
   const KRange ks = my_k_range<C>(p);
 
   auto pipe = smem.pipeline();
+  pipe.empty = smem.sfa_empty();
   auto tiles = my_tiles<C>(p);
   for (Tile t; tiles.next(t);) {
-    // Clamped: a tile may begin or end past N, beside a ragged edge.
-    const int group = min_of(lane, C.num_scale_groups() - 1);
-    const int column = min_of(t.n + group * C.scale_group(), p.n - 1) / kScaleBlock;
-    const float* sfb = p.sfb + column * p.sfb_stride_n + ks.begin * p.sfb_stride_k;
-    const float* sfa = p.sfa + (t.m + lane) * p.sfa_stride_m + ks.begin * p.sfa_stride_k;
-    const int rows = p.sfa_by_tma ? 0 : p.m - t.m;  // rows past M keep what they hold: their results are not stored
+    const int rows = min_of(p.m - t.m, C.block_m);  // rows past M keep what they hold: their results are not stored
+    const float* column = p.sfa + (t.m + lane) * p.sfa_stride_m + ks.begin * p.sfa_stride_k;
 #pragma unroll 1
-    for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
+    for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance(), column += p.sfa_stride_k) {
       pipe.wait_empty();
-      if (lane < C.num_scale_groups()) ptx::cp_async_4(&smem.sfb(pipe.stage)[lane], sfb);
-      const float* scale = sfa;
+      const float* scale = column;
 #pragma unroll 1
-      for (int row = lane; row < min_of(rows, C.block_m); row += 32, scale += 32 * p.sfa_stride_m)
+      for (int row = lane; row < rows; row += 32, scale += 32 * p.sfa_stride_m)
         ptx::cp_async_4(&smem.sfa(pipe.stage)[row], scale);
       ptx::mbarrier_arrive_cp_async(&pipe.full[pipe.stage]);
-      sfb += p.sfb_stride_k, sfa += p.sfa_stride_k;
     }
   }
 }
@@ -133,11 +125,31 @@ __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float
   }
 }
 
+// B's scales of the tile's column groups. A warp fetches those of 32 k-blocks at once, one a lane. No __ldg: the previous
+// kernel may have written them.
+template <GemmConfig C>
+struct ScalesB {
+  float of_lane[C.num_scale_groups()];
+
+  __device__ __forceinline__ void load(const GemmParams& p, const Tile& t, const KRange& ks, int kb, int lane,
+                                       float (&scales)[C.num_scale_groups()]) {
+    const int position = (kb - ks.begin) % 32;
+    if (position == 0) {
+      const float* row = p.sfb + min_of(kb + lane, ks.end - 1) * p.sfb_stride_k;
+#pragma unroll
+      for (int group = 0; group < C.num_scale_groups(); ++group)  // clamped: a tile may begin or end past a ragged N
+        of_lane[group] = row[min_of(t.n + group * C.scale_group(), p.n - 1) / kScaleBlock * p.sfb_stride_n];
+    }
+#pragma unroll
+    for (int group = 0; group < C.num_scale_groups(); ++group)
+      scales[group] = __shfl_sync(0xffffffff, of_lane[group], position);
+  }
+};
+
 template <GemmConfig C>
 __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem, Pipeline<C.num_stages>& pipe,
-                                int consumer, Accumulator<C>& acc) {
+                                const Tile& t, int consumer, Accumulator<C>& acc) {
   using Wgmma = ptx::WgmmaE4m3<C.block_n>;
-  constexpr int kWgmmaK = 32;
   int lane = threadIdx.x % 32;
   KRange ks = my_k_range<C>(p);
   int first_row = fragment_row<C>(consumer, 0);
@@ -151,26 +163,24 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
 #pragma unroll
     for (float& x : wave) x = 0;
 
-#pragma unroll 2
+  ScalesB<C> sfb;
+#pragma unroll 4
   for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
+    float scales_b[C.num_scale_groups()];
     pipe.wait_full();
-
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
       float partial[C.block_n / 2];
-      const u64 desc_a = ptx::wgmma_advance(first_a, pipe.stage * C.block_m * kBlockK + wave * 64 * kBlockK);
-      const u64 desc_b = ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK);
-      Wgmma::pin(partial);
-      ptx::wgmma_fence();
+      u64 desc_a[4], desc_b[4];
 #pragma unroll
-      for (int k = 0; k < kBlockK; k += kWgmmaK)
-        Wgmma::issue(partial, ptx::wgmma_advance(desc_a, k), ptx::wgmma_advance(desc_b, k), k > 0);
-      ptx::wgmma_commit();
-      const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;  // under the product
+      for (int k = 0; k < 4; ++k) {
+        desc_a[k] = ptx::wgmma_advance(first_a, (pipe.stage * C.block_m + wave * 64) * kBlockK + k * 32);
+        desc_b[k] = ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK + k * 32);
+      }
+      Wgmma::multiply(partial, desc_a, desc_b, false);
+      if (wave == 0) sfb.load(p, t, ks, kb, lane, scales_b);  // under the product
+      const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;
       const float scales_a[2] = {sfa[0], sfa[8]};
-      float scales_b[C.num_scale_groups()];
-#pragma unroll
-      for (int group = 0; group < C.num_scale_groups(); ++group) scales_b[group] = smem.sfb(pipe.stage)[group];
       ptx::wgmma_wait<0>();
       if (wave == C.num_waves() - 1 && lane < (C.multicasts() ? C.cluster_size() : 1)) {
         if constexpr (C.multicasts())
@@ -178,6 +188,7 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
         else
           ptx::mbarrier_arrive(&pipe.empty[pipe.stage]);
       }
+      if (wave == C.num_waves() - 1 && !p.sfa_by_tma) ptx::mbarrier_arrive(&smem.sfa_empty()[pipe.stage]);
       Wgmma::pin(partial);  // after the arrival: no promotion goes before it
 
       promote<C>(acc[wave], partial, scales_a, scales_b);
@@ -196,7 +207,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
     if constexpr (C.stores_by_tma())
       if (p.c_ptr != nullptr && threadIdx.x % kWarpgroup == 0) staged.load_c(p, t, consumer);
     Accumulator<C> acc;
-    accumulate_tile<C>(p, smem, pipe, consumer, acc);
+    accumulate_tile<C>(p, smem, pipe, t, consumer, acc);
     more = tiles.next(next);  // its divisions hide among the stores
     if constexpr (C.stores_by_tma())
       staged.store(p, t, consumer, acc);
@@ -213,7 +224,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
 template <GemmConfig C>
 __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   static_assert(is_valid(C));
-  constexpr int kProducer = C.num_consumers, kScaleWarpLanes = 32;
+  constexpr int kProducer = C.num_consumers;
 
   extern __shared__ __align__(1024) u8 smem_base[];
   const SharedMemory<C> smem{smem_base};
@@ -224,7 +235,8 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   if (threadIdx.x == 0) {
     const auto pipe = smem.pipeline();
     for (int s = 0; s < C.num_stages; ++s) {
-      ptx::mbarrier_init(&pipe.full[s], 1 + kScaleWarpLanes);
+      ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + 32);  // the producer, and the lanes of copy_scales_a
+      ptx::mbarrier_init(&smem.sfa_empty()[s], C.num_consumers * kWarpgroup);
       ptx::mbarrier_init(&pipe.empty[s],
                          C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
     }
@@ -244,7 +256,7 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers == 2) ptx::register_decrease<40>();
     if (warp == 0 && ptx::elect_one()) load_operands<C>(p, smem);
-    if (warp == 1) load_scales<C>(p, smem);
+    if (warp == 1 && !p.sfa_by_tma) copy_scales_a<C>(p, smem);
   } else {
     if constexpr (C.num_consumers == 2) ptx::register_increase<232>();
     consume_tiles<C>(p, smem, warpgroup);

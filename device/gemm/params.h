@@ -11,7 +11,7 @@ struct GemmParams {
   TensorMap c;  // box: consumer_rows x 64, as D's; these two only if config.stores_by_tma()
   TensorMap d;
   TensorMap sfa_map;  // box: block_m x 1 of the transposed scales; only if sfa_by_tma
-  int sfa_by_tma;     // else `sfa` is copied float by float
+  int sfa_by_tma;     // else a warp copies `sfa` float by float
   const float* sfa;   // [m, ceil(k / 128)]
   const float* sfb;   // [ceil(n / 128), ceil(k / 128)]
   i64 sfa_stride_m, sfa_stride_k, sfb_stride_n, sfb_stride_k;

@@ -40,17 +40,16 @@ __device__ __forceinline__ void mma_rate(const u32* operands, int num_iterations
 
 #pragma unroll 1
   for (int iteration = 0; iteration < num_iterations; ++iteration) {
-    ptx::WgmmaE4m3<kN>::pin(acc);
-    ptx::wgmma_fence();
 #pragma unroll
     for (int stage = 0; stage < kMmaStages; ++stage) {
-      const u64 a = ptx::wgmma_descriptor(smem + stage * kStageBytes + warpgroup * 64 * kMmaK);
-      const u64 b = ptx::wgmma_descriptor(smem + stage * kStageBytes + 2 * 64 * kMmaK);
+      u64 a[4], b[4];
 #pragma unroll
-      for (int k = 0; k < kMmaK / 32; ++k)  // descriptors count 16-byte units
-        ptx::WgmmaE4m3<kN>::issue(acc, a + k * 2, b + k * 2, k > 0 || keep);
+      for (int k = 0; k < 4; ++k) {
+        a[k] = ptx::wgmma_descriptor(smem + stage * kStageBytes + warpgroup * 64 * kMmaK + k * 32);
+        b[k] = ptx::wgmma_descriptor(smem + stage * kStageBytes + 2 * 64 * kMmaK + k * 32);
+      }
+      ptx::WgmmaE4m3<kN>::multiply(acc, a, b, keep);
     }
-    ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::WgmmaE4m3<kN>::pin(acc);
   }

@@ -9,7 +9,7 @@ __device__ __forceinline__ u32 smem_addr(const void* p) { return static_cast<u32
 // Makes this thread's plain writes to shared memory visible to TMA and WGMMA.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Copies 4 bytes to shared memory in the background; see mbarrier_arrive_cp_async for its completion.
+// Copies 4 bytes to shared memory in the background; mbarrier_arrive_cp_async tells when.
 __device__ __forceinline__ void cp_async_4(void* smem, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_addr(smem)), "l"(global) : "memory");
 }
