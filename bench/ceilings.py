@@ -18,7 +18,7 @@ from bench.timing import HEAD_START_CYCLES, Call, L2Flush, interleaved
 
 READ_SIZES_MB = (4, 8, 15, 30, 60, 119, 256, 512, 4096)
 MMA_WIDTHS = (128, 256)
-MMA_THREADS, MMA_STAGES, MMA_K = 256, 4, 128  # as in device/probe/mma_rate.cuh
+MMA_THREADS, MMA_STAGES, MMA_K = 256, 4, 128  # as in bench/probe/mma_rate.cuh
 FLOPS_PER_SM_AND_CYCLE, BOOST_HZ = 8192, 1.98e9  # of an H100 or H200: no probe can exceed their product
 
 _READ = """
@@ -32,8 +32,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) mma_{n}(const u32* operands
 }}"""
 SOURCE = "\n".join(
     [
-        '#include "device/probe/mma_rate.cuh"',
-        '#include "device/probe/read_bandwidth.cuh"',
+        '#include "bench/probe/mma_rate.cuh"',
+        '#include "bench/probe/read_bandwidth.cuh"',
         "using namespace phalanx;",
         *(_READ.format(depth=depth) for depth in (4, 8)),
         *(_MMA.format(n=n) for n in MMA_WIDTHS),

@@ -23,7 +23,7 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("device/ptx", [r"device/types\.h", r"device/ptx/.*"]),
     ("device/gemm", [r"device/types\.h", r"device/(ptx|gemm)/.*"]),
     ("device/quantize", [r"device/types\.h", r"device/(ptx|quantize)/.*"]),
-    ("device/probe", [r"device/types\.h", r"device/(ptx|probe)/.*"]),
+    ("bench/probe", [r"device/types\.h", r"device/ptx/.*"]),
     ("device", [r"device/types\.h"]),
     ("include", [r"phalanx/.*"]),
     ("src/ops", [r"phalanx/.*", r"(ops|plan|jit|cuda|cpu)/.*", SHARED_DEVICE]),

@@ -16,9 +16,10 @@ HEADER = """\
 
 namespace phalanx::ptx {
 
-// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. Operands are K-major in swizzled
-// shared memory; asynchronous, in a commit group of its own. One asm statement, because each costs the compiler time for
-// every register that it names.
+// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. The descriptors are those of the first;
+// the operands are K-major with the 128-byte swizzle. Asynchronous, in a commit group of its own.
+// One asm statement, because each costs the compiler time for every register that it names; and the descriptors advance
+// inside it (in their lower halves: shared memory is small), because computed before it they would delay the first product.
 template <int N>
 struct WgmmaE4m3;
 """
@@ -26,14 +27,16 @@ struct WgmmaE4m3;
 WRAPPER = """
 template <>
 struct WgmmaE4m3<{n}> {{
-  static __device__ __forceinline__ void multiply(float (&d)[{count}], const u64 (&a)[4], const u64 (&b)[4], bool accumulate) {{
+  static __device__ __forceinline__ void multiply(float (&d)[{count}], u64 a, u64 b, bool accumulate) {{
     asm volatile(
-        "{{ .reg .pred p, always; setp.ne.b32 p, %{pred}, 0; setp.eq.b32 always, 0, 0;\\n"
+        "{{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\\n"
+        "setp.ne.b32 p, %{pred}, 0; setp.eq.b32 always, 0, 0;\\n"
+        "mov.b64 a, %{a}; mov.b64 {{al, ah}}, a; mov.b64 b, %{b}; mov.b64 {{bl, bh}}, b;\\n"
         "wgmma.fence.sync.aligned;\\n"
 {products}
         "wgmma.commit_group.sync.aligned; }}"
         : {outputs}
-        : {inputs}, "r"(int(accumulate))
+        : "l"(a), "l"(b), "r"(int(accumulate))
         : "memory");
   }}
   // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
@@ -54,18 +57,20 @@ def wrapper(n: int) -> str:
     count = n // 2
     names = lines([f"%{i}" for i in range(count)], 16)
     registers = "\n".join(f'        "{line}{", " if i + 1 < len(names) else ""}"' for i, line in enumerate(names))
+    advance = '        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\\n"\n'
     products = "\n".join(
-        f'        "wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {{"\n{registers}\n'
-        f'        "}}, %{count + step}, %{count + 4 + step}, {"always" if step else "p"}, 1, 1;\\n"'
+        f'{advance if step else ""}        "wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {{"\n{registers}\n'
+        f'        "}}, a, b, {"always" if step else "p"}, 1, 1;\\n"'
         for step in range(4)
     )
     return WRAPPER.format(
         n=n,
         count=count,
-        pred=count + 8,
+        a=count,
+        b=count + 1,
+        pred=count + 2,
         products=products,
         outputs=",\n          ".join(lines([f'"+f"(d[{i}])' for i in range(count)], 8)),
-        inputs=", ".join(f'"l"({operand}[{i}])' for operand in "ab" for i in range(4)),
     )
 
 

@@ -171,13 +171,8 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
       float partial[C.block_n / 2];
-      u64 desc_a[4], desc_b[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        desc_a[k] = ptx::wgmma_advance(first_a, (pipe.stage * C.block_m + wave * 64) * kBlockK + k * 32);
-        desc_b[k] = ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK + k * 32);
-      }
-      Wgmma::multiply(partial, desc_a, desc_b, false);
+      Wgmma::multiply(partial, ptx::wgmma_advance(first_a, (pipe.stage * C.block_m + wave * 64) * kBlockK),
+                      ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK), false);
       if (wave == 0) sfb.load(p, t, ks, kb, lane, scales_b);  // under the product
       const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;
       const float scales_a[2] = {sfa[0], sfa[8]};

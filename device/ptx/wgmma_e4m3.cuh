@@ -4,33 +4,39 @@
 
 namespace phalanx::ptx {
 
-// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. Operands are K-major in swizzled
-// shared memory; asynchronous, in a commit group of its own. One asm statement, because each costs the compiler time for
-// every register that it names.
+// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. The descriptors are those of the first;
+// the operands are K-major with the 128-byte swizzle. Asynchronous, in a commit group of its own.
+// One asm statement, because each costs the compiler time for every register that it names; and the descriptors advance
+// inside it (in their lower halves: shared memory is small), because computed before it they would delay the first product.
 template <int N>
 struct WgmmaE4m3;
 
 template <>
 struct WgmmaE4m3<16> {
-  static __device__ __forceinline__ void multiply(float (&d)[8], const u64 (&a)[4], const u64 (&b)[4], bool accumulate) {
+  static __device__ __forceinline__ void multiply(float (&d)[8], u64 a, u64 b, bool accumulate) {
     asm volatile(
-        "{ .reg .pred p, always; setp.ne.b32 p, %16, 0; setp.eq.b32 always, 0, 0;\n"
+        "{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\n"
+        "setp.ne.b32 p, %10, 0; setp.eq.b32 always, 0, 0;\n"
+        "mov.b64 a, %8; mov.b64 {al, ah}, a; mov.b64 b, %9; mov.b64 {bl, bh}, b;\n"
         "wgmma.fence.sync.aligned;\n"
         "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, %8, %12, p, 1, 1;\n"
+        "}, a, b, p, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, %9, %13, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, %10, %14, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7"
-        "}, %11, %15, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
         "wgmma.commit_group.sync.aligned; }"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-        : "l"(a[0]), "l"(a[1]), "l"(a[2]), "l"(a[3]), "l"(b[0]), "l"(b[1]), "l"(b[2]), "l"(b[3]), "r"(int(accumulate))
+        : "l"(a), "l"(b), "r"(int(accumulate))
         : "memory");
   }
   // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
@@ -43,26 +49,31 @@ struct WgmmaE4m3<16> {
 
 template <>
 struct WgmmaE4m3<32> {
-  static __device__ __forceinline__ void multiply(float (&d)[16], const u64 (&a)[4], const u64 (&b)[4], bool accumulate) {
+  static __device__ __forceinline__ void multiply(float (&d)[16], u64 a, u64 b, bool accumulate) {
     asm volatile(
-        "{ .reg .pred p, always; setp.ne.b32 p, %24, 0; setp.eq.b32 always, 0, 0;\n"
+        "{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\n"
+        "setp.ne.b32 p, %18, 0; setp.eq.b32 always, 0, 0;\n"
+        "mov.b64 a, %16; mov.b64 {al, ah}, a; mov.b64 b, %17; mov.b64 {bl, bh}, b;\n"
         "wgmma.fence.sync.aligned;\n"
         "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %16, %20, p, 1, 1;\n"
+        "}, a, b, p, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %17, %21, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %18, %22, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-        "}, %19, %23, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
         "wgmma.commit_group.sync.aligned; }"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-        : "l"(a[0]), "l"(a[1]), "l"(a[2]), "l"(a[3]), "l"(b[0]), "l"(b[1]), "l"(b[2]), "l"(b[3]), "r"(int(accumulate))
+        : "l"(a), "l"(b), "r"(int(accumulate))
         : "memory");
   }
   // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
@@ -76,32 +87,37 @@ struct WgmmaE4m3<32> {
 
 template <>
 struct WgmmaE4m3<64> {
-  static __device__ __forceinline__ void multiply(float (&d)[32], const u64 (&a)[4], const u64 (&b)[4], bool accumulate) {
+  static __device__ __forceinline__ void multiply(float (&d)[32], u64 a, u64 b, bool accumulate) {
     asm volatile(
-        "{ .reg .pred p, always; setp.ne.b32 p, %40, 0; setp.eq.b32 always, 0, 0;\n"
+        "{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\n"
+        "setp.ne.b32 p, %34, 0; setp.eq.b32 always, 0, 0;\n"
+        "mov.b64 a, %32; mov.b64 {al, ah}, a; mov.b64 b, %33; mov.b64 {bl, bh}, b;\n"
         "wgmma.fence.sync.aligned;\n"
         "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %32, %36, p, 1, 1;\n"
+        "}, a, b, p, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %33, %37, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %34, %38, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %35, %39, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
         "wgmma.commit_group.sync.aligned; }"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
           "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
           "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "l"(a[0]), "l"(a[1]), "l"(a[2]), "l"(a[3]), "l"(b[0]), "l"(b[1]), "l"(b[2]), "l"(b[3]), "r"(int(accumulate))
+        : "l"(a), "l"(b), "r"(int(accumulate))
         : "memory");
   }
   // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
@@ -117,34 +133,39 @@ struct WgmmaE4m3<64> {
 
 template <>
 struct WgmmaE4m3<128> {
-  static __device__ __forceinline__ void multiply(float (&d)[64], const u64 (&a)[4], const u64 (&b)[4], bool accumulate) {
+  static __device__ __forceinline__ void multiply(float (&d)[64], u64 a, u64 b, bool accumulate) {
     asm volatile(
-        "{ .reg .pred p, always; setp.ne.b32 p, %72, 0; setp.eq.b32 always, 0, 0;\n"
+        "{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\n"
+        "setp.ne.b32 p, %66, 0; setp.eq.b32 always, 0, 0;\n"
+        "mov.b64 a, %64; mov.b64 {al, ah}, a; mov.b64 b, %65; mov.b64 {bl, bh}, b;\n"
         "wgmma.fence.sync.aligned;\n"
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %68, p, 1, 1;\n"
+        "}, a, b, p, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %65, %69, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %66, %70, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %67, %71, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
         "wgmma.commit_group.sync.aligned; }"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
@@ -154,7 +175,7 @@ struct WgmmaE4m3<128> {
           "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
           "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-        : "l"(a[0]), "l"(a[1]), "l"(a[2]), "l"(a[3]), "l"(b[0]), "l"(b[1]), "l"(b[2]), "l"(b[3]), "r"(int(accumulate))
+        : "l"(a), "l"(b), "r"(int(accumulate))
         : "memory");
   }
   // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
@@ -174,9 +195,11 @@ struct WgmmaE4m3<128> {
 
 template <>
 struct WgmmaE4m3<192> {
-  static __device__ __forceinline__ void multiply(float (&d)[96], const u64 (&a)[4], const u64 (&b)[4], bool accumulate) {
+  static __device__ __forceinline__ void multiply(float (&d)[96], u64 a, u64 b, bool accumulate) {
     asm volatile(
-        "{ .reg .pred p, always; setp.ne.b32 p, %104, 0; setp.eq.b32 always, 0, 0;\n"
+        "{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\n"
+        "setp.ne.b32 p, %98, 0; setp.eq.b32 always, 0, 0;\n"
+        "mov.b64 a, %96; mov.b64 {al, ah}, a; mov.b64 b, %97; mov.b64 {bl, bh}, b;\n"
         "wgmma.fence.sync.aligned;\n"
         "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -185,7 +208,8 @@ struct WgmmaE4m3<192> {
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
         "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-        "}, %96, %100, p, 1, 1;\n"
+        "}, a, b, p, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -193,7 +217,8 @@ struct WgmmaE4m3<192> {
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
         "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-        "}, %97, %101, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -201,7 +226,8 @@ struct WgmmaE4m3<192> {
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
         "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-        "}, %98, %102, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -209,7 +235,7 @@ struct WgmmaE4m3<192> {
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
         "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-        "}, %99, %103, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
         "wgmma.commit_group.sync.aligned; }"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
@@ -223,7 +249,7 @@ struct WgmmaE4m3<192> {
           "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
           "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
           "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
-        : "l"(a[0]), "l"(a[1]), "l"(a[2]), "l"(a[3]), "l"(b[0]), "l"(b[1]), "l"(b[2]), "l"(b[3]), "r"(int(accumulate))
+        : "l"(a), "l"(b), "r"(int(accumulate))
         : "memory");
   }
   // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
@@ -247,9 +273,11 @@ struct WgmmaE4m3<192> {
 
 template <>
 struct WgmmaE4m3<256> {
-  static __device__ __forceinline__ void multiply(float (&d)[128], const u64 (&a)[4], const u64 (&b)[4], bool accumulate) {
+  static __device__ __forceinline__ void multiply(float (&d)[128], u64 a, u64 b, bool accumulate) {
     asm volatile(
-        "{ .reg .pred p, always; setp.ne.b32 p, %136, 0; setp.eq.b32 always, 0, 0;\n"
+        "{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\n"
+        "setp.ne.b32 p, %130, 0; setp.eq.b32 always, 0, 0;\n"
+        "mov.b64 a, %128; mov.b64 {al, ah}, a; mov.b64 b, %129; mov.b64 {bl, bh}, b;\n"
         "wgmma.fence.sync.aligned;\n"
         "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -260,7 +288,8 @@ struct WgmmaE4m3<256> {
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
         "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, %128, %132, p, 1, 1;\n"
+        "}, a, b, p, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -270,7 +299,8 @@ struct WgmmaE4m3<256> {
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
         "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, %129, %133, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -280,7 +310,8 @@ struct WgmmaE4m3<256> {
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
         "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, %130, %134, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
         "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {"
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
@@ -290,7 +321,7 @@ struct WgmmaE4m3<256> {
         "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
         "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
         "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-        "}, %131, %135, always, 1, 1;\n"
+        "}, a, b, always, 1, 1;\n"
         "wgmma.commit_group.sync.aligned; }"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
@@ -308,7 +339,7 @@ struct WgmmaE4m3<256> {
           "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
           "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
           "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-        : "l"(a[0]), "l"(a[1]), "l"(a[2]), "l"(a[3]), "l"(b[0]), "l"(b[1]), "l"(b[2]), "l"(b[3]), "r"(int(accumulate))
+        : "l"(a), "l"(b), "r"(int(accumulate))
         : "memory");
   }
   // No access to `d` moves across this: the compiler does not know that a product in flight writes it.

@@ -77,7 +77,10 @@ struct TensorMapSpec {
   const void* data;
   std::int64_t rows, cols, row_stride_bytes;
   int box_rows, box_cols;
+
+  friend bool operator==(const TensorMapSpec&, const TensorMapSpec&) = default;
 };
+/// Remembers the last ones of each thread: a model's layers come again and again.
 TensorMap make_tensor_map(const TensorMapSpec& spec);
 
 }  // namespace phalanx::cuda

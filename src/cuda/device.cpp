@@ -137,7 +137,9 @@ void Kernel::launch(const LaunchShape& shape, const void* params, void* stream) 
   PHALANX_CUDA(cuLaunchKernelEx(&config, static_cast<CUfunction>(handle_), arguments, nullptr));
 }
 
-TensorMap make_tensor_map(const TensorMapSpec& spec) {
+namespace {
+
+TensorMap encode_tensor_map(const TensorMapSpec& spec) {
   TensorMap map;
   const std::uint64_t dims[2] = {std::uint64_t(spec.cols), std::uint64_t(spec.rows)};
   const std::uint64_t strides[1] = {std::uint64_t(spec.row_stride_bytes)};
@@ -149,6 +151,19 @@ TensorMap make_tensor_map(const TensorMapSpec& spec) {
                                       spec.dtype == DType::f32 ? kTensorMapSwizzleNone : kTensorMapSwizzle128B,
                                       kTensorMapL2Promotion256B, 0));
   return map;
+}
+
+}  // namespace
+
+TensorMap make_tensor_map(const TensorMapSpec& spec) {
+  struct Entry {
+    TensorMapSpec spec{};
+    TensorMap map{};
+  };
+  static thread_local Entry cache[256];  // by address: a collision costs an encoding, 50 ns
+  Entry& entry = cache[(reinterpret_cast<std::uintptr_t>(spec.data) >> 4) * 0x9e3779b97f4a7c15ull >> 56];
+  if (entry.spec != spec) entry = {spec, encode_tensor_map(spec)};
+  return entry.map;
 }
 
 }  // namespace phalanx::cuda

@@ -52,6 +52,7 @@ int usable_sms(int cluster_size, int num_sms) {
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in order.
 double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   constexpr double kMmaLoss = 1.27;      // promotion and shared memory that products of two consumers do not hide
+  constexpr double kGroupLoss = 0.03;    // more, where a tile sees several scales of B
   constexpr double kWaveLatency = 236;   // from a full stage to its promotion, where nothing hides it
   constexpr double kDramBytes = 1770;    // per cycle, all SMs
   constexpr double kSmBytes = 42;        // per cycle, one SM
@@ -64,10 +65,11 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
                num_ctas = double(tiles.count()) * c.cluster_size();
   const int per_sm = c.split_k > 1 && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm && c.num_consumers == 1 ? 2 : 1;
   const double slots = usable_sms(c.cluster_size(), num_sms) * per_sm, active = std::min(num_ctas, slots);
-  const double n = c.block_n, waves = c.num_waves();
+  const double n = c.block_n, loss = c.num_scale_groups() > 1 ? kMmaLoss + kGroupLoss : kMmaLoss;
 
-  double mma =
-      waves * (c.num_consumers == 2 ? std::max(2 * 2 * n * kMmaLoss, 2.5 * n + kWaveLatency) : 2.5 * n + kWaveLatency);
+  double mma = 2.5 * n + kWaveLatency;
+  if (c.num_consumers == 2) mma = std::max(mma, 2 * 2 * n * loss);
+  mma *= c.num_waves();
   if (active > num_sms) mma *= per_sm;
   const double columns_of_b = double(tiles.tiles_n) * c.cluster_n * c.split_k;
   const double dram = n * kBlockK * std::min(1.0, columns_of_b / active) * active / kDramBytes;

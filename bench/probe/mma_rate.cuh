@@ -42,12 +42,8 @@ __device__ __forceinline__ void mma_rate(const u32* operands, int num_iterations
   for (int iteration = 0; iteration < num_iterations; ++iteration) {
 #pragma unroll
     for (int stage = 0; stage < kMmaStages; ++stage) {
-      u64 a[4], b[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        a[k] = ptx::wgmma_descriptor(smem + stage * kStageBytes + warpgroup * 64 * kMmaK + k * 32);
-        b[k] = ptx::wgmma_descriptor(smem + stage * kStageBytes + 2 * 64 * kMmaK + k * 32);
-      }
+      const u64 a = ptx::wgmma_descriptor(smem + stage * kStageBytes + warpgroup * 64 * kMmaK);
+      const u64 b = ptx::wgmma_descriptor(smem + stage * kStageBytes + 2 * 64 * kMmaK);
       ptx::WgmmaE4m3<kN>::multiply(acc, a, b, keep);
     }
     ptx::wgmma_wait<0>();
