@@ -125,21 +125,20 @@ __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float
   }
 }
 
-// B's scales of the tile's column groups. A warp fetches those of 32 k-blocks at once, one a lane. No __ldg: the previous
-// kernel may have written them.
+// B's scales of the tile's column groups: a warp fetches those of 32 k-blocks at once, one a lane, well before they are
+// needed. No __ldg: the previous kernel may have written them.
 template <GemmConfig C>
 struct ScalesB {
+  static constexpr int kFetched = 32;
   float of_lane[C.num_scale_groups()];
 
-  __device__ __forceinline__ void load(const GemmParams& p, const Tile& t, const KRange& ks, int kb, int lane,
-                                       float (&scales)[C.num_scale_groups()]) {
-    const int position = (kb - ks.begin) % 32;
-    if (position == 0) {
-      const float* row = p.sfb + min_of(kb + lane, ks.end - 1) * p.sfb_stride_k;
+  __device__ __forceinline__ void fetch(const GemmParams& p, const Tile& t, int kb, int end) {
+    const float* row = p.sfb + min_of(kb + int(threadIdx.x % 32), end - 1) * p.sfb_stride_k;
 #pragma unroll
-      for (int group = 0; group < C.num_scale_groups(); ++group)  // clamped: a tile may begin or end past a ragged N
-        of_lane[group] = row[min_of(t.n + group * C.scale_group(), p.n - 1) / kScaleBlock * p.sfb_stride_n];
-    }
+    for (int group = 0; group < C.num_scale_groups(); ++group)  // clamped: a tile may begin or end past a ragged N
+      of_lane[group] = row[min_of(t.n + group * C.scale_group(), p.n - 1) / kScaleBlock * p.sfb_stride_n];
+  }
+  __device__ __forceinline__ void get(int position, float (&scales)[C.num_scale_groups()]) const {
 #pragma unroll
     for (int group = 0; group < C.num_scale_groups(); ++group)
       scales[group] = __shfl_sync(0xffffffff, of_lane[group], position);
@@ -148,7 +147,7 @@ struct ScalesB {
 
 template <GemmConfig C>
 __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem, Pipeline<C.num_stages>& pipe,
-                                const Tile& t, int consumer, Accumulator<C>& acc) {
+                                ScalesB<C>& sfb, const Tile& t, int consumer, Accumulator<C>& acc) {
   using Wgmma = ptx::WgmmaE4m3<C.block_n>;
   int lane = threadIdx.x % 32;
   KRange ks = my_k_range<C>(p);
@@ -163,18 +162,19 @@ __device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem
 #pragma unroll
     for (float& x : wave) x = 0;
 
-  ScalesB<C> sfb;
 #pragma unroll 4
   for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
+    const int position = (kb - ks.begin) % ScalesB<C>::kFetched;
+    if (position == 0 && kb > ks.begin) sfb.fetch(p, t, kb, ks.end);
     float scales_b[C.num_scale_groups()];
+    sfb.get(position, scales_b);
     pipe.wait_full();
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
       float partial[C.block_n / 2];
       Wgmma::multiply(partial, ptx::wgmma_advance(first_a, (pipe.stage * C.block_m + wave * 64) * kBlockK),
                       ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK), false);
-      if (wave == 0) sfb.load(p, t, ks, kb, lane, scales_b);  // under the product
-      const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;
+      const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;  // under the product
       const float scales_a[2] = {sfa[0], sfa[8]};
       ptx::wgmma_wait<0>();
       if (wave == C.num_waves() - 1 && lane < (C.multicasts() ? C.cluster_size() : 1)) {
@@ -197,13 +197,18 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
   auto pipe = smem.pipeline();
   auto tiles = my_tiles<C>(p);
   auto staged = smem.staged();
+  const KRange ks = my_k_range<C>(p);
+  ScalesB<C> sfb;
   Tile t, next;
-  for (bool more = tiles.next(t); more; t = next) {
+  bool more = tiles.next(t);
+  if (more && ks.begin < ks.end) sfb.fetch(p, t, ks.begin, ks.end);
+  for (; more; t = next) {
     if constexpr (C.stores_by_tma())
       if (p.c_ptr != nullptr && threadIdx.x % kWarpgroup == 0) staged.load_c(p, t, consumer);
     Accumulator<C> acc;
-    accumulate_tile<C>(p, smem, pipe, t, consumer, acc);
-    more = tiles.next(next);  // its divisions hide among the stores
+    accumulate_tile<C>(p, smem, pipe, sfb, t, consumer, acc);
+    more = tiles.next(next);  // before the store, which hides its divisions and the fetch
+    if (more && ks.begin < ks.end) sfb.fetch(p, next, ks.begin, ks.end);
     if constexpr (C.stores_by_tma())
       staged.store(p, t, consumer, acc);
     else if constexpr (C.split_k == 1)
