@@ -7,6 +7,7 @@ from phalanx._frameworks.base import Framework
 
 _BF16 = torch.bfloat16
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_is_traced = torch.compiler.is_dynamo_compiling
 
 
 class Torch(Framework):
@@ -24,7 +25,7 @@ class Torch(Framework):
     # the operators of phalanx.torch. The others call the module directly.
 
     def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms):
-        if torch.compiler.is_dynamo_compiling() or type(a) not in _PLAIN:
+        if _is_traced() or type(a) not in _PLAIN:
             if out is None:
                 return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms)
             torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms)
@@ -47,7 +48,7 @@ class Torch(Framework):
         return torch.empty_strided((m, n), (stride, 1), dtype=dtype, device=a.device)
 
     def quantize(self, x, blocks, pow2_scales, out):
-        if torch.compiler.is_dynamo_compiling() or type(x) not in _PLAIN:
+        if _is_traced() or type(x) not in _PLAIN:
             if out is None:
                 return torch.ops.phalanx.quantize(x, blocks, pow2_scales)
             torch.ops.phalanx.quantize_out(x, *out, blocks, pow2_scales)
@@ -55,7 +56,7 @@ class Torch(Framework):
         return super().quantize(x, blocks, pow2_scales, out)
 
     def dequantize(self, data, scales, out, dtype):
-        if torch.compiler.is_dynamo_compiling() or type(data) not in _PLAIN:
+        if _is_traced() or type(data) not in _PLAIN:
             if out is None:
                 return torch.ops.phalanx.dequantize(data, scales, dtype)
             torch.ops.phalanx.dequantize_out(data, scales, out)
