@@ -6,15 +6,7 @@ import ml_dtypes
 import numpy as np
 import phalanx
 import pytest
-from cases import GemmFp8Case, NumPyArrays, TorchArrays, random_shapes, shapes
-
-
-@pytest.fixture(params=["numpy", "torch"])
-def arrays(request):
-    if request.param == "numpy":
-        return NumPyArrays()
-    pytest.importorskip("torch")
-    return TorchArrays("cpu")
+from cases import GemmFp8Case, random_shapes, shapes
 
 
 def run(case, arrays):

@@ -6,17 +6,9 @@ import ml_dtypes
 import numpy as np
 import phalanx
 import pytest
-from cases import DequantizeCase, NumPyArrays, QuantizeCase, TorchArrays
+from cases import DequantizeCase, QuantizeCase
 
 SIZES = [(0, 128), (1, 1), (3, 128), (130, 300), (257, 513), (128, 1024)]
-
-
-@pytest.fixture(params=["numpy", "torch"])
-def arrays(request):
-    if request.param == "numpy":
-        return NumPyArrays()
-    pytest.importorskip("torch")
-    return TorchArrays("cpu")
 
 
 def run(case, arrays):
