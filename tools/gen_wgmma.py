@@ -2,8 +2,10 @@
 """Writes device/ptx/wgmma_e4m3.cuh: one wrapper per width N of wgmma.m64nNk32 (E4M3 by E4M3, FP32 accumulators).
 
 The instruction names each of its N / 2 accumulator registers, which no template can spell; hence a generator.
+With --check it writes nothing, and fails if the file is not what it would write.
 """
 
+import sys
 from pathlib import Path
 
 WIDTHS = (16, 32, 64, 128, 192, 256)
@@ -16,10 +18,10 @@ HEADER = """\
 
 namespace phalanx::ptx {
 
-// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. The descriptors are those of the first;
-// the operands are K-major with the 128-byte swizzle. Asynchronous, in a commit group of its own.
-// One asm statement, because each costs the compiler time for every register that it names; and the descriptors advance
-// inside it (in their lower halves: shared memory is small), because computed before it they would delay the first product.
+// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. The descriptors are those of the
+// first; the operands are K-major with the 128-byte swizzle. Asynchronous, in a commit group of its own.
+// One asm statement, because each costs the compiler time for every register that it names. The descriptors advance
+// inside it (in their lower halves: shared memory is small): computed before it, they would delay the first product.
 template <int N>
 struct WgmmaE4m3;
 """
@@ -75,4 +77,9 @@ def wrapper(n: int) -> str:
 
 
 if __name__ == "__main__":
-    OUTPUT.write_text(HEADER + "".join(map(wrapper, WIDTHS)) + "\n}  // namespace phalanx::ptx\n")
+    text = HEADER + "".join(map(wrapper, WIDTHS)) + "\n}  // namespace phalanx::ptx\n"
+    if sys.argv[1:] == ["--check"]:
+        if OUTPUT.read_text() != text:
+            sys.exit(f"{OUTPUT} is not what tools/gen_wgmma.py writes: run it")
+    else:
+        OUTPUT.write_text(text)

@@ -4,10 +4,10 @@
 
 namespace phalanx::ptx {
 
-// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. The descriptors are those of the first;
-// the operands are K-major with the 128-byte swizzle. Asynchronous, in a commit group of its own.
-// One asm statement, because each costs the compiler time for every register that it names; and the descriptors advance
-// inside it (in their lower halves: shared memory is small), because computed before it they would delay the first product.
+// One k-block, 64 x N x 128, as four products of depth 32: d = A · Bᵀ, or d += A · Bᵀ. The descriptors are those of the
+// first; the operands are K-major with the 128-byte swizzle. Asynchronous, in a commit group of its own.
+// One asm statement, because each costs the compiler time for every register that it names. The descriptors advance
+// inside it (in their lower halves: shared memory is small): computed before it, they would delay the first product.
 template <int N>
 struct WgmmaE4m3;
 
