@@ -6,12 +6,16 @@
 
 namespace phalanx {
 
-const cuda::DeviceInfo& require_hopper(int ordinal) {
-  const cuda::DeviceInfo& device = cuda::device(ordinal);
+void check_supported(const cuda::DeviceInfo& device) {
   if (!device.is_hopper())
     throw Error(ErrorCode::unsupported,
-                fmt::format("cuda:{} is a {} of compute capability {}.{}; the kernels need Hopper, 9.0", ordinal,
+                fmt::format("cuda:{} is a {} of compute capability {}.{}; the kernels need Hopper, 9.0", device.ordinal,
                             device.name, device.major, device.minor));
+}
+
+const cuda::DeviceInfo& require_hopper(int ordinal) {
+  const cuda::DeviceInfo& device = cuda::device(ordinal);
+  check_supported(device);
   return device;
 }
 

@@ -6,6 +6,9 @@
 
 namespace phalanx {
 
+/// Throws Error unsupported, naming the GPU, unless our kernels run on it.
+void check_supported(const cuda::DeviceInfo& device);
+
 /// The device, if our kernels run there.
 /// @throws Error unsupported, invalid_device
 const cuda::DeviceInfo& require_hopper(int ordinal);

@@ -1,10 +1,16 @@
 // The planner: every plan is one of the enumerated, valid kernels, and a developer's override means what it says.
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 #include <random>
 #include <set>
+#include <sstream>
+#include <string>
 
 #include "jit/kernels.h"
 #include "plan/plan.h"
@@ -35,6 +41,35 @@ TEST(Plan, ReturnsOnlyEnumeratedConfigs) {
     ASSERT_NE(std::find(all.begin(), all.end(), p.config), all.end());
     ASSERT_EQ(p, plan::plan_gemm(problem, num_sms)) << "a pure function";
   }
+}
+
+std::string table_of_choices() {
+  constexpr std::pair<int, int> kLayers[] = {{2112, 7168}, {24576, 1536}, {32768, 512}, {7168, 16384}, {4096, 7168},
+                                             {7168, 2048}, {8192, 8192},  {576, 7168},  {9216, 4096},  {4096, 8192}};
+  std::string table = "# M N K out SMs: kernel, CTAs\n";
+  for (const auto& [out, num_sms] : {std::pair{OutType::bf16, 132}, {OutType::bf16, 108}, {OutType::f32, 132}})
+    for (const int m : {1, 16, 64, 65, 128, 256, 512, 1024, 4096})
+      for (const auto& [n, k] : kLayers) {
+        const plan::GemmPlan p = plan::plan_gemm({m, n, k, out}, num_sms);
+        table += fmt::format("{} {} {} {} {}: {}, {}\n", m, n, k, out == OutType::bf16 ? "bf16" : "f32", num_sms,
+                             jit::gemm_source(p.config).name, p.num_ctas);
+      }
+  return table;
+}
+
+// A change of the planner shows as a diff of this file. PHALANX_UPDATE_GOLDEN=1 writes it anew.
+TEST(Plan, ChoosesWhatTheGoldenTableSays) {
+  const std::filesystem::path path = std::filesystem::path(PHALANX_SOURCE_DIR) / "tests/cpu/plans.txt";
+  if (std::getenv("PHALANX_UPDATE_GOLDEN")) std::ofstream(path) << table_of_choices();
+  std::ostringstream golden;
+  golden << std::ifstream(path).rdbuf();
+  std::istringstream wanted(golden.str()), actual(table_of_choices());
+  std::string wanted_line, actual_line;
+  while (std::getline(actual, actual_line)) {
+    ASSERT_TRUE(std::getline(wanted, wanted_line)) << "missing in " << path << ": " << actual_line;
+    EXPECT_EQ(actual_line, wanted_line);
+  }
+  EXPECT_FALSE(std::getline(wanted, wanted_line)) << "no longer planned: " << wanted_line;
 }
 
 TEST(Plan, ParsesOverrides) {
