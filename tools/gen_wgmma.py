@@ -8,7 +8,7 @@ With --check it writes nothing, and fails if the file is not what it would write
 import sys
 from pathlib import Path
 
-WIDTHS = (16, 32, 64, 128, 192, 256)
+WIDTHS = (32, 64, 128, 192, 256)
 OUTPUT = Path(__file__).resolve().parent.parent / "device/ptx/wgmma_e4m3.cuh"
 
 HEADER = """\

@@ -63,7 +63,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
 // Whether the kernel can be instantiated; the planner and the tests ask, the kernel asserts.
 constexpr bool is_valid(const GemmConfig& c) {
   const bool tile = c.num_consumers >= 1 && c.num_consumers <= 2 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
-                    c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 16 &&
+                    c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 32 &&
                     c.num_scale_groups() <= kMaxScaleGroups;
   const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);
   const bool cluster = c.cluster_n >= 1 && c.cluster_m >= 1 && c.split_k >= 1 && one_kind <= 1 &&
