@@ -40,7 +40,9 @@ def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0):
         (a_data, a_scales), (b_data, b_scales) = a, b
     except (TypeError, ValueError):
         raise_no_pair(a=a, b=b)
-    return _frameworks.of(a_data, "a").gemm_fp8(a_data, a_scales, b_data, b_scales, c, out, out_dtype, num_sms)
+    # What `of` would find, without the call: this is the call that decoding waits for.
+    framework = _frameworks.by_type.get(type(a_data)) or _frameworks.of(a_data, "a")
+    return framework.gemm_fp8(a_data, a_scales, b_data, b_scales, c, out, out_dtype, num_sms)
 
 
 def quantize(x, block=(1, 128), pow2_scales=False, out=None):
