@@ -22,8 +22,8 @@ std::vector<GemmConfig> make_configs() {
   std::vector<GemmConfig> list;
   for (const OutType out : {OutType::bf16, OutType::f32}) {
     // Many rows: the tensor cores and shared memory decide.
-    if (out ==
-        OutType::bf16) {  // FP32 tiles leave straight from registers: of this size, that takes a second to compile
+    // FP32 tiles leave straight from registers: of the largest sizes, that takes a second to compile.
+    if (out == OutType::bf16) {
       list.push_back(with_stages({.block_m = 256, .block_n = 128, .cluster_n = 2, .out = out}));
       list.push_back(with_stages({.block_m = 128, .block_n = 192, .cluster_m = 2, .out = out}));
     }
@@ -100,6 +100,8 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
   for (const GemmConfig& config : all_gemm_configs()) {
     if (config.out != problem.out) continue;
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
+    // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
+    if (config.split_k > 1 && plan_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;
     if (config.block_m > 64 && problem.m <= config.block_m / 2) continue;  // half of the tile would be empty
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;

@@ -72,6 +72,7 @@ TEST(DenseTiles, PlansCoverTheirShapes) {
             if (p.config.split_k == 1) {
               ASSERT_LE(p.num_ctas, num_sms) << "a persistent kernel keeps to its SMs";
             } else {
+              ASSERT_LE(p.num_ctas, num_sms) << "nor does split-K take more than it may";
               ASSERT_EQ(p.num_ctas, DenseTiles(p.config, m, n, p.group_m, 0, p.num_ctas).count() * p.config.split_k)
                   << "split-K takes one cluster per tile";
             }
