@@ -80,8 +80,8 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
     for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
 }
 
-// One warp, only where TMA cannot read A's scales: cp.async copies single floats, whatever their strides. It has barriers of
-// its own, sfa_empty[s], at which every consumer thread arrives that has read its scales of stage s.
+// One warp, only where TMA cannot read A's scales: cp.async copies single floats, whatever their strides. It has barriers
+// of its own, sfa_empty[s], at which every consumer thread arrives that has read its scales of stage s.
 template <GemmConfig C>
 __device__ void copy_scales_a(const GemmParams& p, const SharedMemory<C>& smem) {
   const int lane = threadIdx.x % 32;

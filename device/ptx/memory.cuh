@@ -9,6 +9,19 @@ __device__ __forceinline__ u32 smem_addr(const void* p) { return static_cast<u32
 // Makes this thread's plain writes to shared memory visible to TMA and WGMMA.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Reads shared memory of another CTA of the cluster, at the address that `p` has in this one.
+__device__ __forceinline__ float4 load_cluster_f4(const void* p, u32 cta_rank) {
+  float4 v;
+  asm volatile(
+      "{ .reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote]; }"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(smem_addr(p)), "r"(cta_rank)
+      : "memory");
+  return v;
+}
+
 // Copies 4 bytes to shared memory in the background; mbarrier_arrive_cp_async tells when.
 __device__ __forceinline__ void cp_async_4(void* smem, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_addr(smem)), "l"(global) : "memory");

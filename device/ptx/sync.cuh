@@ -41,18 +41,6 @@ __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();
   cluster_wait();
 }
-// Reads shared memory of another CTA of the cluster, at the address that `p` has in this one.
-__device__ __forceinline__ float4 load_cluster_f4(const void* p, u32 cta_rank) {
-  float4 v;
-  asm volatile(
-      "{ .reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote]; }"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-      : "r"(static_cast<u32>(__cvta_generic_to_shared(p))), "r"(cta_rank)
-      : "memory");
-  return v;
-}
 
 // Programmatic dependent launch: let the next kernel of the stream start, and wait until the previous one is complete
 // and its writes are visible. Both do nothing in a kernel that was launched without the attribute.

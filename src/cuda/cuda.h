@@ -61,13 +61,14 @@ class Kernel {
   void launch(const LaunchShape& shape, const void* params, void* stream) const;
 
  private:
-  friend const Kernel& kernel(int, const std::string&, int, const std::function<std::shared_ptr<const std::string>()>&);
+  friend const Kernel& kernel(int, const std::string&, const char*, int,
+                              const std::function<std::shared_ptr<const std::string>()>&);
   void* handle_ = nullptr;
 };
 
-/// The kernel of this name on a device, loaded at the first call from the cubin that `load` then gives. The reference stays
+/// The kernel of this name on a device, loaded at the first call from `entry_point` of the cubin that `load` gives. The reference stays
 /// valid; the device's context is current. `smem_bytes`: the most that a launch will ask for.
-const Kernel& kernel(int ordinal, const std::string& name, int smem_bytes,
+const Kernel& kernel(int ordinal, const std::string& name, const char* entry_point, int smem_bytes,
                      const std::function<std::shared_ptr<const std::string>()>& load);
 
 /// A matrix seen by TMA: rows of `cols` elements, `row_stride_bytes` apart, copied in boxes. Operands (E4M3, BF16) lie in

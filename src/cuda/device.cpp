@@ -96,7 +96,7 @@ ContextGuard::~ContextGuard() {
   if (restore_) driver().cuCtxSetCurrent(static_cast<CUcontext>(previous_));
 }
 
-const Kernel& kernel(int ordinal, const std::string& name, int smem_bytes,
+const Kernel& kernel(int ordinal, const std::string& name, const char* entry_point, int smem_bytes,
                      const std::function<std::shared_ptr<const std::string>()>& load) {
   DeviceState& state = state_of(ordinal);
   {
@@ -110,7 +110,7 @@ const Kernel& kernel(int ordinal, const std::string& name, int smem_bytes,
   CUkernel handle = nullptr;
   CUfunction function = nullptr;
   PHALANX_CUDA(cuLibraryLoadData(&library, cubin->data(), nullptr, nullptr, 0, nullptr, nullptr, 0));
-  PHALANX_CUDA(cuLibraryGetKernel(&handle, library, "phalanx_kernel"));
+  PHALANX_CUDA(cuLibraryGetKernel(&handle, library, entry_point));
   PHALANX_CUDA(cuKernelSetAttribute(kFuncAttributeMaxDynamicSharedSizeBytes, smem_bytes, handle, state.handle));
   PHALANX_CUDA(cuKernelGetFunction(&function, handle));  // loads it now: a graph capture could not
   Kernel result;

@@ -1,4 +1,5 @@
 // check -> plan -> run, on the CPU or on CUDA.
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <shared_mutex>

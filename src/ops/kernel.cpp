@@ -20,7 +20,7 @@ const cuda::DeviceInfo& require_hopper(int ordinal) {
 }
 
 const cuda::Kernel& load_kernel(int ordinal, const jit::KernelSource& source, int smem_bytes) {
-  return cuda::kernel(ordinal, source.name, smem_bytes, [&] {
+  return cuda::kernel(ordinal, source.name, jit::kEntryPoint, smem_bytes, [&] {
     const auto cubin = jit::get_cubin(source, cuda::device(ordinal).arch());
     return std::shared_ptr<const std::string>(cubin, &cubin->bytes);
   });
