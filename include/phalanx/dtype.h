@@ -12,11 +12,27 @@ enum class DType : std::uint8_t {
   bf16,
   f16,
   f32,
+  int32,  ///< indices and counts
+  int64,
 };
 
-constexpr int size_of(DType dtype) { return dtype == DType::e4m3 ? 1 : dtype == DType::f32 ? 4 : 2; }
+constexpr int size_of(DType dtype) {
+  switch (dtype) {
+    case DType::e4m3:
+      return 1;
+    case DType::bf16:
+    case DType::f16:
+      return 2;
+    case DType::f32:
+    case DType::int32:
+      return 4;
+    case DType::int64:
+      break;
+  }
+  return 8;
+}
 
-/// "e4m3", "bf16", "f16" or "f32".
+/// "e4m3", "bf16", "f16", "f32", "int32" or "int64".
 PHALANX_API const char* name_of(DType dtype) noexcept;
 
 }  // namespace phalanx

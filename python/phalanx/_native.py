@@ -1,6 +1,6 @@
 """The compiled module, loaded when one of its functions is first looked up: `import phalanx` stays quick.
 
-The functions take DLPack views and write into them; see python/bindings.cpp. `_api` and the frameworks call them as
+The functions take DLPack views and write into them; see python/bindings. `_api` and the frameworks call them as
 `_native.gemm_fp8(...)`, which after the first time is a plain module attribute.
 """
 

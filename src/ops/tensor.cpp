@@ -26,6 +26,10 @@ const char* name_of(DType dtype) noexcept {
       return "f16";
     case DType::f32:
       return "f32";
+    case DType::int32:
+      return "int32";
+    case DType::int64:
+      return "int64";
   }
   return "unknown dtype";
 }

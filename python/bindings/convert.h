@@ -1,0 +1,39 @@
+// What the bindings share: DLPack views in, phalanx::Tensor out, errors to Python's exceptions.
+#pragma once
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
+
+#include <cstdint>
+
+#include "phalanx/phalanx.h"
+
+namespace phalanx::python {
+
+namespace ffi = tvm::ffi;
+using ffi::AnyView;  // every array comes as one, so that a wrong one is an error that names it
+using ffi::Optional;
+
+/// `name` is what an error calls the argument.
+Tensor to_tensor(const char* name, const AnyView& argument);
+
+/// `stream` is given by frameworks that tvm-ffi does not ask by itself; torch's it has put in its environment.
+Stream to_stream(const Device& device, const Optional<std::int64_t>& stream);
+
+/// A number of SMs to use, 0 for all.
+int to_num_sms(std::int64_t num_sms);
+
+/// Names under which `phalanx._native` registers the exceptions.
+const char* exception_name(ErrorCode code);
+
+template <typename Call>
+void translating_errors(Call&& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    throw ffi::Error(exception_name(error.code()), error.what(), "");
+  }
+}
+
+}  // namespace phalanx::python
