@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import sys
 import time
 from pathlib import Path
@@ -14,12 +13,13 @@ except ImportError:
     sys.exit("benchmarks need torch and a GPU of compute capability 9.0; torch is not installed")
 
 from bench import ceilings as ceiling_probes
-from bench import host, machine, quantize
-from bench.cases import DEFAULT_GROUPS, SHAPES_PATH, Problem, Shape, load_shapes, parse_shape
+from bench import chain, host, machine, quantize
+from bench.cases import DEFAULT_GROUPS, SHAPES_PATH, SUITES, Problem, Shape, load_shapes, parse_shape
 from bench.libraries import MAX_ERROR, OURS, Library, load
 from bench.report import make_row, print_result, summarize, write_json
 from bench.timing import L2Flush, interleaved
 
+CHAIN = "chain"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -34,13 +34,14 @@ def words(text: str) -> tuple[str, ...]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
+    add("--suite", type=words, default=(), help=f"suites instead of groups: {', '.join(SUITES)}, chain")
     add("--groups", type=words, default=DEFAULT_GROUPS, help="groups of the shapes file (default %(default)s)")
     add("--m", type=numbers, default=(), metavar="M,M", help="the groups' (N, K) at these M instead of their own")
     add("--shape", type=parse_shape, action="append", metavar="MxNxK", help="this shape instead; may be repeated")
     add("--shapes", type=Path, default=SHAPES_PATH, help="shapes file (default %(default)s)")
     add("--only", type=words, default=(), help="libraries to run, for example phalanx,deep_gemm")
     add("--out", type=Path, default=RESULTS, help="directory of the results (default %(default)s)")
-    add("--name", default="dense_fp8", help="name of the results' files (default %(default)s)")
+    add("--name", help="name of the results' files (default: the suites' names, or dense_fp8)")
     add("--repeats", type=int, default=30, help="timed calls of each library and shape (default %(default)s)")
     add("--seed", type=int, default=0, help="of the inputs")
     add("--quick", action="store_true", help="fewer repeats and a short look at the ceilings")
@@ -49,6 +50,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no-host", action="store_true", help="do not time the host's side of a call")
     add("--no-plot", action="store_true", help="write no plots")
     arguments = parser.parse_args(argv)
+    if unknown := set(arguments.suite) - {*SUITES, CHAIN}:
+        parser.error(f"no suite {', '.join(sorted(unknown))}; there are {', '.join((*SUITES, CHAIN))}")
+    arguments.name = arguments.name or "_".join(arguments.suite) or "dense_fp8"
     if arguments.quick:
         arguments.repeats = min(arguments.repeats, 20)
     return arguments
@@ -98,8 +102,16 @@ def main(argv: list[str] | None = None) -> int:
     return run(arguments)
 
 
+def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
+    if arguments.shape:
+        return arguments.shape
+    if arguments.suite:
+        return [shape for suite in arguments.suite if suite != CHAIN for shape in SUITES[suite]()]
+    return load_shapes(arguments.shapes, arguments.groups, arguments.m)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    shapes = arguments.shape or load_shapes(arguments.shapes, arguments.groups, arguments.m)
+    shapes = shapes_of(arguments)
     libraries, missing = load(arguments.only)
     for name, reason in missing.items():
         log(f"{name} is not here: {reason}")
@@ -107,11 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
 
     monitor = machine.Monitor()
-    result = {
-        "gpu": torch.cuda.get_device_name(0),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
-        "versions": machine.versions(),
+    result = machine.describe() | {
         "settings": {"repeats": arguments.repeats, "seed": arguments.seed, "quick": arguments.quick, "l2": "cold"},
         "missing": missing,
         "clocks": {"before": monitor.read()},
@@ -147,6 +155,19 @@ def run(arguments: argparse.Namespace) -> int:
         times = ", ".join(f"{name} {stats['median']:.1f}" for name, stats in row["stats"].items())
         log(f"{shape}: {times} us, after {time.monotonic() - started:.0f} s")
 
+    chain_rows = []
+    if CHAIN in arguments.suite:
+        try:
+            with monitor:
+                chain_rows = chain.measure(libraries, arguments.repeats, arguments.seed, log, arguments.m)
+            result["clocks"]["chain"] = monitor.summary()
+        except Exception as error:
+            log(f"chain: {type(error).__name__}: {error}")
+            wrong += 1
+        wrong += sum(OURS in row["skipped"] for row in chain_rows)
+        result["rows"] += chain_rows
+        write_json(result, path)
+
     quantized = []
     for library in libraries:
         if library.name == OURS and not arguments.no_quantize:
@@ -165,6 +186,7 @@ def run(arguments: argparse.Namespace) -> int:
     result["seconds"] = round(time.monotonic() - started, 1)
     write_json(result, path)
     print_result(result)
+    chain.print_rows(chain_rows)
     quantize.print_rows(quantized)
     host.print_measured(result["host"])
     print(f"written: {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 
 SHAPES_PATH = Path(__file__).resolve().parent.parent / "tests" / "cases" / "shapes.json"
 DEFAULT_GROUPS = ("prefill", "square", "decode")
+DECODE_ROWS = (1, 16, 64, 128)
 BLOCK = 128
 E4M3_MAX = 448.0
 
@@ -52,6 +54,18 @@ def load_shapes(
     return [shape for shape in shapes if shape.m > 0]
 
 
+def _odd_shapes() -> list[Shape]:
+    mnk = itertools.product((1, 3, 17, 65, 129, 1000, 4097), (576, 2112, 7168), (512, 768, 7168))
+    return [Shape("odd", *sizes) for sizes in mnk]
+
+
+SUITES = {
+    "prefill": lambda: load_shapes(groups=("prefill", "square")),
+    "decode": lambda: load_shapes(groups=("decode",), ms=DECODE_ROWS),
+    "odd": _odd_shapes,
+}
+
+
 def parse_shape(text: str) -> Shape:
     """ "4096x7168x2048" """
     m, n, k = (int(part) for part in text.lower().replace(",", "x").split("x"))
@@ -88,16 +102,34 @@ def dequantize(data: torch.Tensor, scales: torch.Tensor, block_rows: int) -> tor
     return data.float() * (wide if block_rows == 1 else wide.repeat_interleave(block_rows, 0)[:rows])
 
 
+def make_weights(n: int, k: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normal weights [N, K], quantised."""
+    return quantize(torch.randn(n, k, device=generator.device, generator=generator) * k**-0.5, BLOCK)
+
+
+def make_layers(count: int, seed: int = 0) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """The decode chain: for each of `count` layers its own weights of the group's (N, K), 231 MB a layer."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return [
+        [make_weights(shape.n, shape.k, generator) for shape in load_shapes(groups=("decode",))] for _ in range(count)
+    ]
+
+
 class Problem:
     """The operands of one product: normal activations and weights, quantised."""
 
-    def __init__(self, shape: Shape, seed: int = 0, device: str = "cuda"):
+    def __init__(
+        self,
+        shape: Shape,
+        seed: int = 0,
+        device: str = "cuda",
+        weights: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         generator = torch.Generator(device).manual_seed(seed)
         self.shape = shape
         x = torch.randn(shape.m, shape.k, device=device, generator=generator)
-        w = torch.randn(shape.n, shape.k, device=device, generator=generator) * shape.k**-0.5
         self.a, self.sfa = quantize(x, 1)
-        self.b, self.sfb = quantize(w, BLOCK)
+        self.b, self.sfb = weights or make_weights(shape.n, shape.k, generator)
         self.out = torch.empty(shape.m, shape.n, dtype=torch.bfloat16, device=device)
 
     @cached_property

@@ -100,7 +100,7 @@ def _read(module: Module, quick: bool, flush: L2Flush) -> dict[str, float]:
     return ceilings
 
 
-def _random_e4m3(num_bytes: int) -> torch.Tensor:
+def random_e4m3(num_bytes: int) -> torch.Tensor:
     """Normal values with one scale per 128, as quantisation makes them."""
     x = torch.randn(num_bytes // 128, 128, device="cuda")
     return (x * (448 / x.abs().amax(1, keepdim=True))).to(torch.float8_e4m3fn)
@@ -110,7 +110,7 @@ def _mma(module: Module, quick: bool) -> dict[str, float]:
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     ceilings = {}
     for n in MMA_WIDTHS:
-        operands = _random_e4m3(MMA_STAGES * (128 + n) * MMA_K)
+        operands = random_e4m3(MMA_STAGES * (128 + n) * MMA_K)
         iterations = 300 * 128 // n  # about 0.35 ms
         short = _mma_rates(module, n, operands, iterations, repeats=10, pause_cycles=4_000_000)
         long = _mma_rates(module, n, operands, 30 * iterations, repeats=40 if quick else 100, pause_cycles=0)

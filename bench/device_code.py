@@ -58,6 +58,22 @@ def _compile_nvcc(source: str) -> bytes:
         return output_path.read_bytes()
 
 
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6  # CUlaunchAttributeID
+
+
+class _LaunchAttribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint32 * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "smem")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
 class Module:
     """The kernels of one source text, loaded into torch's CUDA context."""
 
@@ -85,10 +101,36 @@ class Module:
             self._functions[name] = function
         return self._functions[name]
 
-    def launch(self, name: str, grid: int, block: int, *args, smem_bytes: int = 0) -> None:
-        """Tensors go as pointers; other arguments are ctypes values (`c_int32`, `c_int64`)."""
+    def launch(
+        self, name: str, grid: int, block: int, *args, smem_bytes: int = 0, cluster: int = 1, pdl: bool = False
+    ) -> None:
+        """Tensors go as pointers; other arguments are ctypes values (`c_int32`, `c_int64`, `tensor_map`'s).
+
+        `pdl`: programmatic dependent launch, the kernel may start before its predecessor in the stream is done.
+        """
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in args]
         pointers = (ctypes.c_void_p * max(1, len(values)))(*(ctypes.addressof(v) for v in values))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        attributes = (_LaunchAttribute * 2)()
+        attributes[0].id, attributes[0].value[:3] = _CLUSTER_DIMENSION, (cluster, 1, 1)
+        attributes[1].id, attributes[1].value[0] = _PROGRAMMATIC_STREAM_SERIALIZATION, int(pdl)
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _LaunchConfig(grid, 1, 1, block, 1, 1, smem_bytes, stream, attributes, len(attributes))
         function = self._function(name, smem_bytes)
-        self._check(self._driver.cuLaunchKernel(function, grid, 1, 1, block, 1, 1, smem_bytes, stream, pointers, None))
+        self._check(self._driver.cuLaunchKernelEx(ctypes.byref(config), function, pointers, None))
+
+    def tensor_map(self, matrix: torch.Tensor, box_rows: int, box_cols: int) -> ctypes.Array:
+        """The argument `TensorMap` for a row-major matrix of bytes, copied in boxes with the 128-byte swizzle."""
+        storage = ctypes.create_string_buffer(192)
+        offset = -ctypes.addressof(storage) % 64
+        encoded = (ctypes.c_char * 128).from_buffer(storage, offset)
+        dims = (ctypes.c_uint64 * 2)(matrix.shape[1], matrix.shape[0])
+        strides = (ctypes.c_uint64 * 1)(matrix.stride(0))
+        box, steps = (ctypes.c_uint32 * 2)(box_cols, box_rows), (ctypes.c_uint32 * 2)(1, 1)
+        u8, rank, interleave, swizzle_128b, promote_256b, fill = 0, 2, 0, 3, 3, 0
+        data = ctypes.c_void_p(matrix.data_ptr())
+        self._check(
+            self._driver.cuTensorMapEncodeTiled(
+                encoded, u8, rank, data, dims, strides, box, steps, interleave, swizzle_128b, promote_256b, fill
+            )
+        )
+        return encoded

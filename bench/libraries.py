@@ -148,6 +148,7 @@ class Triton(Library):
 ALL: tuple[type[Library], ...] = (Phalanx, DeepGemm, TorchScaledMm, Triton, CublasBf16)
 LABELS = {library.name: library.label for library in ALL}
 OURS = Phalanx.name
+FP8_PEERS = tuple(library.name for library in ALL if library.operand_bytes == 1 and library.name != OURS)
 
 
 def load(only: tuple[str, ...] = ()) -> tuple[list[Library], dict[str, str]]:

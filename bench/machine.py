@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 import statistics
@@ -24,6 +25,18 @@ def commit() -> str:
         return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def describe() -> dict:
+    """What the head of every results file says: GPU, date, commit, versions."""
+    import torch
+
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.cases import Shape
-from bench.libraries import LABELS, OURS
+from bench.libraries import FP8_PEERS, LABELS, OURS
 from bench.timing import Sample
 
 
@@ -27,7 +27,7 @@ def make_row(
         "peers": {name: round(sample.median, 3) for name, sample in samples.items() if name != OURS},
         "tflops": None,
         "gbps": None,
-        "stats": {name: _stats(sample) for name, sample in samples.items()},
+        "stats": {name: sample_stats(sample) for name, sample in samples.items()},
         "errors": {name: float(f"{error:.3g}") for name, error in errors.items()},
         **extra,
     }
@@ -36,11 +36,14 @@ def make_row(
         row["tflops"] = round(shape.flops / ours.median * 1e-6, 2)
         row["gbps"] = round(shape.num_bytes / ours.median * 1e-3, 1)
         row["speedup"] = {name: round(time / ours.median, 4) for name, time in row["peers"].items()}
+        best = min((peer for peer in row["peers"] if peer in FP8_PEERS), key=row["peers"].get, default=None)
+        if best:
+            row["best_peer"] = {"name": best, "speedup": row["speedup"][best]}
         row.update(_share(shape, ours.median, ceilings))
     return row
 
 
-def _stats(sample: Sample) -> dict[str, float]:
+def sample_stats(sample: Sample) -> dict[str, float]:
     figures = {"min": sample.min, "p10": sample.quantile(0.1), "median": sample.median, "p90": sample.quantile(0.9)}
     return {name: round(value, 3) for name, value in figures.items()}
 
@@ -75,13 +78,13 @@ def gemm_rows(rows: list[dict]) -> list[dict]:
 
 
 def summarize(rows: list[dict]) -> dict[str, dict]:
-    """Per M, and for "M >= 1024" (the prefill shapes together): geometric means of the speed-ups over each peer."""
+    """Per M, for "M >= 1024" (the prefill shapes together) and for the odd shapes: geometric means of the speed-ups
+    over each peer, and the shape that does worst."""
     groups: dict[str, list[dict]] = {}
-    rows = gemm_rows(rows)
+    rows = [row for row in gemm_rows(rows) if row["median_us"]]
     for row in rows:
-        if row["median_us"]:
-            groups.setdefault(f"M={row['shape']['m']}", []).append(row)
-    large = [row for row in rows if row["median_us"] and row["shape"]["m"] >= 1024]
+        groups.setdefault("odd" if row["group"] == "odd" else f"M={row['shape']['m']}", []).append(row)
+    large = [row for row in rows if row["group"] != "odd" and row["shape"]["m"] >= 1024]
     if len({row["shape"]["m"] for row in large}) > 1:
         groups["M>=1024"] = large
     return {name: _summary(members) for name, members in groups.items()}
@@ -91,6 +94,14 @@ def _summary(rows: list[dict]) -> dict:
     peers = [peer for peer in LABELS if any(peer in row["speedup"] for row in rows)]
     means = {peer: geomean(row["speedup"][peer] for row in rows if peer in row["speedup"]) for peer in peers}
     summary = {"rows": len(rows), "speedup": {peer: round(value, 4) for peer, value in means.items() if value}}
+    summary["worst"] = {}
+    for peer in peers:
+        row = min((row for row in rows if peer in row["speedup"]), key=lambda row: row["speedup"][peer])
+        summary["worst"][peer] = {"shape": row["shape"], "speedup": row["speedup"][peer]}
+    against_best = [row for row in rows if "best_peer" in row]
+    if against_best:
+        row = min(against_best, key=lambda row: row["best_peer"]["speedup"])
+        summary["worst"]["best_peer"] = {"shape": row["shape"], **row["best_peer"]}
     for share in ("share_of_ceiling", "share_of_floor"):
         mean = geomean(row[share] for row in rows if share in row)
         summary[share] = round(mean, 4) if mean else None
@@ -160,7 +171,14 @@ def _print_plain(header: list[str], lines: list[list[str]]) -> None:
 
 def _print_summary(result: dict) -> None:
     for group, summary in result["summary"].items():
-        means = ", ".join(f"{value:.3f}x {_short(peer)}" for peer, value in summary["speedup"].items())
+        worst = summary["worst"]
+        means = ", ".join(
+            f"{value:.3f}x {_short(peer)} (worst {worst[peer]['speedup']:.2f})"
+            for peer, value in summary["speedup"].items()
+        )
+        if "best_peer" in worst:
+            shape = "x".join(map(str, worst["best_peer"]["shape"].values()))
+            means += f"; best peer: worst {worst['best_peer']['speedup']:.2f} at {shape}"
         line = f"{group}: geometric mean over {summary['rows']}: {means or 'no peers'}"
         if summary["share_of_ceiling"]:
             line += (

@@ -30,6 +30,9 @@ class Sample:
     def min(self) -> float:
         return min(self.times)
 
+    def scaled(self, factor: float) -> Sample:
+        return Sample([time * factor for time in self.times])
+
     def quantile(self, q: float) -> float:
         ordered = sorted(self.times)
         return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
@@ -83,6 +86,22 @@ def interleaved(
         for name, start, end in events:
             times[name].append(start.elapsed_time(end) * 1e3)
     return {name: Sample(values) for name, values in times.items()}
+
+
+class Captured:
+    """One CUDA graph of all these calls, which run once before it is made. Keeps them, and so their memory, alive."""
+
+    def __init__(self, calls: list[Call]):
+        self._calls, self._graph = calls, torch.cuda.CUDAGraph()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self._graph):
+            for call in calls:
+                call()
+
+    def __call__(self) -> None:
+        self._graph.replay()
 
 
 def with_environment(variable: str, value: str | None, call: Call) -> Call:

@@ -27,6 +27,10 @@ __device__ __forceinline__ void register_decrease() {
 __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
+// Counts for those who wait in named_barrier_sync, and goes on.
+__device__ __forceinline__ void named_barrier_arrive(int id, int num_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
 
 __device__ __forceinline__ u32 cluster_ctarank() {
   u32 rank;

@@ -28,6 +28,14 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* smem, const TensorMa
       : "memory");
 }
 
+// `bytes` of plain memory, both ends 16-byte aligned.
+__device__ __forceinline__ void bulk_load(void* smem, const void* global, u32 bytes, u64* bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   smem_addr(smem)),
+               "l"(global), "r"(bytes), "r"(smem_addr(bar))
+               : "memory");
+}
+
 __device__ __forceinline__ void tma_store_2d(const TensorMap* map, const void* smem, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
                "r"(smem_addr(smem)), "r"(x), "r"(y)

@@ -1,0 +1,1 @@
+"""Experiments that decide the kernels' designs: `python -m bench.probe`. Each is a kernel and its driver."""
