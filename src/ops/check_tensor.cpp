@@ -1,0 +1,160 @@
+#include "ops/check_tensor.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "ops/check.h"
+
+namespace phalanx {
+namespace {
+
+using std::int64_t;
+
+constexpr int kTmaAlignment = 16;               // of bases and row strides, in bytes
+constexpr int64_t kTmaStrideLimit = 1ll << 40;  // bytes
+constexpr int64_t kMaxDim = std::numeric_limits<std::int32_t>::max();
+
+// Of a matrix, or of each in a stack.
+int64_t rows_of(const Arg& arg) { return arg->shape[arg->ndim - 2]; }
+int64_t cols_of(const Arg& arg) { return arg->shape[arg->ndim - 1]; }
+int64_t row_stride_of(const Arg& arg) { return arg->strides[arg->ndim - 2]; }
+int64_t col_stride_of(const Arg& arg) { return arg->strides[arg->ndim - 1]; }
+
+}  // namespace
+
+// --- one tensor ------------------------------------------------------------------------------------------------------------
+
+void check_rank(const Arg& arg, int ndim) {
+  if (arg->ndim != ndim) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "it has {} dimensions, expected {}", arg->ndim, ndim);
+  for (int i = 0; i < ndim; ++i) {
+    if (arg->shape[i] < 0 || arg->shape[i] > kMaxDim) [[unlikely]]
+      fail(ErrorCode::invalid_argument, arg, "dimension {} is out of range, expected 0 to {}", arg->shape[i], kMaxDim);
+  }
+  if (arg->device.index < 0) [[unlikely]]
+    fail(ErrorCode::invalid_device, arg, "device index {} is negative", arg->device.index);
+}
+
+void check_dtype(const Arg& arg, DType expected) {
+  if (arg->dtype != expected) [[unlikely]]
+    fail(ErrorCode::invalid_dtype, arg, "expected dtype {}", name_of(expected));
+}
+
+void check_dtype(const Arg& arg, std::initializer_list<DType> expected) {
+  if (std::find(expected.begin(), expected.end(), arg->dtype) != expected.end()) [[likely]]
+    return;
+  std::string names;
+  for (const DType dtype : expected) names += (names.empty() ? "" : " or ") + std::string(name_of(dtype));
+  fail(ErrorCode::invalid_dtype, arg, "expected dtype {}", names);
+}
+
+void check_shape(const Arg& arg, std::initializer_list<int64_t> expected, const char* meaning) {
+  if (std::equal(expected.begin(), expected.end(), arg->shape.begin())) [[likely]]
+    return;
+  std::string text;
+  for (const int64_t dim : expected) text += (text.empty() ? "" : ", ") + std::to_string(dim);
+  fail(ErrorCode::invalid_argument, arg, "expected shape [{}], that is {}", text, meaning);
+}
+
+void check_base(const Arg& arg, int alignment) {
+  if (arg.empty()) return;
+  if (arg->data == nullptr) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its data pointer is null");
+  if (reinterpret_cast<std::uintptr_t>(arg->data) % alignment != 0) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its data pointer is {}, expected a multiple of {} bytes",
+         fmt::ptr(arg->data), alignment);
+}
+
+void check_rows(const Arg& arg, Access access) {
+  if (arg.empty()) return;
+  if (cols_of(arg) > 1 && col_stride_of(arg) != 1) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its column stride is {} elements, expected 1 (contiguous rows)",
+         col_stride_of(arg));
+  if (access == Access::write && rows_of(arg) > 1 && row_stride_of(arg) < cols_of(arg)) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its row stride is {} elements, expected at least its {} columns",
+         row_stride_of(arg), cols_of(arg));
+}
+
+void check_tma(const Arg& arg) {
+  check_rows(arg, Access::write);
+  check_base(arg, kTmaAlignment);
+  if (arg.empty() || rows_of(arg) == 1) return;
+  const int64_t stride = row_stride_of(arg), limit = kTmaStrideLimit / size_of(arg->dtype);
+  if (stride >= limit) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its row stride is {} elements, expected less than {} (2^40 bytes)", stride,
+         limit);
+  if (const int64_t bytes = stride * size_of(arg->dtype); bytes % kTmaAlignment != 0) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its row stride is {} bytes, expected a multiple of {}", bytes,
+         kTmaAlignment);
+}
+
+void check_scales(const Arg& arg, Access access) {
+  check_base(arg, alignof(float));
+  if (access == Access::read || arg.empty()) return;
+  const auto magnitude = [](int64_t stride) { return stride < 0 ? -stride : stride; };
+  int64_t inner = magnitude(arg->strides[1]), outer = magnitude(arg->strides[0]);
+  int64_t inner_count = arg->cols(), outer_count = arg->rows();
+  if (inner_count == 1 || (outer_count > 1 && outer < inner)) {
+    std::swap(inner, outer);
+    std::swap(inner_count, outer_count);
+  }
+  const bool distinct = (inner_count == 1 || inner > 0) && (outer_count == 1 || outer > (inner_count - 1) * inner);
+  if (!distinct) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its strides make elements overlap");
+}
+
+// --- two tensors -----------------------------------------------------------------------------------------------------------
+
+void check_device(const Arg& arg, const Arg& reference) {
+  if (arg->device != reference->device) [[unlikely]]
+    fail(ErrorCode::invalid_device, arg, "expected the device of {}, {}", reference.name, to_string(reference->device));
+}
+
+namespace {
+
+/// The bytes that a tensor spans, gaps between its rows included.
+struct Extent {
+  std::uintptr_t begin = 0, end = 0;
+};
+
+Extent extent_of(const Arg& arg) {
+  if (arg.empty()) return {};
+  const int64_t size = size_of(arg->dtype);
+  const std::uintptr_t data = reinterpret_cast<std::uintptr_t>(arg->data);
+  Extent extent{data, data + size};
+  for (int i = 0; i < arg->ndim; ++i) {
+    if (arg->shape[i] == 1) continue;
+    int64_t reach;
+    if (__builtin_mul_overflow((arg->shape[i] - 1) * size, arg->strides[i], &reach)) [[unlikely]]
+      fail(ErrorCode::invalid_argument, arg, "stride {} leads out of the address space", arg->strides[i]);
+    (reach < 0 ? extent.begin : extent.end) += reach;
+  }
+  return extent;
+}
+
+/// Column ranges of one wider matrix: side by side, they span each other's rows and touch none.
+bool side_by_side(const Arg& x, const Arg& y) {
+  if (x->ndim != 2 || y->ndim != 2) return false;
+  const int64_t pitch = x->strides[0] * size_of(x->dtype);
+  if (x->rows() == 1 || y->rows() == 1 || pitch <= 0 || pitch != y->strides[0] * size_of(y->dtype)) return false;
+  if ((x->cols() > 1 && x->strides[1] != 1) || (y->cols() > 1 && y->strides[1] != 1)) return false;
+  const int64_t between = reinterpret_cast<std::intptr_t>(y->data) - reinterpret_cast<std::intptr_t>(x->data);
+  const int64_t offset = (between % pitch + pitch) % pitch;
+  return offset >= x->cols() * size_of(x->dtype) && offset + y->cols() * size_of(y->dtype) <= pitch;
+}
+
+}  // namespace
+
+void check_disjoint(const Arg& output, const Arg& other) {
+  const Extent x = extent_of(output), y = extent_of(other);
+  if (x.begin < y.end && y.begin < x.end && !side_by_side(output, other)) [[unlikely]]
+    fail(ErrorCode::invalid_argument, output, "its memory [{:#x}, {:#x}) overlaps that of {}, [{:#x}, {:#x})", x.begin,
+         x.end, other.name, y.begin, y.end);
+}
+
+bool same_memory(const Tensor& x, const Tensor& y) {
+  return x.data == y.data && (x.rows() <= 1 || x.strides[0] == y.strides[0]);
+}
+
+}  // namespace phalanx
