@@ -2,7 +2,9 @@
 #pragma once
 
 #include "phalanx/dtype.h"
+#include "phalanx/ep.h"
 #include "phalanx/gemm.h"
+#include "phalanx/group.h"
 #include "phalanx/quantize.h"
 #include "phalanx/status.h"
 #include "phalanx/stream.h"

@@ -15,6 +15,9 @@ enum class ErrorCode {
   unsupported,         ///< right arguments, but this machine cannot serve them: architecture, driver or NVRTC
   compilation_failed,  ///< NVRTC refused a kernel; the message holds its log
   cuda_error,          ///< the CUDA driver returned an error
+  timeout,             ///< a peer did not come in time; the message says which, and for what
+  aborted,             ///< a rank called abort(), or the group has been closed
+  capacity_exceeded,   ///< more rows than the caller gave room for; the message says how many
 };
 
 class PHALANX_API Error : public std::runtime_error {

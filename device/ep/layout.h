@@ -1,0 +1,159 @@
+// The symmetric buffer of an expert-parallel group, for host and device: the one place where its offsets are made.
+//
+//   rank d's buffer   words    stop, epochs and counts of finished CTAs (its own), credits, flags (written by peers)
+//                     then, once or twice ("buffers"; an operation of epoch n uses buffer n % num_buffers):
+//                     headers  [R]            how many tokens source s has
+//                     experts  [R][T][K]      s's topk_idx, int32
+//                     weights  [R][T][K]      s's topk_weights, FP32
+//                     tokens   [R - 1][T]     dispatch slots: s's token t, if it has an expert on d
+//                     sums     [R - 1][T]     combine slots: what rank s has summed for d's token t
+//
+// A slot's number is the token's number at home, in both directions: a slot needs no agreement, only a credit.
+//
+// Work is cut the same way on every rank. CTA c of G owns the tokens [c * n, (c + 1) * n) of each source s, n =
+// ceil(tokens_s / G), and cuts each into `parts` pieces of columns. Warp w of its W copying warps takes the pieces w, w + W,
+// ..., in order, and after each raises its own flag at the destination. So the only one to wait for is the same warp
+// of the same CTA on another rank.
+#pragma once
+#include "device/types.h"
+
+namespace phalanx {
+
+constexpr int kEpMaxRanks = 64;
+constexpr int kEpMaxTopk = 32;   // one lane of a warp for each choice
+constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whole block of scales
+
+// Roles of a CTA's warps: the first ones send, the others receive.
+constexpr int kEpSendWarps = 8;
+constexpr int kEpRecvWarps = 16;
+constexpr int kEpThreads = 32 * (kEpSendWarps + kEpRecvWarps);
+
+// What is agreed upon by all ranks.
+struct EpShape {
+  int num_ranks = 1, hidden = 0, topk = 1, max_tokens = 0;
+  int num_ctas = 1, parts = 1, num_buffers = 1;
+  int wide = 0;  // slots hold BF16, not only E4M3
+};
+
+constexpr i64 ep_align(i64 bytes) { return (bytes + 15) / 16 * 16; }
+constexpr i64 ep_align_region(i64 bytes) { return (bytes + 127) / 128 * 128; }
+
+// E4M3 data, then FP32 scales; or BF16 data.
+constexpr i64 ep_scales_offset(int hidden) { return ep_align(hidden); }
+constexpr i64 ep_e4m3_slot(int hidden) { return ep_align(hidden) + ep_align(4 * i64(ceil_div(hidden, 128))); }
+constexpr i64 ep_bf16_bytes(int hidden) { return ep_align(2 * i64(hidden)); }
+constexpr i64 ep_token_slot(const EpShape& s) {
+  return s.wide && ep_bf16_bytes(s.hidden) > ep_e4m3_slot(s.hidden) ? ep_bf16_bytes(s.hidden) : ep_e4m3_slot(s.hidden);
+}
+// BF16 sums, then one FP32 value for each choice.
+constexpr i64 ep_sum_slot(const EpShape& s) { return ep_bf16_bytes(s.hidden) + ep_align(4 * i64(s.topk)); }
+
+// The four sequences of operations. A kernel that both sends and receives takes a step in both.
+enum EpSequence { kEpDispatchSend, kEpDispatchRecv, kEpCombineSend, kEpCombineRecv, kEpSequences };
+
+struct EpWords {
+  u64 stop;  // not 0: give up waiting. 1 + the rank that called abort(), or that timed out
+  u64 pad[7];
+  u64 epoch[kEpSequences];  // operations finished
+  u64 done[kEpSequences];   // CTAs that have finished the present one
+};
+
+struct EpLayout {
+  i64 dispatch_credit, combine_credit;  // u64 [R]: epoch that rank d has finished to read
+  i64 route_flags;                      // u64 [R][G]
+  i64 token_flags, sum_flags;           // u64 [R][G][send warps]
+  i64 buffers, buffer_stride;
+  i64 headers, experts, weights, tokens, sums;  // within a buffer
+  i64 token_slot, sum_slot;                     // bytes
+  i64 bytes;                                    // of it all
+};
+
+constexpr EpLayout ep_layout(const EpShape& s) {
+  const i64 ranks = s.num_ranks, peers = ranks - 1, tokens = s.max_tokens;
+  const i64 choices = ep_align_region(ranks * tokens * s.topk * 4);
+  EpLayout l{};
+  l.token_slot = ep_token_slot(s);
+  l.sum_slot = ep_sum_slot(s);
+  l.dispatch_credit = ep_align_region(sizeof(EpWords));
+  l.combine_credit = l.dispatch_credit + ep_align_region(ranks * 8);
+  l.route_flags = l.combine_credit + ep_align_region(ranks * 8);
+  l.token_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
+  l.sum_flags = l.token_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
+  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
+  l.headers = 0;
+  l.experts = ep_align_region(ranks * 16);
+  l.weights = l.experts + choices;
+  l.tokens = l.weights + choices;
+  l.sums = l.tokens + ep_align_region(peers * tokens * l.token_slot);
+  l.buffer_stride = l.sums + ep_align_region(peers * tokens * l.sum_slot);
+  l.bytes = l.buffers + s.num_buffers * l.buffer_stride;
+  return l;
+}
+
+// Of rank `peer` among all but `rank`.
+constexpr int ep_peer_idx(int rank, int peer) { return peer < rank ? peer : peer - 1; }
+
+// --- flags ------------------------------------------------------------------------------------------------------------------
+
+// A flag grows from operation to operation and within one: epoch, then what is sent, then how many pieces. The format lies
+// below the epoch, where it does not disturb the order: all flags of one epoch should have the same.
+constexpr u64 ep_flag(u64 epoch, u32 format, u32 count) { return epoch << 32 | u64(format) << 24 | count; }
+constexpr u32 ep_flag_format(u64 flag) { return u32(flag) >> 24; }
+constexpr u64 ep_flag_epoch(u64 flag) { return flag >> 32; }
+
+enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEpSumsAndValues = 5 };
+
+// --- the handle -------------------------------------------------------------------------------------------------------------
+
+// What dispatch leaves for those who follow, int32 words in memory of the caller.
+struct EpHandleLayout {
+  i64 num_tokens;  // [R]
+  i64 experts;     // [T][K]: this rank's own topk_idx
+  i64 rows;        // [R][T][K]: the row of source s's token t for its choice k here; -1: none, or it did not fit
+  i64 weights;     // [R][T][K] FP32
+  i64 words;
+};
+enum EpHandleWord { kEpNumRows, kEpHandleWords = 16 };  // rows in all, padding included, whether they fit or not
+
+constexpr EpHandleLayout ep_handle_layout(const EpShape& s) {
+  const i64 choices = i64(s.max_tokens) * s.topk;
+  EpHandleLayout l{};
+  l.num_tokens = kEpHandleWords;
+  l.experts = l.num_tokens + ep_align(s.num_ranks);
+  l.rows = l.experts + choices;
+  l.weights = l.rows + s.num_ranks * choices;
+  l.words = l.weights + s.num_ranks * choices;
+  return l;
+}
+
+// --- who does what ------------------------------------------------------------------------------------------------------------
+
+struct EpRange {
+  int begin, end;
+};
+// The tokens of a source that CTA `cta` handles.
+constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, int num_ctas) {
+  const int piece = ceil_div(num_tokens, num_ctas);
+  const i64 begin = i64(piece) * cta;
+  return {int(min_of<i64>(begin, num_tokens)), int(min_of<i64>(begin + piece, num_tokens))};
+}
+// The columns of a part.
+constexpr EpRange ep_columns_of_part(int hidden, int part, int parts) {
+  const int piece = ceil_div(ceil_div(hidden, kEpColumns), parts) * kEpColumns;
+  return {min_of(part * piece, hidden), min_of((part + 1) * piece, hidden)};
+}
+// The rank that holds a global expert, or -1. Ranks hold [first[r], first[r + 1]).
+constexpr int ep_rank_of(const int* first, int num_ranks, i64 expert) {
+  if (expert < 0 || expert >= first[num_ranks]) return -1;
+  int low = 0, high = num_ranks - 1;  // the last rank that begins at or before it: empty ranks are passed over
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (first[middle] <= expert)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+}  // namespace phalanx

@@ -1,0 +1,79 @@
+// What the host passes to the expert-parallel kernels, and to the CPU backend. Strides are in elements.
+#pragma once
+#include "device/ep/layout.h"
+
+namespace phalanx {
+
+// Where a wait stands; also the index of its name in messages.
+enum EpPhase : int {
+  kEpPhaseNone,
+  kEpPhaseDispatchCredit,  // the peer has not finished reading this rank's slots of an earlier dispatch
+  kEpPhaseRouting,         // the peer's topk_idx
+  kEpPhaseTokens,          // the peer's tokens
+  kEpPhaseCombineCredit,
+  kEpPhaseSums,  // the peer's sums
+};
+
+enum EpState : int { kEpOk, kEpTimeout, kEpMismatch, kEpAborted };
+
+// The first wait that failed, and the last overflow, left in memory of the host.
+struct EpStatus {
+  int state;
+  int peer, phase, aborter;
+  u64 epoch, expected, seen;
+  int rows_needed, rows_given;  // needed > 0: a dispatch had more rows than room
+};
+
+// Of both operations.
+struct EpCommon {
+  u8* peers[kEpMaxRanks];             // every rank's symmetric buffer, as this rank reaches it
+  int first_expert[kEpMaxRanks + 1];  // of each rank
+  EpShape shape;
+  EpLayout layout;
+  EpHandleLayout handle_layout;
+  EpStatus* status;
+  u64 timeout_ns;
+  int rank;
+  int num_tokens;  // of this rank
+  int* handle;
+  int send, recv;  // which halves
+};
+
+struct EpDispatchParams {
+  EpCommon c;
+  int route;  // exchange topk_idx and fill the handle; else the handle is given
+  int copy;   // move tokens
+
+  const void* x;  // [T, H] of `x_format`
+  const float* x_scales;
+  i64 x_stride, x_scale_stride_row, x_scale_stride_col;
+  EpFormat x_format, format;  // BF16 may be sent as E4M3
+
+  const void* topk_idx;       // [T, K] int32 or int64
+  const float* topk_weights;  // [T, K], or null: all 1
+  i64 idx_stride, weights_stride;
+  int idx_is_64;
+
+  void* rows;          // [capacity, H] of `format`
+  float* row_scales;   // [capacity, ceil(H / 128)], MN-major
+  float* row_weights;  // [capacity], or null
+  int* offsets;        // [local experts + 1], or null: the first row of each
+  int* counts;         // [local experts], or null: rows without padding
+  i64 row_stride, row_scale_stride;
+  int capacity;
+  int alignment;  // of offsets
+  int pow2_scales;
+};
+
+struct EpCombineParams {
+  EpCommon c;
+  const void* rows;  // [capacity, H] BF16
+  void* out;         // [T, H] BF16
+  const void* residual;
+  const float* row_values;  // [capacity], or null
+  float* topk_values;       // [T, K], or null
+  i64 row_stride, out_stride, residual_stride;
+  int weighted;
+};
+
+}  // namespace phalanx
