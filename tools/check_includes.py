@@ -24,7 +24,7 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("device/gemm", [r"device/types\.h", r"device/(ptx|gemm)/.*"]),
     ("device/moe", [r"device/types\.h", r"device/(ptx|moe)/.*"]),
     ("device/quantize", [r"device/types\.h", r"device/(ptx|quantize)/.*"]),
-    ("device/ep", [r"device/types\.h", r"device/(ptx|ep)/.*"]),
+    ("device/ep", [r"device/types\.h", r"device/(ptx|moe|ep)/.*"]),
     ("bench/probe", [r"device/types\.h", r"device/ptx/.*"]),
     ("device", [r"device/types\.h"]),
     ("include", [r"phalanx/.*"]),

@@ -22,6 +22,23 @@ __device__ __forceinline__ float4 load_cluster_f4(const void* p, u32 cta_rank) {
   return v;
 }
 
+__device__ __forceinline__ u32 load_cluster_u32(const void* p, u32 cta_rank) {
+  u32 v;
+  asm volatile(
+      "{ .reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.u32 %0, [remote]; }"
+      : "=r"(v)
+      : "r"(smem_addr(p)), "r"(cta_rank)
+      : "memory");
+  return v;
+}
+
+// Starts to fetch the 128 bytes around `global` into the L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Copies 4 bytes to shared memory in the background; mbarrier_arrive_cp_async tells when.
 __device__ __forceinline__ void cp_async_4(void* smem, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_addr(smem)), "l"(global) : "memory");

@@ -1,0 +1,77 @@
+// What the host passes to the kernels that move tokens to experts and back. Strides are in bytes, of scales in elements.
+#pragma once
+#include "device/moe/route.h"
+#include "device/types.h"
+
+namespace phalanx {
+
+struct RouteParams {
+  const void* topk_idx;  // [num_tokens, topk], int32 or int64
+  i64 topk_idx_stride;   // in elements
+  int topk_idx_is_64;
+  int num_tokens, topk, num_experts;
+  RouteTarget target;
+  int* counts;   // [num_experts]
+  int* offsets;  // [num_experts + 1]
+  int* slots;    // [num_tokens, topk]
+  int* sources;  // [target.num_rows]
+  int* needed;   // [1]
+
+  constexpr int num_entries() const { return num_tokens * topk; }
+};
+
+// Rows in expert order, of which those with a negative source are padding.
+struct ExpertRows {
+  u8* data;
+  i64 stride;
+  const int* sources;  // [num_rows]
+  int num_rows;
+  int row_vectors;  // 16-byte vectors of a row
+  int zero_padding;
+};
+
+struct PermuteParams {
+  const u8* x;
+  i64 x_stride;
+  ExpertRows rows;
+  const int* slots;
+  int num_tokens, topk;
+  // Scales, one column for each 128 columns of data; num_scales is 0 where there are none.
+  const float* x_scales;
+  float* scales;
+  i64 x_scale_stride_row, x_scale_stride_col;
+  i64 scale_stride_expert, scale_stride_row, scale_stride_col;
+  int num_scales, rows_per_expert;  // of a contiguous target all rows
+};
+
+struct RouteAndPermuteParams {
+  RouteParams route;
+  PermuteParams permute;
+};
+
+struct UnpermuteParams {
+  const u8* rows;
+  i64 rows_stride;
+  const int* slots;
+  const float* weights;  // [num_tokens, topk] or null
+  i64 weights_stride;    // in elements
+  const u8* residual;    // or null
+  u8* out;
+  i64 residual_stride, out_stride;
+  int num_tokens, topk, row_vectors;
+};
+
+struct UnpermuteBackwardParams {
+  const u8* grad_out;
+  i64 grad_out_stride;
+  const u8* rows;  // what was un-permuted; null where grad_weights is
+  i64 rows_stride;
+  const int* slots;
+  const float* weights;  // or null
+  i64 weights_stride;    // in elements
+  ExpertRows grad_rows;
+  float* grad_weights;  // [num_tokens, topk] or null
+  int num_tokens, topk;
+};
+
+}  // namespace phalanx
