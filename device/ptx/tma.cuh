@@ -30,10 +30,10 @@ __device__ __forceinline__ void tma_load_2d_multicast(void* smem, const TensorMa
 
 // `bytes` of plain memory, both ends 16-byte aligned.
 __device__ __forceinline__ void bulk_load(void* smem, const void* global, u32 bytes, u64* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   smem_addr(smem)),
-               "l"(global), "r"(bytes), "r"(smem_addr(bar))
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem_addr(smem)),
+      "l"(global), "r"(bytes), "r"(smem_addr(bar))
+      : "memory");
 }
 
 __device__ __forceinline__ void tma_store_2d(const TensorMap* map, const void* smem, int x, int y) {
