@@ -15,6 +15,9 @@ struct GemmOptions {
   std::optional<Tensor> c;
   Stream stream{};
   int num_sms = 0;  ///< SMs that the kernel may use, to leave room for others; 0 means all
+  /// A row of D depends, to the bit, on its row of A (and C) and on B alone: not on M, its place, the other rows or
+  /// `num_sms`. Costs a little where few rows would have K split among SMs.
+  bool batch_invariant = false;
 };
 
 /// D = A · Bᵀ (+ C), each 128-deep k-block accumulated by the tensor cores and promoted in FP32 with its scales.

@@ -45,6 +45,12 @@ fs::path cache_dir() {
   return {};
 }
 
+fs::path tuned_path() {
+  if (const fs::path own = path_in("PHALANX_TUNED"); !own.empty()) return own;
+  const fs::path cache = cache_dir();
+  return cache.empty() ? cache : cache / "tuned.json";
+}
+
 std::vector<fs::path> pack_dirs() {
   std::vector<fs::path> directories;
   const std::string list = path_in("PHALANX_PACK_PATH").string();

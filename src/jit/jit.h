@@ -56,6 +56,8 @@ NvrtcInfo nvrtc_info();
 
 /// PHALANX_CACHE_DIR, else $XDG_CACHE_HOME/phalanx, else $HOME/.cache/phalanx; empty when none is set.
 std::filesystem::path cache_dir();
+/// Where `phalanx tune` keeps its choices: PHALANX_TUNED, else tuned.json in the cache directory; empty without one.
+std::filesystem::path tuned_path();
 /// PHALANX_PACK_PATH, colon-separated, read-only; then `packs/` beside the library.
 std::vector<std::filesystem::path> pack_dirs();
 

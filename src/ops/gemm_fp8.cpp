@@ -1,6 +1,8 @@
 // check -> plan -> run, on the CPU or on CUDA.
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
+#include <iterator>
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
@@ -9,10 +11,12 @@
 #include "cuda/cuda.h"
 #include "device/gemm/params.h"
 #include "jit/kernels.h"
+#include "jit/log.h"
 #include "ops/check.h"
 #include "ops/kernel.h"
 #include "phalanx/gemm.h"
 #include "plan/plan.h"
+#include "plan/tuned.h"
 
 namespace phalanx {
 namespace {
@@ -32,7 +36,8 @@ struct PlanKey {
 struct PlanKeyHash {
   std::size_t operator()(const PlanKey& key) const {
     std::uint64_t h = 0;
-    for (const int x : {key.problem.m, key.problem.n, key.problem.k, int(key.problem.out), key.num_sms, key.device})
+    for (const int x : {key.problem.m, key.problem.n, key.problem.k, int(key.problem.out),
+                        int(key.problem.batch_invariant), key.num_sms, key.device})
       h = (h ^ static_cast<std::uint32_t>(x)) * 0x9e3779b97f4a7c15ull, h ^= h >> 29;
     return h;
   }
@@ -40,6 +45,29 @@ struct PlanKeyHash {
 
 PlannedGemm with_kernel(const plan::GemmPlan& plan, int device) {
   return {plan, &load_kernel(device, jit::gemm_source(plan.config), smem_layout(plan.config).total)};
+}
+
+// What `phalanx tune` has kept. A file that cannot be read is as good as none, and named once.
+const plan::TunedGemms& tuned_gemms() {
+  static const plan::TunedGemms tuned = [] {
+    const auto path = jit::tuned_path();
+    std::ifstream file(path);
+    if (!file) return plan::TunedGemms{};
+    try {
+      return plan::TunedGemms::from_json(std::string(std::istreambuf_iterator<char>(file), {}));
+    } catch (const std::exception& error) {
+      jit::log_warning(path.string() + ": not what phalanx tune writes, passed over: " + error.what());
+      return plan::TunedGemms{};
+    }
+  }();
+  return tuned;
+}
+
+// The measured plan, else the planner's. A measured one may split K as it likes.
+plan::GemmPlan make_plan(const PlanKey& key) {
+  if (!key.problem.batch_invariant)
+    if (const auto plan = tuned_gemms().find(cuda::device(key.device).name, key.problem, key.num_sms)) return *plan;
+  return plan::plan_gemm(key.problem, key.num_sms);
 }
 
 // Plans are remembered by shape: a server sees the same few thousands again and again.
@@ -51,7 +79,7 @@ PlannedGemm planned_gemm(const PlanKey& key) {
     std::shared_lock lock(mutex);
     if (const auto it = plans.find(key); it != plans.end()) return it->second;
   }
-  const PlannedGemm planned = with_kernel(plan::plan_gemm(key.problem, key.num_sms), key.device);
+  const PlannedGemm planned = with_kernel(make_plan(key), key.device);
   std::unique_lock lock(mutex);
   if (plans.size() >= kMaxPlans) plans.clear();
   plans.emplace(key, planned);
@@ -87,7 +115,7 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
 
   const cuda::ContextGuard context(ordinal);
-  const PlanKey key{{m, n, k, out}, num_sms, ordinal};
+  const PlanKey key{{m, n, k, out, options.batch_invariant}, num_sms, ordinal};
   const auto [plan, kernel] = tuning() ? tuned_gemm(key) : planned_gemm(key);
   const GemmConfig& config = plan.config;
 

@@ -99,6 +99,7 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
   double best_cycles = 0;
   for (const GemmConfig& config : all_gemm_configs()) {
     if (config.out != problem.out) continue;
+    if (problem.batch_invariant && config.split_k > 1) continue;
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
     if (config.split_k > 1 && plan_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;

@@ -12,6 +12,7 @@ namespace phalanx::plan {
 struct GemmProblem {
   int m, n, k;
   OutType out;
+  bool batch_invariant = false;  ///< the split of K may not depend on M
 
   friend bool operator==(const GemmProblem&, const GemmProblem&) = default;
 };
