@@ -33,6 +33,7 @@ def gemm_fp8(
     out: ArrayT | None = None,
     out_dtype: Any = None,
     num_sms: int = 0,
+    batch_invariant: bool = False,
 ) -> ArrayT: ...
 def quantize(
     x: ArrayT,

@@ -64,7 +64,7 @@ class Framework:
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
-    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms):
+    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant):
         if out is None:
             if out_dtype is None:
                 out_dtype = self.bf16 if c is None else c.dtype
@@ -74,7 +74,8 @@ class Framework:
         view = self.view
         c_view = None if c is None else view(c)
         out_view = self.writable_view(out)
-        _native.gemm_fp8(view(a), view(sfa), view(b), view(sfb), out_view, c_view, num_sms, self.stream(a))
+        operands = view(a), view(sfa), view(b), view(sfb), out_view, c_view
+        _native.gemm_fp8(*operands, num_sms, batch_invariant, self.stream(a))
         self.finish(a)
         return out
 

@@ -51,9 +51,9 @@ class Jax(Framework):
         if device.platform == "gpu":
             _synchronize(device.local_hardware_id)
 
-    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms):
+    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant):
         _check_no_out(out)
-        return super().gemm_fp8(a, sfa, b, sfb, c, out, out_dtype, num_sms)
+        return super().gemm_fp8(a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant)
 
     def quantize(self, x, blocks, pow2_scales, out):
         _check_no_out(out)

@@ -24,17 +24,17 @@ class Torch(Framework):
     # Traced calls, and tensors that are none (fake, functional, users' subclasses), go through torch's dispatcher, to
     # the operators of phalanx.torch. The others call the module directly.
 
-    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms):
+    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant):
         if _is_traced() or type(a) not in _PLAIN:
             if out is None:
-                return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms)
-            torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms)
+                return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms, batch_invariant)
+            torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms, batch_invariant)
             return out
         if out is None:
             out = self.empty_product(a, b, c, out_dtype)
         elif out_dtype is not None and out_dtype != out.dtype:
             raise ValueError(f"out_dtype: {out_dtype}; expected that of out, {out.dtype}, or none")
-        _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, None)
+        _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, None)
         return out
 
     def empty_product(self, a, b, c, out_dtype):
