@@ -13,6 +13,8 @@ struct UnpermuteConfig {
 
 constexpr int kRouteThreads = 1024;
 constexpr int kPermuteThreads = 256;
+constexpr int kPermuteVectors = 4;  // of 16 bytes, that a lane moves at a time
+constexpr int kPermutePieceVectors = 32 * kPermuteVectors;
 constexpr int kUnpermuteThreads = 256;
 // Routing and permuting in one kernel: every CTA ranks all entries, so that there may not be many.
 constexpr int kFusedThreads = 512;

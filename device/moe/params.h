@@ -37,11 +37,11 @@ struct PermuteParams {
   const int* slots;
   int num_tokens, topk;
   // Scales, one column for each 128 columns of data; num_scales is 0 where there are none.
-  const float* x_scales;
-  float* scales;
-  i64 x_scale_stride_row, x_scale_stride_col;
-  i64 scale_stride_expert, scale_stride_row, scale_stride_col;
-  int num_scales, rows_per_expert;  // of a contiguous target all rows
+  const float* x_scales = nullptr;
+  float* scales = nullptr;
+  i64 x_scale_stride_row = 0, x_scale_stride_col = 0;
+  i64 scale_stride_expert = 0, scale_stride_row = 0, scale_stride_col = 0;
+  int num_scales = 0, rows_per_expert = 0;  // of a contiguous target all rows
 };
 
 struct RouteAndPermuteParams {

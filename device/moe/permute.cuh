@@ -13,23 +13,20 @@
 
 namespace phalanx {
 
-constexpr int kVectorsPerLane = 4;
-constexpr int kPieceVectors = 32 * kVectorsPerLane;  // of a row, that a warp moves at a time
-
 // `slot` is that of the lane's choice. By a whole warp.
 __device__ __forceinline__ void scatter_piece(const PermuteParams& p, int token, int piece, int slot) {
-  const int first = piece * kPieceVectors + int(threadIdx.x % 32);
+  const int first = piece * kPermutePieceVectors + int(threadIdx.x % 32);
   const uint4* x = reinterpret_cast<const uint4*>(p.x + token * p.x_stride);
-  uint4 v[kVectorsPerLane];
+  uint4 v[kPermuteVectors];
 #pragma unroll
-  for (int j = 0; j < kVectorsPerLane; ++j)
+  for (int j = 0; j < kPermuteVectors; ++j)
     if (first + j * 32 < p.rows.row_vectors) v[j] = x[first + j * 32];
   for (int k = 0; k < p.topk; ++k) {
     const int row = __shfl_sync(~0u, slot, k);
     if (row < 0) continue;
     uint4* out = reinterpret_cast<uint4*>(p.rows.data + row * p.rows.stride);
 #pragma unroll
-    for (int j = 0; j < kVectorsPerLane; ++j)
+    for (int j = 0; j < kPermuteVectors; ++j)
       if (first + j * 32 < p.rows.row_vectors) out[first + j * 32] = v[j];
   }
 }
@@ -77,7 +74,7 @@ __device__ __forceinline__ void gather_scales(const PermuteParams& p) {
       for (int i = 0; i < kColumns; ++i) {
         const int column = first_column + i;
         if (column < p.num_scales)
-          out[column * p.scale_stride_col] = source < 0 ? 0.0f : in[column * p.x_scale_stride_col];
+          out[column * p.scale_stride_col] = source < 0 ? 1.0f : in[column * p.x_scale_stride_col];
       }
     }
   }
@@ -89,7 +86,7 @@ __device__ __forceinline__ void permute(const PermuteParams& p) {
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
   const int lane = threadIdx.x % 32;
-  const int pieces = ceil_div(p.rows.row_vectors, kPieceVectors);
+  const int pieces = ceil_div(p.rows.row_vectors, kPermutePieceVectors);
   const i64 num_tasks = i64(p.num_tokens) * pieces, step = i64(gridDim.x) * (kPermuteThreads / 32);
   // Neighbouring warps of a CTA take neighbouring pieces of a token.
   for (i64 task = i64(blockIdx.x) * (kPermuteThreads / 32) + threadIdx.x / 32; task < num_tasks; task += step) {
@@ -128,7 +125,7 @@ __device__ __forceinline__ void route_and_permute(const RouteAndPermuteParams& p
   });
   __syncthreads();
 
-  const int pieces = ceil_div(p.rows.row_vectors, kPieceVectors);
+  const int pieces = ceil_div(p.rows.row_vectors, kPermutePieceVectors);
   for (int token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
     for (int piece = warp; piece < pieces; piece += kWarps)
       scatter_piece(p, token, piece, lane < p.topk ? slots[token * p.topk + lane] : -1);
@@ -139,14 +136,15 @@ __device__ __forceinline__ void route_and_permute(const RouteAndPermuteParams& p
             p.x_scales[token * p.x_scale_stride_row + column * p.x_scale_stride_col];
     }
   }
-  for (int begin = int(warp * gridDim.x + blockIdx.x) * 32; begin < r.target.num_rows; begin += gridDim.x * kWarps * 32) {
+  for (int begin = int(warp * gridDim.x + blockIdx.x) * 32; begin < r.target.num_rows;
+       begin += gridDim.x * kWarps * 32) {
     const int row = begin + lane;
     const bool padding = row < r.target.num_rows && is_padding(r, smem, row);
     if (padding) r.sources[row] = -1;
     if (!p.rows.zero_padding) continue;
     clear_rows(p.rows, begin, padding);
     if (padding)
-      for (int column = 0; column < p.num_scales; ++column) scale_row(p, row)[column * p.scale_stride_col] = 0;
+      for (int column = 0; column < p.num_scales; ++column) scale_row(p, row)[column * p.scale_stride_col] = 1;
   }
 }
 

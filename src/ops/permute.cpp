@@ -1,0 +1,290 @@
+// check -> run, on the CPU or on CUDA. One kernel for each operation (and dtype, where they compute): nothing to plan.
+#include <algorithm>
+#include <atomic>
+#include <bit>
+
+#include "cpu/moe.h"
+#include "cuda/cuda.h"
+#include "device/moe/config.h"
+#include "device/moe/params.h"
+#include "jit/kernels.h"
+#include "ops/check.h"
+#include "ops/check_moe.h"
+#include "ops/kernel.h"
+#include "phalanx/moe.h"
+
+namespace phalanx {
+namespace {
+
+using std::int64_t;
+
+constexpr int kEntriesPerRouteCta = 4096, kMaxRouteCtas = 8;  // that many CTAs fit in a cluster on every GPU
+constexpr int route_smem_bytes(int num_threads, int num_experts) {
+  return 4 * route_smem_words(num_threads / 32, num_experts);
+}
+
+/// The kernel of each device, found without building strings when warm. Two threads may both fill an entry, with the same pointer.
+class KernelOfDevice {
+ public:
+  template <class Source>
+  const cuda::Kernel& get(int ordinal, const Source& source, int smem_bytes = 0) {
+    const cuda::Kernel* kernel = kernels_[ordinal];
+    if (!kernel) kernels_[ordinal] = kernel = &load_kernel(ordinal, source(), smem_bytes);
+    return *kernel;
+  }
+
+ private:
+  std::atomic<const cuda::Kernel*> kernels_[cuda::kMaxDevices];
+};
+
+template <class T>
+T* pointer(const Tensor& t) {
+  return static_cast<T*>(t.data);
+}
+int64_t row_stride_bytes(const Tensor& matrix) { return row_stride(matrix) * size_of(matrix.dtype); }
+
+RouteTarget target_of(const Routing& routing, const RouteOptions& options) {
+  return {.num_rows = int(routing.sources.shape[0]), .alignment = options.alignment, .max_rows = options.max_rows};
+}
+
+RouteParams route_params(const Tensor& topk_idx, const Routing& routing, const RouteOptions& options) {
+  return {.topk_idx = topk_idx.data,
+          .topk_idx_stride = topk_idx.rows() > 1 ? topk_idx.strides[0] : topk_idx.cols(),
+          .topk_idx_is_64 = topk_idx.dtype == DType::int64,
+          .num_tokens = int(topk_idx.rows()),
+          .topk = int(topk_idx.cols()),
+          .num_experts = int(routing.counts.shape[0]),
+          .target = target_of(routing, options),
+          .counts = pointer<int>(routing.counts),
+          .offsets = pointer<int>(routing.offsets),
+          .slots = pointer<int>(routing.slots),
+          .sources = pointer<int>(routing.sources),
+          .needed = pointer<int>(routing.needed)};
+}
+
+void route_on_cuda(const Tensor& topk_idx, const Routing& routing, const RouteOptions& options) {
+  static KernelOfDevice kernels;
+  const int ordinal = topk_idx.device.index;
+  require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  const RouteParams p = route_params(topk_idx, routing, options);
+  const int ctas = std::min(kMaxRouteCtas,
+                            int(std::bit_ceil(unsigned(ceil_div(std::max(p.num_entries(), 1), kEntriesPerRouteCta)))));
+  kernels.get(ordinal, jit::route_source, route_smem_bytes(kRouteThreads, kMaxExperts))
+      .launch({.num_ctas = ctas,
+               .num_threads = kRouteThreads,
+               .cluster_size = ctas,
+               .smem_bytes = route_smem_bytes(kRouteThreads, p.num_experts)},
+              &p, options.stream.handle);
+}
+
+ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_padding) {
+  return {.data = pointer<u8>(rows),
+          .stride = row_stride_bytes(rows),
+          .sources = pointer<int>(routing.sources),
+          .num_rows = int(rows.rows()),
+          .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16),
+          .zero_padding = zero_padding};
+}
+
+/// What is permuted and where to; the scales are null for unquantised rows.
+struct Permutation {
+  const Tensor &x, &rows;
+  const Tensor *x_scales = nullptr, *scales = nullptr;
+  bool zero_padding;
+
+  PermuteParams params(const Routing& routing) const {
+    const Tensor flat = flat_rows(rows);
+    PermuteParams p{.x = pointer<u8>(x),
+                    .x_stride = row_stride_bytes(x),
+                    .rows = expert_rows(flat, routing, zero_padding),
+                    .slots = pointer<int>(routing.slots),
+                    .num_tokens = int(x.rows()),
+                    .topk = int(routing.slots.cols())};
+    if (!scales) return p;
+    const bool stack = scales->ndim == 3;
+    p.x_scales = pointer<float>(*x_scales), p.scales = pointer<float>(*scales);
+    p.x_scale_stride_row = x_scales->strides[0], p.x_scale_stride_col = x_scales->strides[1];
+    p.scale_stride_expert = stack ? scales->strides[0] : 0;
+    p.scale_stride_row = scales->strides[stack], p.scale_stride_col = scales->strides[1 + stack];
+    p.num_scales = int(x_scales->cols());
+    p.rows_per_expert = int(stack ? scales->shape[1] : flat.rows());
+    return p;
+  }
+
+  /// Whether there is anything to write.
+  bool empty() const { return flat_rows(rows).rows() == 0 || x.cols() == 0; }
+};
+
+void permute_on_cuda(const Permutation& permutation, const Routing& routing, Stream stream) {
+  static KernelOfDevice kernels;
+  const int ordinal = permutation.x.device.index;
+  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  const PermuteParams p = permutation.params(routing);
+  const int64_t warps = std::max<int64_t>(int64_t(p.num_tokens) * ceil_div(p.rows.row_vectors, kPermutePieceVectors),
+                                          ceil_div(p.rows.num_rows, 32));
+  const int ctas = int(std::min<int64_t>(ceil_div<int64_t>(warps, kPermuteThreads / 32), device.num_sms * 8));
+  kernels.get(ordinal, jit::permute_source)
+      .launch({.num_ctas = ctas, .num_threads = kPermuteThreads}, &p, stream.handle);
+}
+
+void route_and_permute_on_cuda(const Permutation& permutation, const Tensor& topk_idx, const Routing& routing,
+                               const RouteOptions& options) {
+  static KernelOfDevice kernels;
+  const int ordinal = topk_idx.device.index;
+  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  const RouteAndPermuteParams p{route_params(topk_idx, routing, options), permutation.params(routing)};
+  const int rows_of_ctas = ceil_div(p.permute.rows.num_rows, kFusedThreads / 32);
+  const int ctas = std::clamp(std::max(p.permute.num_tokens, rows_of_ctas), 1, device.num_sms);
+  kernels.get(ordinal, jit::route_and_permute_source, route_smem_bytes(kFusedThreads, kMaxExperts))
+      .launch({.num_ctas = ctas,
+               .num_threads = kFusedThreads,
+               .smem_bytes = route_smem_bytes(kFusedThreads, p.route.num_experts)},
+              &p, options.stream.handle);
+}
+
+void run_route(const Tensor& topk_idx, const Routing& routing, const RouteOptions& options) {
+  if (topk_idx.device.type == DeviceType::cuda)
+    route_on_cuda(topk_idx, routing, options);
+  else
+    cpu::route(topk_idx, routing, target_of(routing, options));
+}
+
+void run_permute(const Permutation& permutation, const Routing& routing, Stream stream) {
+  if (permutation.empty()) return;
+  if (permutation.x.device.type == DeviceType::cuda) return permute_on_cuda(permutation, routing, stream);
+  cpu::permute(permutation.x, flat_rows(permutation.rows), routing, permutation.zero_padding);
+  if (permutation.scales)
+    cpu::permute_scales(*permutation.x_scales, *permutation.scales, routing, permutation.zero_padding);
+}
+
+void run_route_and_permute(const Permutation& permutation, const Tensor& topk_idx, const Routing& routing,
+                           const RouteOptions& options) {
+  constexpr const char* kOp = "route_and_permute";
+  check_route(kOp, topk_idx, routing, options);
+  check_permute(kOp, permutation.x, permutation.x_scales, routing, permutation.rows, permutation.scales);
+  const bool few = topk_idx.rows() * topk_idx.cols() <= kMaxFusedEntries;
+  if (topk_idx.device.type == DeviceType::cuda && few && !permutation.empty())
+    return route_and_permute_on_cuda(permutation, topk_idx, routing, options);
+  run_route(topk_idx, routing, options);
+  run_permute(permutation, routing, options.stream);
+}
+
+/// Kernels by the dtypes of rows and tokens.
+struct UnpermuteKernels {
+  KernelOfDevice kernels[2][2];
+
+  template <class Source>
+  const cuda::Kernel& get(int ordinal, const UnpermuteConfig& config, const Source& source) {
+    return kernels[config.rows_f32][config.tokens_f32].get(ordinal, [&] { return source(config); });
+  }
+};
+
+UnpermuteConfig unpermute_config(const Tensor& rows, const Tensor& tokens) {
+  return {.rows_f32 = rows.dtype == DType::f32, .tokens_f32 = tokens.dtype == DType::f32};
+}
+
+const float* weights_of(const std::optional<Tensor>& weights) {
+  return weights ? pointer<const float>(*weights) : nullptr;
+}
+int64_t stride_of(const std::optional<Tensor>& weights) {
+  return weights && weights->rows() > 1 ? weights->strides[0] : 0;
+}
+
+void unpermute_on_cuda(const Tensor& rows, const Routing& routing, const Tensor& out, const UnpermuteOptions& options) {
+  static UnpermuteKernels kernels;
+  const int ordinal = out.device.index;
+  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  const UnpermuteParams p{.rows = pointer<u8>(rows),
+                          .rows_stride = row_stride_bytes(rows),
+                          .slots = pointer<int>(routing.slots),
+                          .weights = weights_of(options.weights),
+                          .weights_stride = stride_of(options.weights),
+                          .residual = options.residual ? pointer<u8>(*options.residual) : nullptr,
+                          .out = pointer<u8>(out),
+                          .residual_stride = options.residual ? row_stride_bytes(*options.residual) : 0,
+                          .out_stride = row_stride_bytes(out),
+                          .num_tokens = int(out.rows()),
+                          .topk = int(routing.slots.cols()),
+                          .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16)};
+  const int64_t warps = int64_t(p.num_tokens) * ceil_div(p.row_vectors, 32);
+  const int ctas = int(std::min<int64_t>(ceil_div<int64_t>(warps, kUnpermuteThreads / 32), device.num_sms * 8));
+  kernels.get(ordinal, unpermute_config(rows, out), jit::unpermute_source)
+      .launch({.num_ctas = ctas, .num_threads = kUnpermuteThreads}, &p, options.stream.handle);
+}
+
+void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, const Tensor& grad_rows,
+                                const UnpermuteBackwardOptions& options) {
+  static UnpermuteKernels kernels;
+  const int ordinal = grad_out.device.index;
+  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  const Tensor rows = options.rows ? flat_rows(*options.rows) : Tensor{};
+  const UnpermuteBackwardParams p{
+      .grad_out = pointer<u8>(grad_out),
+      .grad_out_stride = row_stride_bytes(grad_out),
+      .rows = pointer<u8>(rows),
+      .rows_stride = options.rows ? row_stride_bytes(rows) : 0,
+      .slots = pointer<int>(routing.slots),
+      .weights = weights_of(options.weights),
+      .weights_stride = stride_of(options.weights),
+      .grad_rows = expert_rows(grad_rows, routing, options.zero_padding),
+      .grad_weights = options.grad_weights ? pointer<float>(*options.grad_weights) : nullptr,
+      .num_tokens = int(grad_out.rows()),
+      .topk = int(routing.slots.cols())};
+  const int ctas =
+      std::clamp(std::max(p.num_tokens, ceil_div(p.grad_rows.num_rows, kUnpermuteThreads)), 1, device.num_sms * 8);
+  kernels.get(ordinal, unpermute_config(grad_rows, grad_out), jit::unpermute_backward_source)
+      .launch({.num_ctas = ctas, .num_threads = kUnpermuteThreads}, &p, options.stream.handle);
+}
+
+}  // namespace
+
+void route(const Tensor& topk_idx, const Routing& routing, const RouteOptions& options) {
+  check_route("route", topk_idx, routing, options);
+  run_route(topk_idx, routing, options);
+}
+
+void permute(const Tensor& x, const Routing& routing, const Tensor& rows, bool zero_padding, Stream stream) {
+  check_permute("permute", x, nullptr, routing, rows, nullptr);
+  run_permute({.x = x, .rows = rows, .zero_padding = zero_padding}, routing, stream);
+}
+
+void permute(const ScaledTensor& x, const Routing& routing, const ScaledTensor& rows, bool zero_padding,
+             Stream stream) {
+  check_permute("permute", x.data, &x.scales, routing, rows.data, &rows.scales);
+  run_permute({x.data, rows.data, &x.scales, &rows.scales, zero_padding}, routing, stream);
+}
+
+void route_and_permute(const Tensor& x, const Tensor& topk_idx, const Routing& routing, const Tensor& rows,
+                       bool zero_padding, const RouteOptions& options) {
+  run_route_and_permute({.x = x, .rows = rows, .zero_padding = zero_padding}, topk_idx, routing, options);
+}
+
+void route_and_permute(const ScaledTensor& x, const Tensor& topk_idx, const Routing& routing, const ScaledTensor& rows,
+                       bool zero_padding, const RouteOptions& options) {
+  run_route_and_permute({x.data, rows.data, &x.scales, &rows.scales, zero_padding}, topk_idx, routing, options);
+}
+
+void unpermute(const Tensor& rows, const Routing& routing, const Tensor& out, const UnpermuteOptions& options) {
+  check_unpermute(rows, routing, out, options);
+  if (out.rows() == 0 || out.cols() == 0) return;
+  if (out.device.type == DeviceType::cuda)
+    unpermute_on_cuda(flat_rows(rows), routing, out, options);
+  else
+    cpu::unpermute(flat_rows(rows), routing, out, options);
+}
+
+void unpermute_backward(const Tensor& grad_out, const Routing& routing, const Tensor& grad_rows,
+                        const UnpermuteBackwardOptions& options) {
+  check_unpermute_backward(grad_out, routing, grad_rows, options);
+  if (grad_out.device.type == DeviceType::cuda)
+    unpermute_backward_on_cuda(grad_out, routing, flat_rows(grad_rows), options);
+  else
+    cpu::unpermute_backward(grad_out, routing, flat_rows(grad_rows), options);
+}
+
+}  // namespace phalanx
