@@ -1,0 +1,43 @@
+// The kernels that move tokens to experts and back.
+#include <fmt/format.h>
+
+#include "jit/kernels.h"
+
+namespace phalanx::jit {
+namespace {
+
+// `params` and the number of threads as the header names them.
+KernelSource moe_kernel(const char* function, const char* header, const char* params, const char* num_threads) {
+  return {.name = function,
+          .text = fmt::format(R"(#include "device/moe/{}.cuh"
+extern "C" __global__ void __launch_bounds__(phalanx::{}, 1) {}(const __grid_constant__ phalanx::{} params) {{ phalanx::{}(params); }}
+)",
+                              header, num_threads, kEntryPoint, params, function)};
+}
+
+KernelSource unpermute_kernel(const char* function, const char* params, const UnpermuteConfig& config) {
+  const auto& [rows_f32, tokens_f32] = config;
+  const auto type = [](bool f32) { return f32 ? "f32" : "bf16"; };
+  return {.name = fmt::format("{}_{}_{}", function, type(rows_f32), type(tokens_f32)),
+          .text = fmt::format(R"(#include "device/moe/unpermute.cuh"
+constexpr phalanx::UnpermuteConfig kConfig{{.rows_f32 = {}, .tokens_f32 = {}}};
+extern "C" __global__ void __launch_bounds__(phalanx::kUnpermuteThreads) {}(const __grid_constant__ phalanx::{} params) {{ phalanx::{}<kConfig>(params); }}
+)",
+                              rows_f32, tokens_f32, kEntryPoint, params, function)};
+}
+
+}  // namespace
+
+KernelSource route_source() { return moe_kernel("route", "route", "RouteParams", "kRouteThreads"); }
+KernelSource permute_source() { return moe_kernel("permute", "permute", "PermuteParams", "kPermuteThreads"); }
+KernelSource route_and_permute_source() {
+  return moe_kernel("route_and_permute", "permute", "RouteAndPermuteParams", "kFusedThreads");
+}
+KernelSource unpermute_source(const UnpermuteConfig& config) {
+  return unpermute_kernel("unpermute", "UnpermuteParams", config);
+}
+KernelSource unpermute_backward_source(const UnpermuteConfig& config) {
+  return unpermute_kernel("unpermute_backward", "UnpermuteBackwardParams", config);
+}
+
+}  // namespace phalanx::jit
