@@ -4,6 +4,7 @@
 #include "phalanx/dtype.h"
 #include "phalanx/ep.h"
 #include "phalanx/gemm.h"
+#include "phalanx/grouped.h"
 #include "phalanx/group.h"
 #include "phalanx/quantize.h"
 #include "phalanx/status.h"

@@ -47,7 +47,17 @@ inline Tensor col_major(void* data, DType dtype, std::int64_t rows, std::int64_t
   return {data, dtype, device, 2, {rows, cols}, {1, col_stride < 0 ? rows : col_stride}};
 }
 
-/// An E4M3 matrix with one FP32 scale per block: value = data * scale.
+/// The i-th matrix of a stack (ndim == 3).
+inline Tensor matrix_of(const Tensor& stack, std::int64_t i) {
+  return {static_cast<char*>(stack.data) + i * stack.strides[0] * size_of(stack.dtype),
+          stack.dtype,
+          stack.device,
+          2,
+          {stack.shape[1], stack.shape[2]},
+          {stack.strides[1], stack.strides[2]}};
+}
+
+/// An E4M3 matrix, or a stack of them, with one FP32 scale per block: value = data * scale.
 struct ScaledTensor {
   Tensor data;
   Tensor scales;

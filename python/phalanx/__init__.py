@@ -12,6 +12,14 @@ import sys as _sys
 
 from phalanx._api import Quantized, dequantize, gemm_fp8, quantize
 from phalanx._errors import CompilationError, CudaError, Error, UnsupportedError
+from phalanx._grouped import (
+    check_groups,
+    grouped_gemm_fp8,
+    grouped_gemm_fp8_indexed,
+    grouped_gemm_fp8_masked,
+    grouped_wgrad_fp8,
+    wgrad_fp8,
+)
 
 __all__ = [
     "CompilationError",
@@ -19,10 +27,16 @@ __all__ = [
     "Error",
     "Quantized",
     "UnsupportedError",
+    "check_groups",
     "dequantize",
     "gemm_fp8",
+    "grouped_gemm_fp8",
+    "grouped_gemm_fp8_indexed",
+    "grouped_gemm_fp8_masked",
+    "grouped_wgrad_fp8",
     "quantize",
     "version",
+    "wgrad_fp8",
 ]
 
 

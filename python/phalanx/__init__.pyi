@@ -6,10 +6,16 @@ __all__ = [
     "Error",
     "Quantized",
     "UnsupportedError",
+    "check_groups",
     "dequantize",
     "gemm_fp8",
+    "grouped_gemm_fp8",
+    "grouped_gemm_fp8_indexed",
+    "grouped_gemm_fp8_masked",
+    "grouped_wgrad_fp8",
     "quantize",
     "version",
+    "wgrad_fp8",
 ]
 
 ArrayT = TypeVar("ArrayT")
@@ -44,3 +50,46 @@ def quantize(
 def dequantize(
     q: Quantized[ArrayT] | tuple[ArrayT, ArrayT], out: ArrayT | None = None, dtype: Any = None
 ) -> ArrayT: ...
+def grouped_gemm_fp8(
+    a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    b: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    offsets: ArrayT,
+    out: ArrayT | None = None,
+    out_dtype: Any = None,
+    num_sms: int = 0,
+    expected_rows: int = 0,
+) -> ArrayT: ...
+def grouped_gemm_fp8_indexed(
+    a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    b: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    row_groups: ArrayT,
+    out: ArrayT | None = None,
+    out_dtype: Any = None,
+    num_sms: int = 0,
+    expected_rows: int = 0,
+) -> ArrayT: ...
+def grouped_gemm_fp8_masked(
+    a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    b: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    counts: ArrayT,
+    out: ArrayT | None = None,
+    out_dtype: Any = None,
+    num_sms: int = 0,
+    expected_rows: int = 0,
+) -> ArrayT: ...
+def wgrad_fp8(
+    a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    b: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    out: ArrayT | None = None,
+    accumulate: bool = False,
+    num_sms: int = 0,
+) -> ArrayT: ...
+def grouped_wgrad_fp8(
+    a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    b: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    offsets: ArrayT,
+    out: ArrayT | None = None,
+    accumulate: bool = False,
+    num_sms: int = 0,
+) -> ArrayT: ...
+def check_groups(like: Any) -> None: ...

@@ -11,7 +11,18 @@ from typing import Any
 from phalanx import _errors
 from phalanx._nvrtc import hint_nvrtc
 
-_FUNCTIONS = ("gemm_fp8", "quantize", "dequantize", "version", "view")
+_FUNCTIONS = (
+    "check_groups",
+    "dequantize",
+    "gemm_fp8",
+    "grouped_gemm_fp8",
+    "grouped_gemm_fp8_indexed",
+    "grouped_gemm_fp8_masked",
+    "quantize",
+    "version",
+    "view",
+    "wgrad_fp8",
+)
 
 
 def library_dir() -> Path:
@@ -30,7 +41,7 @@ def _load() -> None:
 
     import tvm_ffi
 
-    for error in (_errors.UnsupportedError, _errors.CompilationError, _errors.CudaError):
+    for error in _errors.Error.__subclasses__():
         tvm_ffi.register_error(f"phalanx.{error.__name__}", error)
     module = tvm_ffi.load_module(str(path))
     globals().update({name: getattr(module, name) for name in _FUNCTIONS})

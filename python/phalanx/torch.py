@@ -7,7 +7,8 @@ imports this module, as does a first eager call on a tensor; else import it your
     quantize(x, blocks, pow2_scales) -> (data, scales)        blocks: 128 x 128 rather than 1 x 128
     dequantize(data, scales, dtype=None) -> x
 
-and `*_out`, which write into tensors of the caller. None has a gradient.
+and `*_out`, which write into tensors of the caller. None has a gradient. `phalanx._torch_grouped` adds the grouped
+ones.
 """
 
 import torch
@@ -22,7 +23,7 @@ for _tensor_type in (torch.Tensor, torch.nn.Parameter):
 _library = torch.library.Library("phalanx", "DEF")
 
 
-def _operator(schema: str, fake):
+def define_operator(schema: str, fake):
     """Defines an operator: the decorated function runs it on any device, `fake` only allocates its result."""
 
     def define(function):
@@ -47,20 +48,20 @@ def _empty_dequantized(data, scales, dtype=None):
     return framework.empty_rows(*matrix_shape("data", data), dtype or torch.float32, data)
 
 
-def _nothing(*args, **kwargs):
+def nothing(*args, **kwargs):
     pass
 
 
-@_operator(
+@define_operator(
     "gemm_fp8_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor(out!) out, Tensor? c=None, int num_sms=0,"
     " bool batch_invariant=False) -> ()",
-    _nothing,
+    nothing,
 )
 def _gemm_fp8_out(a, sfa, b, sfb, out, c=None, num_sms=0, batch_invariant=False):
     _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, None)
 
 
-@_operator(
+@define_operator(
     "gemm_fp8(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor? c=None, ScalarType? out_dtype=None, int num_sms=0,"
     " bool batch_invariant=False) -> Tensor",
     _empty_product,
@@ -71,27 +72,30 @@ def _gemm_fp8(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant
     return out
 
 
-@_operator(
-    "quantize_out(Tensor x, Tensor(data!) data, Tensor(scales!) scales, bool blocks, bool pow2_scales) -> ()", _nothing
+@define_operator(
+    "quantize_out(Tensor x, Tensor(data!) data, Tensor(scales!) scales, bool blocks, bool pow2_scales) -> ()", nothing
 )
 def _quantize_out(x, data, scales, blocks, pow2_scales):
     _native.quantize(x, data, scales, blocks, pow2_scales, None)
 
 
-@_operator("quantize(Tensor x, bool blocks, bool pow2_scales) -> (Tensor, Tensor)", _empty_quantized)
+@define_operator("quantize(Tensor x, bool blocks, bool pow2_scales) -> (Tensor, Tensor)", _empty_quantized)
 def _quantize(x, blocks, pow2_scales):
     data, scales = _empty_quantized(x, blocks, pow2_scales)
     _quantize_out(x, data, scales, blocks, pow2_scales)
     return data, scales
 
 
-@_operator("dequantize_out(Tensor data, Tensor scales, Tensor(out!) out) -> ()", _nothing)
+@define_operator("dequantize_out(Tensor data, Tensor scales, Tensor(out!) out) -> ()", nothing)
 def _dequantize_out(data, scales, out):
     _native.dequantize(data, scales, out, None)
 
 
-@_operator("dequantize(Tensor data, Tensor scales, ScalarType? dtype=None) -> Tensor", _empty_dequantized)
+@define_operator("dequantize(Tensor data, Tensor scales, ScalarType? dtype=None) -> Tensor", _empty_dequantized)
 def _dequantize(data, scales, dtype=None):
     out = _empty_dequantized(data, scales, dtype)
     _dequantize_out(data, scales, out)
     return out
+
+
+import phalanx._torch_grouped  # noqa: E402, F401

@@ -9,6 +9,13 @@ namespace phalanx::cpu {
 
 void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const Tensor* c);
 
+void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d);
+void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d);
+void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d);
+void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, bool accumulate);
+void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
+                       bool accumulate);
+
 void quantize(const Tensor& x, const ScaledTensor& q, ScaleShape shape, bool pow2_scales);
 void dequantize(const ScaledTensor& q, const Tensor& x, ScaleShape shape);
 

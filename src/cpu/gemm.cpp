@@ -1,4 +1,4 @@
-// D = A · Bᵀ (+ C) in tiles. A thread decodes the tile's rows of A and B, one k-block at a time, into FP32 scratch that
+// D = A · Bᵀ (+ C), one product or many, in tiles. A thread decodes the tile's rows of A and B, one k-block at a time, into FP32 scratch that
 // fits its L2 cache, multiplies them with the BLAS, and promotes the product with the scales:
 //
 //     A [tile_m, 128] ─ decode ─┐
@@ -20,6 +20,7 @@
 #include "cpu/convert.h"
 #include "cpu/cpu.h"
 #include "cpu/parallel.h"
+#include "cpu/product.h"
 #include "device/gemm/config.h"
 
 namespace phalanx::cpu {
@@ -37,6 +38,7 @@ struct Scratch {
   alignas(64) float a[kMaxTileM * kBlockK];
   alignas(64) float b[kPanel * kBlockK];
   alignas(64) float partial[kMaxTileM * kPanel];
+  alignas(64) float scales_b[kPanel];
   alignas(64) float acc[kMaxTileM * kMaxTileN];
 };
 
@@ -104,24 +106,28 @@ class Tiling {
 };
 
 // acc [tile.m, tile.n], rows kMaxTileN apart.
-void accumulate_tile(const ScaledTensor& a, const ScaledTensor& b, const Tile& tile, Scratch& scratch) {
-  const auto* a_codes = static_cast<const std::uint8_t*>(a.data.data) + tile.m0 * a.data.strides[0];
-  const auto* b_codes = static_cast<const std::uint8_t*>(b.data.data) + tile.n0 * b.data.strides[0];
-  const int64_t depth = a.data.cols();
+void accumulate_tile(const Product& p, const Tile& tile, Scratch& scratch) {
+  const Tensor &a = p.a.data, &b = p.b.data;
+  const auto* a_codes = static_cast<const std::uint8_t*>(a.data) + tile.m0 * a.strides[0];
+  const auto* b_codes = static_cast<const std::uint8_t*>(b.data) + tile.n0 * b.strides[0];
   std::fill_n(scratch.acc, tile.m * kMaxTileN, 0.0f);
-  for (int64_t k0 = 0; k0 < depth; k0 += kBlockK) {
-    const int k = static_cast<int>(std::min<int64_t>(kBlockK, depth - k0));
-    decode(a_codes + k0, a.data.strides[0], tile.m, k, scratch.a);
+  for (int64_t k0 = p.k_begin; k0 < p.k_end; k0 += kBlockK - k0 % kBlockK) {  // up to the next multiple of 128
+    const int64_t k_block = k0 / kBlockK;
+    const int k = static_cast<int>(std::min((k_block + 1) * kBlockK, p.k_end) - k0);
+    decode(a_codes + k0, a.strides[0], tile.m, k, scratch.a);
     for (int n0 = 0; n0 < tile.n; n0 += kPanel) {
       const int n = std::min(kPanel, tile.n - n0);
-      decode(b_codes + n0 * b.data.strides[0] + k0, b.data.strides[0], n, k, scratch.b);
+      decode(b_codes + n0 * b.strides[0] + k0, b.strides[0], n, k, scratch.b);
       multiply(scratch.a, scratch.b, scratch.partial, tile.m, n, k);
-      const float sfb = scale_at(b.scales, (tile.n0 + n0) / kScaleBlock, k0 / kBlockK);
+      for (int j = 0; j < n; ++j) {
+        const int64_t column = tile.n0 + n0 + j;
+        scratch.scales_b[j] = scale_at(p.b.scales, p.b_by_rows ? column : column / kScaleBlock, k_block);
+      }
       for (int i = 0; i < tile.m; ++i) {
-        const float scale = scale_at(a.scales, tile.m0 + i, k0 / kBlockK) * sfb;
+        const float scale = scale_at(p.a.scales, tile.m0 + i, k_block);
         float* acc = scratch.acc + i * kMaxTileN + n0;
         const float* partial = scratch.partial + i * kPanel;
-        for (int j = 0; j < n; ++j) acc[j] += scale * partial[j];
+        for (int j = 0; j < n; ++j) acc[j] += scale * scratch.scales_b[j] * partial[j];
       }
     }
   }
@@ -142,25 +148,41 @@ void store_tile(const float* acc, const Tensor& d, const Tensor* c, const Tile& 
 
 }  // namespace
 
-void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const Tensor* c) {
-  const Tiling tiling(d.rows(), d.cols());
-  if (tiling.size() == 0) return;
+void multiply(std::span<const Product> products) {
+  // The tiles of all products in one row: product i has those from first[i] on.
+  std::vector<Tiling> tilings;
+  std::vector<int64_t> first{0};
+  double cost = 0;
+  for (const Product& p : products) {
+    const Tiling& tiling = tilings.emplace_back(p.d.rows(), p.d.cols());
+    first.push_back(first.back() + tiling.size());
+    // Roughly: 30 multiply-adds a nanosecond, 2 codes decoded.
+    cost += static_cast<double>(tiling.size() * (p.k_end - p.k_begin)) * (tiling.elements() / 30 + kMinTileN / 2.0);
+  }
+  const int64_t num_tiles = first.back();
+  if (num_tiles == 0) return;
 
-  // Roughly: 30 multiply-adds a nanosecond, 2 codes decoded.
-  const double tile_ns = static_cast<double>(a.data.cols()) * (tiling.elements() / 30 + kMinTileN / 2.0);
-  const int num_threads = threads_for(tiling.size(), tile_ns);
+  const int num_threads = threads_for(num_tiles, cost / static_cast<double>(num_tiles));
   std::vector<std::unique_ptr<Scratch>> scratch(num_threads);
   for (auto& s : scratch) s = std::make_unique_for_overwrite<Scratch>();
 
-  TaskQueue tiles(tiling.size());
+  TaskQueue tiles(num_tiles);
   run_on_threads(num_threads, [&](int thread_idx) {
     Scratch& mine = *scratch[thread_idx];
     for (int64_t i; tiles.next(i);) {
-      const Tile tile = tiling[i];
-      accumulate_tile(a, b, tile, mine);
-      d.dtype == DType::f32 ? store_tile<float>(mine.acc, d, c, tile) : store_tile<Bf16>(mine.acc, d, c, tile);
+      const auto product = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
+      const Product& p = products[product];
+      const Tile tile = tilings[product][i - first[product]];
+      accumulate_tile(p, tile, mine);
+      p.d.dtype == DType::f32 ? store_tile<float>(mine.acc, p.d, p.c, tile)
+                              : store_tile<Bf16>(mine.acc, p.d, p.c, tile);
     }
   });
+}
+
+void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const Tensor* c) {
+  const Product product{.a = a, .b = b, .k_end = a.data.cols(), .d = d, .c = c};
+  multiply({&product, 1});
 }
 
 }  // namespace phalanx::cpu

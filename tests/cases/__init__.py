@@ -5,15 +5,21 @@
 
 from cases.arrays import NumPyArrays, TorchArrays
 from cases.gemm import GemmFp8Case
+from cases.grouped import GroupedGemmCase, WgradCase
+from cases.moe import MoeCase, random_moe_cases
 from cases.quantize import DequantizeCase, QuantizeCase
 from cases.shapes import random_shapes, shapes
 
 __all__ = [
     "DequantizeCase",
     "GemmFp8Case",
+    "GroupedGemmCase",
+    "MoeCase",
     "NumPyArrays",
     "QuantizeCase",
     "TorchArrays",
+    "WgradCase",
+    "random_moe_cases",
     "random_shapes",
     "shapes",
 ]

@@ -72,6 +72,10 @@ class NumPyArrays:
     def _from_numpy(self, values: np.ndarray) -> Any:
         return values
 
+    def integers(self, values: Any) -> Any:
+        """A vector of int32."""
+        return self._from_numpy(np.array(values, np.int32))
+
     def to_numpy(self, array: Any) -> np.ndarray:
         return array
 

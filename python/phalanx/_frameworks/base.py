@@ -26,8 +26,8 @@ class Framework:
     bf16: Any
     f32: Any
 
-    def empty(self, shape: tuple[int, int], strides: tuple[int, int], dtype: Any, like: Any) -> Any:
-        """A new matrix of these strides (in elements) on `like`'s device."""
+    def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, like: Any) -> Any:
+        """A new matrix, or a stack of them, of these strides (in elements) on `like`'s device."""
         raise NotImplementedError
 
     def view(self, array: Any) -> Any:
@@ -43,6 +43,23 @@ class Framework:
 
     def itemsize(self, dtype: Any) -> int:
         return dtype.itemsize
+
+    def device_of(self, like: Any) -> tuple[bool, int]:
+        """Whether it is CUDA, and its ordinal."""
+        return False, 0
+
+    def check_out(self, out: Any, out_dtype: Any) -> None:
+        """`out` may be written, and nothing else was asked for."""
+        if out_dtype is not None and out.dtype != out_dtype:
+            raise ValueError(f"out_dtype: {out_dtype}; expected that of out, {out.dtype}, or none")
+
+    def is_traced(self, array: Any) -> bool:
+        """Whether calls on this array go to `traced`."""
+        return False
+
+    def traced(self, name: str, operands: tuple, out: Any, new: tuple, options: tuple) -> Any:
+        """The operation as an operator of the library: `new` are the options that shape a new result."""
+        raise NotImplementedError
 
     def finish(self, like: Any) -> None:
         """Called after the work has been enqueued."""
@@ -69,8 +86,8 @@ class Framework:
             if out_dtype is None:
                 out_dtype = self.bf16 if c is None else c.dtype
             out = self.empty_rows(matrix_shape("a.data", a)[0], matrix_shape("b.data", b)[0], out_dtype, a)
-        elif out_dtype is not None and out.dtype != out_dtype:
-            raise ValueError(f"out_dtype: {out_dtype}; expected that of out, {out.dtype}, or none")
+        else:
+            self.check_out(out, out_dtype)
         view = self.view
         c_view = None if c is None else view(c)
         out_view = self.writable_view(out)

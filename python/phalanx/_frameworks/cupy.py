@@ -15,6 +15,7 @@ _E4M3 = tvm_ffi.dtype("float8_e4m3fn")
 class CuPy(Framework):
     e4m3 = np.dtype(np.uint8)
     f32 = np.dtype(np.float32)
+    i32 = np.dtype(np.int32)
 
     @property
     def bf16(self):
@@ -35,6 +36,9 @@ class CuPy(Framework):
         dtype = _E4M3 if array.dtype == self.e4m3 else ffi_dtype(array.dtype)
         device = tvm_ffi.device("cuda", array.device.id)
         return _native.view(array.data.ptr, dtype, array.shape, element_strides(array), device)
+
+    def device_of(self, like):
+        return True, like.device.id
 
     def stream(self, like):
         return cupy.cuda.get_current_stream(like.device.id).ptr

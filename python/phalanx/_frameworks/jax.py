@@ -23,6 +23,7 @@ class Jax(Framework):
     e4m3 = np.dtype(jnp.float8_e4m3fn)
     bf16 = np.dtype(jnp.bfloat16)
     f32 = np.dtype(jnp.float32)
+    i32 = np.dtype(jnp.int32)
 
     def itemsize(self, dtype):
         return np.dtype(dtype).itemsize
@@ -51,9 +52,12 @@ class Jax(Framework):
         if device.platform == "gpu":
             _synchronize(device.local_hardware_id)
 
-    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant):
+    def device_of(self, like):
+        device = _device(like)
+        return device.platform == "gpu", device.local_hardware_id or 0
+
+    def check_out(self, out, out_dtype):
         _check_no_out(out)
-        return super().gemm_fp8(a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant)
 
     def quantize(self, x, blocks, pow2_scales, out):
         _check_no_out(out)

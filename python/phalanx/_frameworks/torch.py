@@ -14,6 +14,7 @@ class Torch(Framework):
     e4m3 = torch.float8_e4m3fn
     bf16 = _BF16
     f32 = torch.float32
+    i32 = torch.int32
 
     def empty(self, shape, strides, dtype, like):
         return torch.empty_strided(shape, strides, dtype=dtype, device=like.device)
@@ -21,8 +22,23 @@ class Torch(Framework):
     def view(self, array):
         return array
 
+    def device_of(self, like):
+        return like.device.type == "cuda", like.device.index or 0
+
     # Traced calls, and tensors that are none (fake, functional, users' subclasses), go through torch's dispatcher, to
     # the operators of phalanx.torch. The others call the module directly.
+
+    def is_traced(self, array):
+        return _is_traced() or type(array) not in _PLAIN
+
+    def needs_gradient(self, *arrays):
+        return torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in arrays)
+
+    def traced(self, name, operands, out, new, options):
+        if out is None:
+            return getattr(torch.ops.phalanx, name)(*operands, *new, *options)
+        getattr(torch.ops.phalanx, name + "_out")(*operands, out, *options)
+        return out
 
     def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant):
         if _is_traced() or type(a) not in _PLAIN:
@@ -32,8 +48,8 @@ class Torch(Framework):
             return out
         if out is None:
             out = self.empty_product(a, b, c, out_dtype)
-        elif out_dtype is not None and out_dtype != out.dtype:
-            raise ValueError(f"out_dtype: {out_dtype}; expected that of out, {out.dtype}, or none")
+        else:
+            self.check_out(out, out_dtype)
         _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, None)
         return out
 

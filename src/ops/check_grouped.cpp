@@ -1,0 +1,150 @@
+// Arguments of the grouped products and of the weight gradients.
+#include <fmt/format.h>
+
+#include <limits>
+
+#include "device/gemm/config.h"
+#include "ops/check.h"
+#include "ops/check_tensor.h"
+
+namespace phalanx {
+namespace {
+
+using std::int64_t;
+
+constexpr int64_t kMaxRows = std::numeric_limits<std::int32_t>::max();
+
+int64_t scale_blocks(int64_t n) { return ceil_div<int64_t>(n, kScaleBlock); }
+
+void check_at_least_1(const Arg& arg, const char* what, int64_t value) {
+  if (value < 1) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "{} is {}, expected at least 1", what, value);
+}
+
+void check_num_groups(const Arg& arg) {
+  if (arg->shape[0] < 1 || arg->shape[0] > kMaxGroups) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "G is {}, expected 1 to {}", arg->shape[0], kMaxGroups);
+}
+
+/// Matrices of a stack: each as TMA wants it, a whole number of rows apart, in no order but ascending.
+void check_stack(const Arg& arg) {
+  check_tma(arg);
+  if (arg.empty() || arg->shape[0] == 1) return;
+  const int64_t rows = arg->shape[1], row = rows > 1 ? arg->strides[1] : arg->strides[0], pitch = arg->strides[0];
+  if (pitch < rows * row || pitch < arg->shape[2] || pitch % row != 0) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its group stride is {} elements, expected a multiple of the row stride {}",
+         pitch, row);
+  if (pitch * size_of(arg->dtype) % 16 != 0) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its group stride is {} bytes, expected a multiple of 16",
+         pitch * size_of(arg->dtype));
+  if (pitch / row > kMaxRows / arg->shape[0]) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "it spans more than {} rows", kMaxRows);
+}
+
+/// Groups: int32, contiguous.
+void check_groups_vector(const Arg& arg, int64_t size, const char* meaning) {
+  check_dtype(arg, DType::int32);
+  check_shape(arg, {size}, meaning);
+  check_base(arg, alignof(std::int32_t));
+  if (size > 1 && arg->strides[0] != 1) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its stride is {} elements, expected 1", arg->strides[0]);
+}
+
+void check_not_negative(const char* op, const char* name, int value) {
+  if (value < 0) [[unlikely]]
+    throw Error(ErrorCode::invalid_argument, fmt::format("{}: options.{} is {}, expected 0 or more", op, name, value));
+}
+
+struct Operands {
+  const Arg &a, &sfa, &b, &sfb, &groups, &d;
+
+  void check_ranks(int of_a, int of_b, int of_d) const {
+    check_rank(a, of_a), check_rank(sfa, of_a);
+    check_rank(b, of_b), check_rank(sfb, of_b);
+    check_rank(groups, 1), check_rank(d, of_d);
+    for (const Arg* arg : {&sfa, &b, &sfb, &groups, &d}) check_device(*arg, a);
+    for (const Arg* arg : {&a, &b}) check_dtype(*arg, DType::e4m3);
+    for (const Arg* arg : {&sfa, &sfb}) check_dtype(*arg, DType::f32);
+  }
+  void check_memory() const {
+    check_scales(sfa, Access::read);
+    check_scales(sfb, Access::read);
+    for (const Arg* input : {&a, &sfa, &b, &sfb, &groups}) check_disjoint(d, *input);
+  }
+};
+
+}  // namespace
+
+void check_grouped_gemm(const char* op, RowGroups kind, const ScaledTensor& a, const ScaledTensor& b,
+                        const Tensor& groups, const Tensor& d, const GroupedGemmOptions& options) {
+  constexpr const char* kNames[] = {"offsets", "row_groups", "counts"};
+  const Arg a_data{op, "a.data", a.data}, a_scales{op, "a.scales", a.scales}, b_data{op, "b.data", b.data},
+      b_scales{op, "b.scales", b.scales}, of_groups{op, kNames[int(kind)], groups}, out{op, "d", d};
+  const Operands all{a_data, a_scales, b_data, b_scales, of_groups, out};
+  const bool masked = kind == RowGroups::counts;
+  all.check_ranks(masked ? 3 : 2, 3, masked ? 3 : 2);
+  check_dtype(out, {DType::bf16, DType::f32});
+
+  const int64_t g = b.data.shape[0], n = b.data.shape[1], k = b.data.shape[2], k_blocks = scale_blocks(k);
+  check_num_groups(b_data);
+  check_at_least_1(b_data, "N", n);
+  check_at_least_1(b_data, "K", k);
+  check_shape(b_scales, {g, scale_blocks(n), k_blocks}, "[G, ceil(N / 128), ceil(K / 128)]");
+  check_stack(b_data);
+  if (masked) {
+    const int64_t rows = a.data.shape[1];
+    check_shape(a_data, {g, rows, k}, "[G, R, K] with the G and K of b.data");
+    check_shape(a_scales, {g, rows, k_blocks}, "[G, R, ceil(K / 128)]");
+    check_shape(out, {g, rows, n}, "[G, R, N]");
+    check_groups_vector(of_groups, g, "[G]");
+    check_stack(a_data);
+    check_stack(out);
+  } else {
+    const int64_t rows = a.data.shape[0];
+    check_shape(a_data, {rows, k}, "[M, K] with the K of b.data");
+    check_shape(a_scales, {rows, k_blocks}, "[M, ceil(K / 128)]");
+    check_shape(out, {rows, n}, "[M, N]");
+    if (kind == RowGroups::offsets)
+      check_groups_vector(of_groups, g + 1, "[G + 1]");
+    else
+      check_groups_vector(of_groups, rows, "[M]");
+    check_tma(a_data);
+    check_tma(out);
+  }
+  all.check_memory();
+  check_not_negative(op, "num_sms", options.num_sms);
+  check_not_negative(op, "expected_rows", options.expected_rows);
+}
+
+void check_wgrad(const char* op, const ScaledTensor& a, const ScaledTensor& b, const Tensor* offsets, const Tensor& d,
+                 const WgradOptions& options) {
+  const Tensor none{.dtype = DType::int32, .device = a.data.device, .ndim = 1};
+  const Arg a_data{op, "a.data", a.data}, a_scales{op, "a.scales", a.scales}, b_data{op, "b.data", b.data},
+      b_scales{op, "b.scales", b.scales}, of_groups{op, "offsets", offsets ? *offsets : none}, out{op, "d", d};
+  const Operands all{a_data, a_scales, b_data, b_scales, of_groups, out};
+  all.check_ranks(2, 2, offsets ? 3 : 2);
+  check_dtype(out, DType::f32);
+
+  const int64_t m = a.data.rows(), n = b.data.rows(), k = a.data.cols(), k_blocks = scale_blocks(k);
+  check_at_least_1(a_data, "M", m);
+  check_at_least_1(b_data, "N", n);
+  check_shape(b_data, {n, k}, "[N, K] with the K of a.data");
+  check_shape(a_scales, {m, k_blocks}, "[M, ceil(K / 128)]");
+  check_shape(b_scales, {n, k_blocks}, "[N, ceil(K / 128)]");
+  check_tma(a_data);
+  check_tma(b_data);
+  if (offsets) {
+    const int64_t g = d.shape[0];
+    check_num_groups(out);
+    check_shape(out, {g, m, n}, "[G, M, N]");
+    check_groups_vector(of_groups, g + 1, "[G + 1] with the G of d");
+    check_stack(out);
+  } else {
+    check_shape(out, {m, n}, "[M, N]");
+    check_tma(out);
+  }
+  all.check_memory();
+  check_not_negative(op, "num_sms", options.num_sms);
+}
+
+}  // namespace phalanx
