@@ -6,14 +6,24 @@
 namespace phalanx {
 
 struct Tile {
-  int m, n;  // its first row and column
+  int m, n;                            // its first row and column
+  int group = 0;                       // of a grouped product; a tile lies in one group
+  int group_begin = 0, group_end = 0;  // rows of D, or columns of K, that the group has
 };
+
+// Tiles of a tiles_m x tiles_n rectangle are walked in bands of `group_m` along M, M fastest: the CTAs that run at the same
+// time then form a block of D whose operands fit in L2.
+struct TilePosition {
+  int m, n;
+};
+constexpr TilePosition walk_tiles(int index, int tiles_m, int tiles_n, int group_m) {
+  const int band = index / (group_m * tiles_n), first_m = band * group_m;
+  const int rows = min_of(group_m, tiles_m - first_m), i = index - first_m * tiles_n;
+  return {first_m + i % rows, i / rows};
+}
 
 // CTAs of a cluster walk the same sequence of cluster tiles. They differ in their column (cluster_n), their row (cluster_m) or
 // their part of K (split_k), so they always agree on what they share by multicast. The cluster tile may reach past M or N.
-//
-// Tiles are walked in groups of `group_m` along M, M fastest: the CTAs that run at the same time then form a block of D
-// whose operands fit in L2.
 struct DenseTiles {
   int height, width;     // of a cluster tile
   int tiles_m, tiles_n;  // cluster tiles
@@ -35,9 +45,8 @@ struct DenseTiles {
 
   constexpr bool next(Tile& t) {
     if (index >= count()) return false;
-    const int group = index / (group_m * tiles_n), first_m = group * group_m;
-    const int rows = min_of(group_m, tiles_m - first_m), i = index - first_m * tiles_n;
-    t = {(first_m + i % rows) * height + row, i / rows * width + column};
+    const TilePosition at = walk_tiles(index, tiles_m, tiles_n, group_m);
+    t = {at.m * height + row, at.n * width + column};
     index += step;
     return true;
   }
