@@ -34,7 +34,7 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("src/cuda", [r"cuda/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/ep", [r"(ep|cuda)/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/cpu", [r"cpu/.*", r"phalanx/.*", SHARED_DEVICE]),
-    ("src/cli", [r"(cli|cuda|jit)/.*", r"phalanx/.*"]),
+    ("src/cli", [r"(cli|cuda|jit|plan)/.*", r"phalanx/.*"]),
     ("python", [r"phalanx/.*"]),
     ("examples", [r"phalanx/.*"]),
     ("tests/consumer", [r"phalanx/.*"]),

@@ -38,4 +38,14 @@ struct BenchOptions {
 /// Times `gemm_fp8` through the public API.
 int bench(const BenchOptions& options);
 
+struct TuneOptions {
+  std::vector<std::string> shapes;  ///< "64x7168x2048"
+  std::string device = "auto";
+  std::string out_dtype = "bf16";
+  int num_sms = 0;  ///< that the products may use; 0: all
+  int rounds = 20;  ///< timed runs of each kernel
+};
+/// Measures every kernel on each shape, with a cold L2, and keeps those that beat the planner's in `jit::tuned_path()`.
+int tune(const TuneOptions& options);
+
 }  // namespace phalanx::cli

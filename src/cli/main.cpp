@@ -68,6 +68,21 @@ int run_command_line(int argc, char** argv) {
   bench_command->add_option("--json", bench_options.json, "Write the rows here (- to print)");
   bench_command->callback([&] { run = [&] { return bench(bench_options); }; });
 
+  TuneOptions tune_options;
+  auto* tune_command = app.add_subcommand("tune", "Measure every kernel on shapes of your own, and keep the choices");
+  tune_command->add_option("shapes", tune_options.shapes, "MxNxK, as in 64x7168x2048")->required();
+  tune_command->add_option("--device", tune_options.device, "cuda or cuda:<ordinal>; auto is the first that serves")
+      ->capture_default_str();
+  tune_command->add_option("--out-dtype", tune_options.out_dtype, "Type of D")
+      ->check(CLI::IsMember({"bf16", "f32"}))
+      ->capture_default_str();
+  tune_command->add_option("--num-sms", tune_options.num_sms, "SMs that the products may use (0: all)")
+      ->check(CLI::NonNegativeNumber);
+  tune_command->add_option("--rounds", tune_options.rounds, "Timed runs of each kernel")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  tune_command->callback([&] { run = [&] { return tune(tune_options); }; });
+
   CLI11_PARSE(app, argc, argv);
   return run();
 }

@@ -31,6 +31,18 @@ std::string format_plan(const GemmPlan& plan) {
       block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, plan.group_m);
 }
 
+std::vector<GemmPlan> runnable_plans(const GemmProblem& problem, int num_sms) {
+  const int group_m = plan_gemm(problem, num_sms).group_m;
+  std::vector<GemmPlan> plans;
+  for (const GemmConfig& config : all_gemm_configs()) {
+    const GemmPlan plan = plan_with(config, group_m, problem, num_sms);
+    const bool runs = config.out == problem.out && config.split_k <= ceil_div(problem.k, kBlockK) &&
+                      plan.num_ctas <= num_sms && !(problem.batch_invariant && config.split_k > 1);
+    if (runs) plans.push_back(plan);
+  }
+  return plans;
+}
+
 TunedGemms TunedGemms::from_json(std::string_view text) {
   TunedGemms tuned;
   try {

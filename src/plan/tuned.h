@@ -14,6 +14,9 @@ namespace phalanx::plan {
 /// "block_m=256,block_n=128,...,group_m=8": what `parse_plan` reads.
 std::string format_plan(const GemmPlan& plan);
 
+/// One plan for every kernel that can do the product within so many SMs: what a measurement chooses from.
+std::vector<GemmPlan> runnable_plans(const GemmProblem& problem, int num_sms);
+
 struct TunedGemm {
   std::string gpu;  ///< its name: "NVIDIA H200"
   GemmProblem problem{};
