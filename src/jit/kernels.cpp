@@ -61,6 +61,13 @@ std::vector<KernelSource> all_kernels() {
       kernels.push_back(dequantize_source({type, shape}));
     }
   }
+  kernels.insert(kernels.end(), {route_source(), permute_source(), route_and_permute_source()});
+  for (const bool rows_f32 : {false, true}) {
+    for (const bool tokens_f32 : {false, true}) {
+      kernels.push_back(unpermute_source({rows_f32, tokens_f32}));
+      kernels.push_back(unpermute_backward_source({rows_f32, tokens_f32}));
+    }
+  }
   return kernels;
 }
 

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "device/gemm/config.h"
+#include "device/moe/config.h"
 #include "device/quantize/config.h"
 #include "jit/jit.h"
 
@@ -12,6 +13,11 @@ namespace phalanx::jit {
 KernelSource gemm_source(const GemmConfig& config);
 KernelSource quantize_source(const QuantizeConfig& config);
 KernelSource dequantize_source(const QuantizeConfig& config);
+KernelSource route_source();
+KernelSource permute_source();
+KernelSource route_and_permute_source();
+KernelSource unpermute_source(const UnpermuteConfig& config);
+KernelSource unpermute_backward_source(const UnpermuteConfig& config);
 
 /// Everything that any planner can return, each once.
 std::vector<KernelSource> all_kernels();
