@@ -42,8 +42,8 @@ SOURCE = "\n".join(
 )
 
 
-def measure(quick: bool, log: Callable[[str], None]) -> dict[str, float]:
-    """All ceilings. A probe that fails is logged and left out; the others still count."""
+def measure(quick: bool, log: Callable[[str], None], only: tuple[str, ...] = ()) -> dict[str, float]:
+    """All ceilings, or those of some probes. A probe that fails is logged and left out; the others still count."""
     ceilings: dict[str, float] = {}
     flush = L2Flush()
     probes = [("copy", lambda: _copy(quick, flush))]
@@ -58,6 +58,8 @@ def measure(quick: bool, log: Callable[[str], None]) -> dict[str, float]:
             ("mma", lambda: _mma(module, quick)),
         ]
     for name, probe in probes:
+        if only and name not in only:
+            continue
         try:
             ceilings.update(probe())
         except Exception as error:

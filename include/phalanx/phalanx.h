@@ -6,6 +6,7 @@
 #include "phalanx/gemm.h"
 #include "phalanx/grouped.h"
 #include "phalanx/group.h"
+#include "phalanx/moe.h"
 #include "phalanx/quantize.h"
 #include "phalanx/status.h"
 #include "phalanx/stream.h"

@@ -20,12 +20,14 @@ from phalanx._grouped import (
     grouped_wgrad_fp8,
     wgrad_fp8,
 )
+from phalanx._moe import Routing, permute, route, route_and_permute, unpermute, unpermute_backward
 
 __all__ = [
     "CompilationError",
     "CudaError",
     "Error",
     "Quantized",
+    "Routing",
     "UnsupportedError",
     "check_groups",
     "dequantize",
@@ -34,7 +36,12 @@ __all__ = [
     "grouped_gemm_fp8_indexed",
     "grouped_gemm_fp8_masked",
     "grouped_wgrad_fp8",
+    "permute",
     "quantize",
+    "route",
+    "route_and_permute",
+    "unpermute",
+    "unpermute_backward",
     "version",
     "wgrad_fp8",
 ]

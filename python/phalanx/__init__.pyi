@@ -5,6 +5,7 @@ __all__ = [
     "CudaError",
     "Error",
     "Quantized",
+    "Routing",
     "UnsupportedError",
     "check_groups",
     "dequantize",
@@ -13,7 +14,12 @@ __all__ = [
     "grouped_gemm_fp8_indexed",
     "grouped_gemm_fp8_masked",
     "grouped_wgrad_fp8",
+    "permute",
     "quantize",
+    "route",
+    "route_and_permute",
+    "unpermute",
+    "unpermute_backward",
     "version",
     "wgrad_fp8",
 ]
@@ -23,6 +29,14 @@ ArrayT = TypeVar("ArrayT")
 class Quantized(NamedTuple, Generic[ArrayT]):
     data: ArrayT
     scales: ArrayT
+
+class Routing(NamedTuple, Generic[ArrayT]):
+    counts: ArrayT
+    offsets: ArrayT
+    slots: ArrayT
+    sources: ArrayT
+    needed: ArrayT
+    max_rows: int = 0
 
 class Error(RuntimeError): ...
 class UnsupportedError(Error): ...
@@ -93,3 +107,33 @@ def grouped_wgrad_fp8(
     num_sms: int = 0,
 ) -> ArrayT: ...
 def check_groups(like: Any) -> None: ...
+def route(
+    topk_idx: ArrayT, num_experts: int, capacity: int | None = None, alignment: int = 1, max_rows: int = 0
+) -> Routing[ArrayT]: ...
+def permute(x: Any, routing: Routing[Any], out: Any = None, zero_padding: bool = True) -> Any: ...
+def route_and_permute(
+    x: Any,
+    topk_idx: ArrayT,
+    num_experts: int,
+    capacity: int | None = None,
+    alignment: int = 1,
+    max_rows: int = 0,
+    out: Any = None,
+    zero_padding: bool = True,
+) -> tuple[Any, Routing[ArrayT]]: ...
+def unpermute(
+    rows: ArrayT,
+    routing: Routing[ArrayT],
+    weights: ArrayT | None = None,
+    residual: ArrayT | None = None,
+    out: ArrayT | None = None,
+    out_dtype: Any = None,
+) -> ArrayT: ...
+def unpermute_backward(
+    grad_out: ArrayT,
+    routing: Routing[ArrayT],
+    weights: ArrayT | None = None,
+    rows: ArrayT | None = None,
+    rows_dtype: Any = None,
+    zero_padding: bool = True,
+) -> tuple[ArrayT, ArrayT | None]: ...

@@ -8,7 +8,7 @@ imports this module, as does a first eager call on a tensor; else import it your
     dequantize(data, scales, dtype=None) -> x
 
 and `*_out`, which write into tensors of the caller. None has a gradient. `phalanx._torch_grouped` adds the grouped
-ones.
+ones, `phalanx._torch_moe` those that move tokens.
 """
 
 import torch
@@ -46,6 +46,11 @@ def _empty_quantized(x, blocks, pow2_scales):
 
 def _empty_dequantized(data, scales, dtype=None):
     return framework.empty_rows(*matrix_shape("data", data), dtype or torch.float32, data)
+
+
+def add_gradient(name: str, backward, setup_context) -> None:
+    """Makes an operator differentiable."""
+    torch.library.register_autograd(f"phalanx::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def nothing(*args, **kwargs):
@@ -98,4 +103,4 @@ def _dequantize(data, scales, dtype=None):
     return out
 
 
-import phalanx._torch_grouped  # noqa: E402, F401
+from phalanx import _torch_grouped, _torch_moe  # noqa: E402, F401

@@ -25,6 +25,7 @@ class Framework:
     e4m3: Any  # dtypes, as the library names them
     bf16: Any
     f32: Any
+    i32: Any
 
     def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, like: Any) -> Any:
         """A new matrix, or a stack of them, of these strides (in elements) on `like`'s device."""
@@ -55,6 +56,10 @@ class Framework:
 
     def is_traced(self, array: Any) -> bool:
         """Whether calls on this array go to `traced`."""
+        return False
+
+    def needs_gradient(self, *arrays: Any) -> bool:
+        """Whether calls on these arrays (some may be None) are recorded, and go to `traced` for that."""
         return False
 
     def traced(self, name: str, operands: tuple, out: Any, new: tuple, options: tuple) -> Any:

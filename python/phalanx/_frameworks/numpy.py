@@ -45,6 +45,7 @@ def num_elements(shape: tuple[int, int], strides: tuple[int, int]) -> int:
 
 class NumPy(Framework):
     f32 = np.dtype(np.float32)
+    i32 = np.dtype(np.int32)
 
     @property
     def e4m3(self):

@@ -1,0 +1,87 @@
+// The pure parts of routing, which host and device share.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <vector>
+
+#include "device/moe/route.h"
+#include "phalanx/moe.h"
+#include "tests/cpu/matrix.h"
+
+namespace phalanx::test {
+namespace {
+
+TEST(Route, WarpsShareTheEntriesInOrder) {
+  std::mt19937 rng(kSeed);
+  for (int i = 0; i < 2000; ++i) {
+    const int num_entries = int(rng() % (1u << (rng() % 20))), num_warps = 1 << rng() % 9;
+    int next = 0;
+    for (int warp = 0; warp < num_warps; ++warp) {
+      const EntryRange range = entries_of_warp(num_entries, warp, num_warps);
+      ASSERT_EQ(range.begin, next) << num_entries << " entries, warp " << warp << " of " << num_warps;
+      ASSERT_GE(range.end, range.begin);
+      next = range.end;
+    }
+    ASSERT_EQ(next, num_entries);
+  }
+  EXPECT_EQ(entries_of_warp(1 << 30, 255, 256).end, 1 << 30);
+}
+
+TEST(Route, ExpertsGetRowsOfTheirOwnInsideTheTarget) {
+  std::mt19937 rng(kSeed);
+  for (int i = 0; i < 2000; ++i) {
+    const int experts = 1 + int(rng() % 20);
+    RouteTarget target{.num_rows = int(rng() % 200), .alignment = 1 << rng() % 5, .max_rows = 0};
+    if (rng() % 2) target = {.num_rows = experts * 7, .alignment = 1, .max_rows = 7};
+    int taken = 0, end = 0;
+    for (int e = 0; e < experts; ++e) {
+      const int count = int(rng() % 30), first = first_row(target, e, taken), fit = rows_that_fit(target, first, count);
+      ASSERT_GE(first, end);
+      ASSERT_GE(fit, 0);
+      ASSERT_LE(fit, count);
+      ASSERT_LE(first + fit, target.num_rows);
+      if (!target.masked() && first < target.num_rows) {
+        ASSERT_EQ(first % target.alignment, 0);
+      }
+      if (fit < count) {
+        ASSERT_TRUE(target.masked() ? fit == target.max_rows : first + fit == target.num_rows);
+      }
+      taken += rows_taken(target, count), end = first + fit;
+    }
+    ASSERT_LE(end, first_row(target, experts, taken));
+  }
+}
+
+/// A vector of int32 between guards.
+class Ints {
+ public:
+  explicit Ints(std::int64_t size) : memory_(size + 2, kGuard) {}
+  Tensor vector() { return {memory_.data() + 1, DType::int32, {}, 1, {size()}, {1}}; }
+  Tensor matrix(std::int64_t cols) { return row_major(memory_.data() + 1, DType::int32, size() / cols, cols); }
+  std::vector<int> values() const {
+    EXPECT_TRUE(memory_.front() == kGuard && memory_.back() == kGuard) << "written outside";
+    return {memory_.begin() + 1, memory_.end() - 1};
+  }
+
+ private:
+  static constexpr int kGuard = -77;
+  std::int64_t size() const { return std::int64_t(memory_.size()) - 2; }
+
+  std::vector<int> memory_;
+};
+
+TEST(Route, WritesItsOutputsAndNothingElse) {
+  using List = std::vector<int>;
+  int topk_idx[] = {2, 0, 2, -1, 0, 5, 2, 2};  // four tokens, two choices, three experts
+  Ints counts(3), offsets(4), slots(8), sources(7), needed(1);
+  const Routing routing{counts.vector(), offsets.vector(), slots.matrix(2), sources.vector(), needed.vector()};
+  route(row_major(topk_idx, DType::int32, 4, 2), routing, {.alignment = 4, .max_rows = 0, .stream = {}});
+  EXPECT_EQ(counts.values(), (List{2, 0, 3}));
+  EXPECT_EQ(offsets.values(), (List{0, 4, 4, 7}));
+  EXPECT_EQ(slots.values(), (List{4, 0, 5, -1, 1, -1, 6, -1}));
+  EXPECT_EQ(sources.values(), (List{1, 4, -1, -1, 0, 2, 6}));
+  EXPECT_EQ(needed.values(), (List{8}));
+}
+
+}  // namespace
+}  // namespace phalanx::test

@@ -1,0 +1,88 @@
+"""PyTorch on the CPU: tokens to their experts and back, with gradients, traced and not."""
+
+import phalanx
+import pytest
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture
+def topk_idx():
+    return torch.tensor([[1, 0], [1, -1], [3, 3], [-1, -1], [0, 2]])
+
+
+@pytest.fixture
+def tokens():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 8, generator=generator, requires_grad=True)
+    weights = torch.rand(5, 2, generator=generator, requires_grad=True)
+    residual = torch.randn(5, 8, generator=generator, requires_grad=True)
+    return x, weights, residual
+
+
+def layer(x, weights, residual, topk_idx, fused, max_rows):
+    """Each expert multiplies its rows by its own number."""
+    if fused:
+        rows, routing = phalanx.route_and_permute(x, topk_idx, 4, max_rows=max_rows)
+    else:
+        routing = phalanx.route(topk_idx, 4, max_rows=max_rows)
+        rows = phalanx.permute(x, routing)
+    flat = rows.reshape(-1, rows.shape[-1])
+    chosen = topk_idx.flatten()[routing.sources.clamp(min=0)]
+    rows = (torch.tanh(flat) * (2 + chosen[:, None])).reshape(rows.shape)
+    return phalanx.unpermute(rows, routing, weights, residual)
+
+
+def plain(x, weights, residual, topk_idx):
+    there = (topk_idx >= 0)[..., None]
+    each = torch.tanh(x)[:, None] * (2 + topk_idx[..., None]) * weights[..., None]
+    return torch.where(there, each, 0).sum(1) + residual
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("max_rows", [0, 3])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_gradients(tokens, topk_idx, fused, max_rows, backend):
+    function = layer if backend is None else torch.compile(layer, fullgraph=True, backend=backend)
+    y, expected = function(*tokens, topk_idx, fused, max_rows), plain(*tokens, topk_idx)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+    actual = torch.autograd.grad(y, tokens, grad)
+    for one, other in zip(actual, torch.autograd.grad(expected, tokens, grad), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_in_bf16(tokens, topk_idx):
+    x = tokens[0].detach().bfloat16().requires_grad_()
+    rows, routing = phalanx.route_and_permute(x, topk_idx, 4)
+    (grad,) = torch.autograd.grad(rows.float().sum(), x)
+    assert grad.dtype == torch.bfloat16
+    assert torch.equal(grad.float(), (topk_idx >= 0).sum(1, keepdim=True).expand(5, 8).float())
+    y = phalanx.unpermute(rows, routing, out_dtype=torch.float32)
+    assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
+
+
+def test_fake_kernels_tell_the_truth(topk_idx):
+    x = torch.randn(5, 128).bfloat16()
+    routing = phalanx.route(topk_idx, 4, max_rows=2)
+    maps = routing.slots, routing.sources
+    rows, weights = phalanx.permute(x, routing), torch.rand(5, 2)
+    q, ops = phalanx.quantize(x), torch.ops.phalanx
+    calls = [
+        (ops.route, (topk_idx, 4, 20, 4, 0)),
+        (ops.permute, (x, *maps, 2, True)),
+        (ops.permute_quantized, (*q, *maps, 2, True)),
+        (ops.route_and_permute, (x, topk_idx, 4, 8, 1, 2, True)),
+        (ops.route_and_permute_quantized, (*q, topk_idx, 4, 10, 1, 0, True)),
+        (ops.unpermute, (rows, *maps, weights, x, torch.bfloat16)),
+        (ops.unpermute_backward, (x, *maps, weights, rows, torch.bfloat16, 2, True)),
+        (ops.unpermute_backward, (x, *maps, None, None, torch.float32, 0, True)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments, test_utils=("test_faketensor", "test_autograd_registration"))
+
+
+def test_out_is_refused_where_calls_are_recorded(tokens, topk_idx):
+    routing = phalanx.route(topk_idx, 4)
+    with pytest.raises(ValueError, match="out: given to a call"):
+        phalanx.permute(tokens[0], routing, out=torch.empty(10, 8))
