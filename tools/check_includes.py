@@ -36,6 +36,7 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("src/cpu", [r"cpu/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/cli", [r"(cli|cuda|jit|plan)/.*", r"phalanx/.*"]),
     ("python", [r"phalanx/.*"]),
+    ("examples/kernels", [r"phalanx/.*", r"examples/kernels/.*", r"(cuda|jit)/.*", r"device/ptx/.*"]),
     ("examples", [r"phalanx/.*"]),
     ("tests/consumer", [r"phalanx/.*"]),
     ("tests", [r".*"]),
