@@ -8,17 +8,22 @@ import triton.language as tl
 
 
 @triton.jit
-def _permute(x, scales, sources, rows, row_scales, hidden, columns, scale_pitch, row_pitch, topk, BLOCK: tl.constexpr):
+def _permute(
+    x, scales, sources, rows, row_scales, hidden, columns, scale_pitch, row_pitch, topk, BLOCK: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+):  # fmt: skip
     row, piece = tl.program_id(0), tl.program_id(1)
     source = tl.load(sources + row)
     token = tl.maximum(source, 0) // topk
     at = piece * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + token.to(tl.int64) * hidden + at, mask=(at < hidden) & (source >= 0), other=0)
     tl.store(rows + row.to(tl.int64) * hidden + at, value, mask=at < hidden)
-    if piece == 0 and columns > 0:
-        column = tl.arange(0, 128)
-        scale = tl.load(scales + column * scale_pitch + token, mask=(column < columns) & (source >= 0), other=1.0)
-        tl.store(row_scales + column * row_pitch + row, scale, mask=column < columns)
+    if HAS_SCALES:
+        if piece == 0:
+            column = tl.arange(0, 128)
+            there = column < columns
+            scale = tl.load(scales + column * scale_pitch + token, mask=there & (source >= 0), other=1.0)
+            tl.store(row_scales + column * row_pitch + row, scale, mask=there)
 
 
 @triton.jit
@@ -38,10 +43,10 @@ def permute(x: torch.Tensor, scales: torch.Tensor | None, sources, rows, row_sca
     """`scales` and `row_scales` MN-major, or None."""
     elements, out = (x, rows) if x.dtype == torch.bfloat16 else (x.view(torch.uint8), rows.view(torch.uint8))
     hidden, block = x.shape[1], 2048 if x.dtype == torch.bfloat16 else 4096
-    columns = 0 if scales is None else scales.shape[1]
-    pitches = (0, 0) if scales is None else (scales.stride(1), row_scales.stride(1))
+    columns, *pitches = (0, 0, 0) if scales is None else (scales.shape[1], scales.stride(1), row_scales.stride(1))
     grid = rows.shape[0], triton.cdiv(hidden, block)
-    _permute[grid](elements, scales, sources, out, row_scales, hidden, columns, *pitches, topk, BLOCK=block)
+    constants = {"BLOCK": block, "HAS_SCALES": scales is not None}
+    _permute[grid](elements, scales, sources, out, row_scales, hidden, columns, *pitches, topk, **constants)
 
 
 def unpermute(rows: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, out: torch.Tensor) -> None:

@@ -222,12 +222,11 @@ void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, 
   const int ordinal = grad_out.device.index;
   const cuda::DeviceInfo& device = require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
-  const Tensor rows = options.rows ? flat_rows(*options.rows) : Tensor{};
   const UnpermuteBackwardParams p{
       .grad_out = pointer<u8>(grad_out),
       .grad_out_stride = row_stride_bytes(grad_out),
-      .rows = pointer<u8>(rows),
-      .rows_stride = options.rows ? row_stride_bytes(rows) : 0,
+      .rows = options.rows ? pointer<u8>(*options.rows) : nullptr,
+      .rows_stride = options.rows ? row_stride_bytes(*options.rows) : 0,
       .slots = pointer<int>(routing.slots),
       .weights = weights_of(options.weights),
       .weights_stride = stride_of(options.weights),
@@ -281,10 +280,12 @@ void unpermute(const Tensor& rows, const Routing& routing, const Tensor& out, co
 void unpermute_backward(const Tensor& grad_out, const Routing& routing, const Tensor& grad_rows,
                         const UnpermuteBackwardOptions& options) {
   check_unpermute_backward(grad_out, routing, grad_rows, options);
+  UnpermuteBackwardOptions flat = options;
+  if (options.rows) flat.rows = flat_rows(*options.rows);
   if (grad_out.device.type == DeviceType::cuda)
-    unpermute_backward_on_cuda(grad_out, routing, flat_rows(grad_rows), options);
+    unpermute_backward_on_cuda(grad_out, routing, flat_rows(grad_rows), flat);
   else
-    cpu::unpermute_backward(grad_out, routing, flat_rows(grad_rows), options);
+    cpu::unpermute_backward(grad_out, routing, flat_rows(grad_rows), flat);
 }
 
 }  // namespace phalanx

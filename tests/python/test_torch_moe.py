@@ -55,7 +55,7 @@ def test_gradients(tokens, topk_idx, fused, max_rows, backend):
 def test_gradients_in_bf16(tokens, topk_idx):
     x = tokens[0].detach().bfloat16().requires_grad_()
     rows, routing = phalanx.route_and_permute(x, topk_idx, 4)
-    (grad,) = torch.autograd.grad(rows.float().sum(), x)
+    (grad,) = torch.autograd.grad(rows.float().sum(), x, retain_graph=True)
     assert grad.dtype == torch.bfloat16
     assert torch.equal(grad.float(), (topk_idx >= 0).sum(1, keepdim=True).expand(5, 8).float())
     y = phalanx.unpermute(rows, routing, out_dtype=torch.float32)
