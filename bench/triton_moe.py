@@ -18,12 +18,11 @@ def _permute(
     at = piece * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + token.to(tl.int64) * hidden + at, mask=(at < hidden) & (source >= 0), other=0)
     tl.store(rows + row.to(tl.int64) * hidden + at, value, mask=at < hidden)
-    if HAS_SCALES:
-        if piece == 0:
-            column = tl.arange(0, 128)
-            there = column < columns
-            scale = tl.load(scales + column * scale_pitch + token, mask=there & (source >= 0), other=1.0)
-            tl.store(row_scales + column * row_pitch + row, scale, mask=there)
+    if HAS_SCALES:  # by the first program of a row
+        column = tl.arange(0, 128)
+        there = (column < columns) & (piece == 0)
+        scale = tl.load(scales + column * scale_pitch + token, mask=there & (source >= 0), other=1.0)
+        tl.store(row_scales + column * row_pitch + row, scale, mask=there)
 
 
 @triton.jit
