@@ -4,7 +4,9 @@
 // Operands are small integers with power-of-two scales: every sum is exact in every order, so the GPU must give the CPU's bits.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <random>
@@ -14,7 +16,7 @@
 #include "cuda/driver.h"
 #include "jit/kernels.h"
 #include "phalanx/phalanx.h"
-#include "plan/plan.h"
+#include "plan/tuned.h"
 #include "tests/cpu/matrix.h"
 
 namespace phalanx::test {
@@ -65,16 +67,15 @@ class DeviceCopy {
   cuda::CUdeviceptr memory_ = 0;
 };
 
-std::string override_of(const GemmConfig& c) {
-  return "block_m=" + std::to_string(c.block_m) + ",block_n=" + std::to_string(c.block_n) +
-         ",num_consumers=" + std::to_string(c.num_consumers) + ",num_stages=" + std::to_string(c.num_stages) +
-         ",cluster_n=" + std::to_string(c.cluster_n) + ",cluster_m=" + std::to_string(c.cluster_m) +
-         ",split_k=" + std::to_string(c.split_k);
-}
-
 struct Shape {
   int m, n, k;
 };
+
+// From now on gemm_fp8 runs this kernel.
+void force(const GemmConfig& config) {
+  const plan::GemmPlan plan{.config = config, .num_ctas = 0, .group_m = 8};
+  setenv("PHALANX_GEMM_CONFIG", plan::format_plan(plan).c_str(), 1);
+}
 
 template <class T>
 void check_gemm(const GemmConfig& config, const Shape& shape, bool with_c, Order sfa_order, std::mt19937& rng) {
@@ -91,7 +92,7 @@ void check_gemm(const GemmConfig& config, const Shape& shape, bool with_c, Order
   DeviceCopy a_gpu(a), b_gpu(b);
   DeviceCopy sfa_gpu(sfa), sfb_gpu(sfb);
   DeviceCopy c_gpu(c), d_gpu(d);
-  setenv("PHALANX_GEMM_CONFIG", override_of(config).c_str(), 1);
+  force(config);
   const auto options = [&](const Tensor& tensor) {
     return with_c ? GemmOptions{.c = tensor, .stream = {}, .num_sms = 0} : GemmOptions{};
   };
@@ -121,6 +122,49 @@ TEST_F(OnGpu, EveryGemmKernelGivesTheBitsOfTheCpu) {
       }
     }
   }
+}
+
+// Rows of D by every kernel and for several M, against the same rows by the first kernel that splits K as often: operands
+// are any E4M3 bits, so that each rounding shows.
+template <class T>
+void check_equal_bits(OutType out, std::mt19937& rng) {
+  constexpr int kRows = 300, kN = 456, kK = 1700, kKBlocks = (kK + 127) / 128;
+  const auto code = [&](auto, auto) {
+    const auto bits = std::uint8_t(rng());
+    return cpu::E4m3{std::uint8_t((bits & 0x7f) == 0x7f ? 0 : bits)};
+  };
+  const auto scale = [&](auto, auto) { return std::exp2(float(rng() % 1000) / 250); };
+  Matrix<cpu::E4m3> a(kRows, kK), b(kN, kK);
+  Matrix<float> sfa(kRows, kKBlocks, 0, Order::col_major), sfb((kN + 127) / 128, kKBlocks);
+  a.fill(code), b.fill(code), sfa.fill(scale), sfb.fill(scale);
+  DeviceCopy a_gpu(a), b_gpu(b);
+  DeviceCopy sfa_gpu(sfa), sfb_gpu(sfb);
+
+  std::map<int, Matrix<T>> by_split;
+  for (const GemmConfig& config : plan::all_gemm_configs()) {
+    if (config.out != out) continue;
+    force(config);
+    for (const int rows : {kRows, 1, 3, 64, 65, 129}) {
+      SCOPED_TRACE(::testing::Message() << jit::gemm_source(config).name << ", " << rows << " rows");
+      Matrix<T> d(rows, kN);
+      DeviceCopy d_gpu(d);
+      const auto first = [&](Tensor t) { return t.shape[0] = rows, t; };
+      gemm_fp8({first(a_gpu.tensor()), first(sfa_gpu.tensor())}, {b_gpu.tensor(), sfb_gpu.tensor()}, d_gpu.tensor());
+      const Matrix<T> result = d_gpu.download();
+      const Matrix<T>& expected = by_split.try_emplace(config.split_k, result).first->second;
+      int different = 0;
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < kN; ++j) different += std::memcmp(&result.at(i, j), &expected.at(i, j), sizeof(T)) != 0;
+      ASSERT_EQ(different, 0);
+    }
+  }
+  EXPECT_TRUE(by_split.contains(1));
+}
+
+TEST_F(OnGpu, EqualSplitsOfKGiveEqualBits) {
+  std::mt19937 rng(kSeed);
+  check_equal_bits<cpu::Bf16>(OutType::bf16, rng);
+  check_equal_bits<float>(OutType::f32, rng);
 }
 
 template <class T>

@@ -57,6 +57,15 @@ def test_warmup_lists_every_kernel(pack):
         assert kernel["spill_bytes"] == kernel["stack_bytes"] == 0 and not kernel["warnings"] and not kernel["error"]
 
 
+def test_tune_says_what_it_lacks(tmp_path):
+    result = run("tune 64x7168", PHALANX_TUNED=str(tmp_path / "tuned.json"))
+    assert result.returncode == 1 and "64x7168; expected MxNxK" in result.stderr
+    (tmp_path / "tuned.json").write_text("mine")
+    result = run("tune 64x128x128", PHALANX_TUNED=str(tmp_path / "tuned.json"))
+    assert result.returncode == 1 and "not what phalanx tune writes" in result.stderr
+    assert (tmp_path / "tuned.json").read_text() == "mine"
+
+
 def test_pack_serves_where_there_is_no_nvrtc(pack, tmp_path):
     there = {"PHALANX_CACHE_DIR": str(tmp_path / "cache"), **NO_NVRTC}
     result = run("warmup --json -", PHALANX_PACK_PATH=str(pack), **there)
