@@ -111,6 +111,8 @@ void accumulate_tile(const Product& p, const Tile& tile, Scratch& scratch) {
   const auto* a_codes = static_cast<const std::uint8_t*>(a.data) + tile.m0 * a.strides[0];
   const auto* b_codes = static_cast<const std::uint8_t*>(b.data) + tile.n0 * b.strides[0];
   std::fill_n(scratch.acc, tile.m * kMaxTileN, 0.0f);
+  // Inside a BLAS the order of a row's sums depends on the number of rows, and on the row's place among them.
+  const int rows_at_once = p.batch_invariant ? 1 : tile.m;
   for (int64_t k0 = p.k_begin; k0 < p.k_end; k0 += kBlockK - k0 % kBlockK) {  // up to the next multiple of 128
     const int64_t k_block = k0 / kBlockK;
     const int k = static_cast<int>(std::min((k_block + 1) * kBlockK, p.k_end) - k0);
@@ -118,7 +120,8 @@ void accumulate_tile(const Product& p, const Tile& tile, Scratch& scratch) {
     for (int n0 = 0; n0 < tile.n; n0 += kPanel) {
       const int n = std::min(kPanel, tile.n - n0);
       decode(b_codes + n0 * b.strides[0] + k0, b.strides[0], n, k, scratch.b);
-      multiply(scratch.a, scratch.b, scratch.partial, tile.m, n, k);
+      for (int i = 0; i < tile.m; i += rows_at_once)
+        multiply(scratch.a + i * kBlockK, scratch.b, scratch.partial + i * kPanel, rows_at_once, n, k);
       for (int j = 0; j < n; ++j) {
         const int64_t column = tile.n0 + n0 + j;
         scratch.scales_b[j] = scale_at(p.b.scales, p.b_by_rows ? column : column / kScaleBlock, k_block);
@@ -180,8 +183,8 @@ void multiply(std::span<const Product> products) {
   });
 }
 
-void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const Tensor* c) {
-  const Product product{.a = a, .b = b, .k_end = a.data.cols(), .d = d, .c = c};
+void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const Tensor* c, bool batch_invariant) {
+  const Product product{.a = a, .b = b, .k_end = a.data.cols(), .d = d, .c = c, .batch_invariant = batch_invariant};
   multiply({&product, 1});
 }
 

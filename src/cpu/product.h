@@ -15,6 +15,7 @@ struct Product {
   std::int64_t k_begin = 0, k_end = 0;
   Tensor d;
   const Tensor* c = nullptr;  ///< null, D itself or disjoint from it
+  bool batch_invariant = false;
 };
 
 /// All of them, on all cores. The bits do not depend on the threads, nor on what else is multiplied.

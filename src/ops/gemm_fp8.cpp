@@ -154,7 +154,7 @@ void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, con
   if (d.device.type == DeviceType::cuda)
     run_on_cuda(a, b, d, options);
   else
-    cpu::gemm_fp8(a, b, d, options.c ? &*options.c : nullptr);
+    cpu::gemm_fp8(a, b, d, options.c ? &*options.c : nullptr, options.batch_invariant);
 }
 
 }  // namespace phalanx
