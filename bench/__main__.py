@@ -14,6 +14,7 @@ except ImportError:
 
 from bench import ceilings as ceiling_probes
 from bench import chain, host, machine, quantize
+from bench.ahead import compile_ahead
 from bench.cases import DEFAULT_GROUPS, SHAPES_PATH, SUITES, Problem, Shape, load_shapes, parse_shape
 from bench.libraries import MAX_ERROR, OURS, Library, load
 from bench.report import make_row, print_result, summarize, write_json
@@ -45,6 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=30, help="timed calls of each library and shape (default %(default)s)")
     add("--seed", type=int, default=0, help="of the inputs")
     add("--quick", action="store_true", help="fewer repeats and a short look at the ceilings")
+    add("--jobs", type=int, default=0, help="processes that compile everything first; some peers do so for each shape")
     add("--no-ceilings", action="store_true", help="do not probe the ceilings")
     add("--no-quantize", action="store_true", help="time the products only")
     add("--no-host", action="store_true", help="do not time the host's side of a call")
@@ -118,6 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not libraries:
         return 2
 
+    if arguments.jobs:
+        compile_ahead(shapes, arguments.only, arguments.jobs)
     monitor = machine.Monitor()
     result = machine.describe() | {
         "settings": {"repeats": arguments.repeats, "seed": arguments.seed, "quick": arguments.quick, "l2": "cold"},

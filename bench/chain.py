@@ -34,7 +34,7 @@ def _probes(layers: list[list[torch.Tensor]], log: Log) -> dict[str, Call]:
     try:
         stream = WeightStream()
         calls = {f"probe {variant}, pdl": stream.chain(layers, variant, "pdl") for variant in BEST}
-        return calls | {"probe, no pdl": stream.chain(layers, BEST[0], "plain")}
+        return calls | {"probe, no pdl": stream.chain(layers, BEST[-1], "plain")}
     except Exception as error:
         log(f"chain: no probe: {type(error).__name__}: {error}")
         return {}

@@ -49,6 +49,17 @@ class Phalanx(Library):
         return lambda: gemm(a, b, out=out)
 
 
+class PhalanxBatchInvariant(Phalanx):
+    """Not a peer: what the mode costs. Only where it is named."""
+
+    name, label = "phalanx_batch_invariant", "Phalanx, batch-invariant"
+
+    def prepare(self, problem: Problem, log: Log) -> Call:
+        gemm, out = self.module.gemm_fp8, problem.out
+        a, b = (problem.a, problem.sfa), (problem.b, problem.sfb)
+        return lambda: gemm(a, b, out=out, batch_invariant=True)
+
+
 class DeepGemm(Library):
     name, label = "deep_gemm", "DeepGEMM"
 
@@ -146,7 +157,8 @@ class Triton(Library):
 
 
 ALL: tuple[type[Library], ...] = (Phalanx, DeepGemm, TorchScaledMm, Triton, CublasBf16)
-LABELS = {library.name: library.label for library in ALL}
+MODES: tuple[type[Library], ...] = (PhalanxBatchInvariant,)
+LABELS = {library.name: library.label for library in (*ALL, *MODES)}
 OURS = Phalanx.name
 FP8_PEERS = tuple(library.name for library in ALL if library.operand_bytes == 1 and library.name != OURS)
 
@@ -154,9 +166,8 @@ FP8_PEERS = tuple(library.name for library in ALL if library.operand_bytes == 1 
 def load(only: tuple[str, ...] = ()) -> tuple[list[Library], dict[str, str]]:
     """The libraries that are here, and of the others why not."""
     libraries, missing = [], {}
-    for library in ALL:
-        if only and library.name not in only:
-            continue
+    wanted = [library for library in (*ALL, *MODES) if library.name in only] if only else ALL
+    for library in wanted:
         try:
             libraries.append(library())
         except Exception as error:

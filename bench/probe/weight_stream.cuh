@@ -17,9 +17,9 @@ struct WeightStream {
   int num_chunks;
   int num_k_blocks;  // of a row: boxes are walked along K first
   int wait_first;    // for the previous kernel, before the first request; else after the last
+  int interleaved;   // CTA i takes chunks i, i + number of CTAs, ...; else the i-th run of chunks
 };
 
-// CTA i takes the i-th run of chunks.
 template <int kStages, bool kBoxes>
 __device__ __forceinline__ void weight_stream(const TensorMap& map, const WeightStream& p) {
   extern __shared__ __align__(1024) u8 smem[];
@@ -30,15 +30,18 @@ __device__ __forceinline__ void weight_stream(const TensorMap& map, const Weight
   ptx::fence_mbarrier_init();
   if (p.wait_first) ptx::grid_wait_dependencies();
 
-  const int first = int(i64(p.num_chunks) * blockIdx.x / gridDim.x);
-  const int count = int(i64(p.num_chunks) * (blockIdx.x + 1) / gridDim.x) - first;
+  const int cta = blockIdx.x, num_ctas = gridDim.x;
+  const int first = p.interleaved ? cta : int(i64(p.num_chunks) * cta / num_ctas);
+  const int step = p.interleaved ? num_ctas : 1;
+  const int count =
+      p.interleaved ? ceil_div(p.num_chunks - cta, num_ctas) : int(i64(p.num_chunks) * (cta + 1) / num_ctas) - first;
   int stage = 0;
   u32 phase = 1;
 #pragma unroll 1
   for (int i = 0; i < count + kStages; ++i) {
     if (i >= kStages && i - kStages < count) ptx::mbarrier_wait(&full[stage], phase);
     if (i < count) {
-      const int chunk = first + i;
+      const int chunk = first + i * step;
       ptx::mbarrier_arrive_expect_tx(&full[stage], kChunkBytes);
       u8* to = smem + stage * kChunkBytes;
       if constexpr (kBoxes)

@@ -12,14 +12,20 @@ from bench.device_code import Module
 from bench.timing import Call, Captured, L2Flush, interleaved
 
 CHUNK_BYTES = 16384
-VARIANTS = {  # name: (CTAs on an SM, stages, boxes)
-    "1x12": (1, 12, False),
-    "2x6": (2, 6, False),
-    "1x12 boxes": (1, 12, True),
-    "2x6 boxes": (2, 6, True),
+VARIANTS = {  # name: (CTAs on an SM, stages, boxes, interleaved)
+    "1x12": (1, 12, False, False),
+    "2x6": (2, 6, False, False),
+    "1x12 interleaved": (1, 12, False, True),
+    "2x6 interleaved": (2, 6, False, True),
+    "1x12 boxes": (1, 12, True, False),
+    "2x6 boxes": (2, 6, True, False),
 }
 LAUNCHES = {"plain": (False, True), "pdl, loads after the wait": (True, True), "pdl": (True, False)}  # pdl, wait first
-BEST = ("2x6", "1x12")  # the variants that the decode benchmark takes for its ceiling, with "pdl"
+BEST = (
+    "2x6",
+    "1x12 interleaved",
+    "2x6 interleaved",
+)  # with "pdl", the ceiling of the decode chain
 
 _KERNEL = """
 extern "C" __global__ void __launch_bounds__(32) stream_{stages}_{boxes:d}(const __grid_constant__ TensorMap map,
@@ -31,7 +37,7 @@ SOURCE = "\n".join(
         '#include "bench/probe/weight_stream.cuh"',
         "using namespace phalanx;",
         "using namespace phalanx::probe;",
-        *dict.fromkeys(_KERNEL.format(stages=stages, boxes=boxes) for _, stages, boxes in VARIANTS.values()),
+        *dict.fromkeys(_KERNEL.format(stages=stages, boxes=boxes) for _, stages, boxes, _ in VARIANTS.values()),
     ]
 )
 
@@ -42,6 +48,7 @@ class _Parameters(ctypes.Structure):
         ("num_chunks", ctypes.c_int),
         ("num_k_blocks", ctypes.c_int),
         ("wait_first", ctypes.c_int),
+        ("interleaved", ctypes.c_int),
     )
 
 
@@ -54,11 +61,11 @@ class WeightStream:
 
     def call(self, weights: torch.Tensor, variant: str, launch: str) -> Call:
         """A call that streams these weights."""
-        ctas, stages, boxes = VARIANTS[variant]
+        ctas, stages, boxes, interleaved = VARIANTS[variant]
         pdl, wait_first = LAUNCHES[launch]
         n, k = weights.shape
         chunks = -(-n // 128) * (k // 128) if boxes else n * k // CHUNK_BYTES
-        parameters = _Parameters(weights.data_ptr(), chunks, k // 128, wait_first)
+        parameters = _Parameters(weights.data_ptr(), chunks, k // 128, wait_first, interleaved)
         tensor_map = self._module.tensor_map(weights, 128, 128)
         return functools.partial(
             self._module.launch,
