@@ -23,10 +23,12 @@ constexpr int kEpMaxRanks = 64;
 constexpr int kEpMaxTopk = 32;   // one lane of a warp for each choice
 constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whole block of scales
 
-// Roles of a CTA's warps: the first ones send, the others receive.
-constexpr int kEpSendWarps = 8;
-constexpr int kEpRecvWarps = 16;
-constexpr int kEpThreads = 32 * (kEpSendWarps + kEpRecvWarps);
+// Roles of a CTA's warps: the first ones send, the others receive. Dispatch writes each token once a rank and then once a row;
+// combine reads as many rows for others as for itself.
+constexpr int kEpWarps = 20;
+constexpr int kEpDispatchSendWarps = 8;
+constexpr int kEpCombineSendWarps = 10;
+constexpr int kEpThreads = 32 * kEpWarps;
 
 // What is agreed upon by all ranks.
 struct EpShape {
@@ -56,12 +58,13 @@ struct EpWords {
   u64 pad[7];
   u64 epoch[kEpSequences];  // operations finished
   u64 done[kEpSequences];   // CTAs that have finished the present one
+  u64 recorded;             // not 0: the status has been written
 };
 
 struct EpLayout {
   i64 dispatch_credit, combine_credit;  // u64 [R]: epoch that rank d has finished to read
   i64 route_flags;                      // u64 [R][G]
-  i64 token_flags, sum_flags;           // u64 [R][G][send warps]
+  i64 token_flags, sum_flags;           // u64 [R][G][sending warps]
   i64 buffers, buffer_stride;
   i64 headers, experts, weights, tokens, sums;  // within a buffer
   i64 token_slot, sum_slot;                     // bytes
@@ -78,8 +81,8 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   l.combine_credit = l.dispatch_credit + ep_align_region(ranks * 8);
   l.route_flags = l.combine_credit + ep_align_region(ranks * 8);
   l.token_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
-  l.sum_flags = l.token_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
-  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
+  l.sum_flags = l.token_flags + ep_align_region(ranks * s.num_ctas * kEpCombineSendWarps * 8);
+  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpCombineSendWarps * 8);
   l.headers = 0;
   l.experts = ep_align_region(ranks * 16);
   l.weights = l.experts + choices;
@@ -108,22 +111,45 @@ enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEp
 // What dispatch leaves for those who follow, int32 words in memory of the caller.
 struct EpHandleLayout {
   i64 num_tokens;  // [R]
-  i64 experts;     // [T][K]: this rank's own topk_idx
-  i64 rows;        // [R][T][K]: the row of source s's token t for its choice k here; -1: none, or it did not fit
+  i64 offsets;     // [local experts + 1]: first rows; the last one is how many rows there are, whether they fit or not
+  i64 counts;      // [local experts]: rows without padding
+  i64 experts;     // [T][K]: this rank's own topk_idx, -1 where it is out of range
+  i64 rows;        // [R][T][K]: the row of source s's token t for its choice k here, or kEpNotHere
   i64 weights;     // [R][T][K] FP32
   i64 words;
 };
-enum EpHandleWord { kEpNumRows, kEpHandleWords = 16 };  // rows in all, padding included, whether they fit or not
+constexpr int kEpNotHere = -1;
 
-constexpr EpHandleLayout ep_handle_layout(const EpShape& s) {
+constexpr EpHandleLayout ep_handle_layout(const EpShape& s, int local_experts) {
   const i64 choices = i64(s.max_tokens) * s.topk;
   EpHandleLayout l{};
-  l.num_tokens = kEpHandleWords;
-  l.experts = l.num_tokens + ep_align(s.num_ranks);
+  l.offsets = l.num_tokens + s.num_ranks;
+  l.counts = l.offsets + local_experts + 1;
+  l.experts = l.counts + local_experts;
   l.rows = l.experts + choices;
   l.weights = l.rows + s.num_ranks * choices;
   l.words = l.weights + s.num_ranks * choices;
   return l;
+}
+
+// --- routing in shared memory -----------------------------------------------------------------------------------------------
+
+// int32: rows of (source, expert) in all, and those before this CTA's tokens; of experts: first rows, counts; of sources: tokens.
+struct EpRouteSmem {
+  int total, before, offsets, counts, num_tokens, words;
+};
+constexpr EpRouteSmem ep_route_smem(int num_ranks, int local_experts) {
+  EpRouteSmem l{};
+  l.before = num_ranks * local_experts;
+  l.offsets = 2 * l.before;
+  l.counts = l.offsets + local_experts + 1;
+  l.num_tokens = l.counts + local_experts;
+  l.words = l.num_tokens + num_ranks;
+  return l;
+}
+constexpr int kEpMaxRouteSmemBytes = 200 << 10;
+constexpr i64 ep_route_smem_bytes(i64 num_ranks, i64 local_experts) {
+  return (2 * num_ranks * local_experts + 2 * local_experts + 1 + num_ranks) * 4;
 }
 
 // --- who does what ------------------------------------------------------------------------------------------------------------

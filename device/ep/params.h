@@ -68,10 +68,12 @@ struct EpDispatchParams {
 struct EpCombineParams {
   EpCommon c;
   const void* rows;  // [capacity, H] BF16
-  void* out;         // [T, H] BF16
+  int capacity;
+  void* out;  // [T, H] BF16
   const void* residual;
-  const float* row_values;  // [capacity], or null
-  float* topk_values;       // [T, K], or null
+  int values;               // row_values go home with the sums
+  const float* row_values;  // [capacity]
+  float* topk_values;       // [T, K]
   i64 row_stride, out_stride, residual_stride;
   int weighted;
 };

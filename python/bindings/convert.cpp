@@ -91,6 +91,12 @@ const char* exception_name(ErrorCode code) {
       return "phalanx.CompilationError";
     case ErrorCode::cuda_error:
       return "phalanx.CudaError";
+    case ErrorCode::timeout:
+      return "phalanx.PeerTimeoutError";
+    case ErrorCode::aborted:
+      return "phalanx.AbortedError";
+    case ErrorCode::capacity_exceeded:
+      return "phalanx.CapacityError";
   }
   return "RuntimeError";
 }

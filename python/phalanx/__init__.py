@@ -11,7 +11,16 @@ library, on the same device, computed on the library's current stream. Importing
 import sys as _sys
 
 from phalanx._api import Quantized, dequantize, gemm_fp8, quantize
-from phalanx._errors import CompilationError, CudaError, Error, UnsupportedError
+from phalanx._ep import Dispatched, ExpertParallel, Group
+from phalanx._errors import (
+    AbortedError,
+    CapacityError,
+    CompilationError,
+    CudaError,
+    Error,
+    PeerTimeoutError,
+    UnsupportedError,
+)
 from phalanx._grouped import (
     check_groups,
     grouped_gemm_fp8,
@@ -23,9 +32,15 @@ from phalanx._grouped import (
 from phalanx._moe import Routing, permute, route, route_and_permute, unpermute, unpermute_backward
 
 __all__ = [
+    "AbortedError",
+    "CapacityError",
     "CompilationError",
     "CudaError",
+    "Dispatched",
     "Error",
+    "ExpertParallel",
+    "Group",
+    "PeerTimeoutError",
     "Quantized",
     "Routing",
     "UnsupportedError",

@@ -15,3 +15,15 @@ class CompilationError(Error):
 
 class CudaError(Error):
     """The CUDA driver returned an error."""
+
+
+class PeerTimeoutError(Error):
+    """A rank did not come in time; the message says which, and for what it was awaited."""
+
+
+class AbortedError(Error):
+    """A rank has called `abort`, or the group has been closed."""
+
+
+class CapacityError(Error):
+    """More rows than there was room for; the message says how many."""

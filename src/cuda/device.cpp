@@ -78,6 +78,15 @@ std::vector<DeviceInfo> devices() {
 
 const DeviceInfo& device(int ordinal) { return state_of(ordinal).info; }
 
+CUdevice handle_of(int ordinal) { return state_of(ordinal).handle; }
+
+CUcontext context_of(int ordinal) {
+  DeviceState& state = state_of(ordinal);
+  std::call_once(state.context_once,
+                 [&] { PHALANX_CUDA(cuDevicePrimaryCtxRetain(&state.primary_context, state.handle)); });
+  return state.primary_context;
+}
+
 ContextGuard::ContextGuard(int ordinal) {
   DeviceState& state = state_of(ordinal);
   CUcontext current = nullptr;
@@ -85,9 +94,7 @@ ContextGuard::ContextGuard(int ordinal) {
   PHALANX_CUDA(cuCtxGetCurrent(&current));
   if (current) PHALANX_CUDA(cuCtxGetDevice(&current_device));
   if (current_device == state.handle) return;
-  std::call_once(state.context_once,
-                 [&] { PHALANX_CUDA(cuDevicePrimaryCtxRetain(&state.primary_context, state.handle)); });
-  PHALANX_CUDA(cuCtxSetCurrent(state.primary_context));
+  PHALANX_CUDA(cuCtxSetCurrent(context_of(ordinal)));
   previous_ = current;
   restore_ = true;
 }

@@ -18,7 +18,13 @@ using CUfunction = struct CUfunc_st*;
 using CUlibrary = struct CUlib_st*;
 using CUkernel = struct CUkern_st*;
 
-constexpr CUresult kSuccess = 0;
+constexpr CUresult kSuccess = 0, kNotReady = 600, kPeerAccessAlreadyEnabled = 704;
+
+struct IpcMemHandle {
+  char bytes[64];
+};
+constexpr unsigned kIpcMemLazyEnablePeerAccess = 1, kStreamNonBlocking = 1;
+constexpr unsigned kMemHostAllocPortable = 1, kMemHostAllocDeviceMap = 2;
 
 // CUdevice_attribute, CUfunction_attribute
 constexpr int kAttributeClockRate = 13, kAttributeMultiprocessorCount = 16, kAttributeL2CacheSize = 38,
@@ -69,6 +75,19 @@ constexpr int kTensorMapSwizzleNone = 0, kTensorMapSwizzle128B = 3, kTensorMapL2
   F(cuMemcpyHtoD, "cuMemcpyHtoD_v2", (CUdeviceptr to, const void* from, std::size_t bytes))                           \
   F(cuMemcpyDtoH, "cuMemcpyDtoH_v2", (void* to, CUdeviceptr from, std::size_t bytes))                                 \
   F(cuMemsetD8Async, "cuMemsetD8Async", (CUdeviceptr to, unsigned char value, std::size_t bytes, CUstream stream))    \
+  F(cuMemHostAlloc, "cuMemHostAlloc", (void** pointer, std::size_t bytes, unsigned flags))                            \
+  F(cuMemFreeHost, "cuMemFreeHost", (void* pointer))                                                                  \
+  F(cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2", (void* to, CUdeviceptr from, std::size_t bytes, CUstream stream))      \
+  F(cuDeviceCanAccessPeer, "cuDeviceCanAccessPeer", (int* can, CUdevice from, CUdevice to))                           \
+  F(cuDeviceGetP2PAttribute, "cuDeviceGetP2PAttribute", (int* value, int attribute, CUdevice from, CUdevice to))      \
+  F(cuCtxEnablePeerAccess, "cuCtxEnablePeerAccess", (CUcontext peer, unsigned flags))                                 \
+  F(cuIpcGetMemHandle, "cuIpcGetMemHandle", (IpcMemHandle * handle, CUdeviceptr pointer))                             \
+  F(cuIpcOpenMemHandle, "cuIpcOpenMemHandle_v2", (CUdeviceptr * pointer, IpcMemHandle handle, unsigned flags))        \
+  F(cuIpcCloseMemHandle, "cuIpcCloseMemHandle", (CUdeviceptr pointer))                                                \
+  F(cuStreamCreate, "cuStreamCreate", (CUstream * stream, unsigned flags))                                            \
+  F(cuStreamDestroy, "cuStreamDestroy_v2", (CUstream stream))                                                         \
+  F(cuStreamQuery, "cuStreamQuery", (CUstream stream))                                                                \
+  F(cuStreamSynchronize, "cuStreamSynchronize", (CUstream stream))                                                    \
   F(cuEventCreate, "cuEventCreate", (CUevent * event, unsigned flags))                                                \
   F(cuEventDestroy, "cuEventDestroy_v2", (CUevent event))                                                             \
   F(cuEventRecord, "cuEventRecord", (CUevent event, CUstream stream))                                                 \
@@ -96,6 +115,10 @@ struct Driver {
 /// The loaded, initialised driver.
 /// @throws Error unsupported, saying what is missing
 const Driver& driver();
+
+/// Of a device that exists: its handle, and its primary context.
+CUdevice handle_of(int ordinal);
+CUcontext context_of(int ordinal);
 
 /// Throws Error cuda_error naming `call` unless `result` is success.
 void check(CUresult result, const char* call);

@@ -19,8 +19,15 @@ static_assert(offsetof(ours::LaunchConfig, stream) == offsetof(CUlaunchConfig, h
 static_assert(offsetof(ours::LaunchConfig, attrs) == offsetof(CUlaunchConfig, attrs));
 static_assert(offsetof(ours::LaunchConfig, num_attrs) == offsetof(CUlaunchConfig, numAttrs));
 static_assert(sizeof(phalanx::TensorMap) == sizeof(CUtensorMap) && alignof(phalanx::TensorMap) >= alignof(CUtensorMap));
+static_assert(sizeof(ours::IpcMemHandle) == sizeof(CUipcMemHandle));
 
 TEST(DriverAbi, ConstantsAreTheHeaders) {
+  EXPECT_EQ(ours::kNotReady, CUDA_ERROR_NOT_READY);
+  EXPECT_EQ(ours::kPeerAccessAlreadyEnabled, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
+  EXPECT_EQ(ours::kIpcMemLazyEnablePeerAccess, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
+  EXPECT_EQ(ours::kStreamNonBlocking, CU_STREAM_NON_BLOCKING);
+  EXPECT_EQ(ours::kMemHostAllocPortable, CU_MEMHOSTALLOC_PORTABLE);
+  EXPECT_EQ(ours::kMemHostAllocDeviceMap, CU_MEMHOSTALLOC_DEVICEMAP);
   EXPECT_EQ(ours::kSuccess, CUDA_SUCCESS);
   EXPECT_EQ(ours::kAttributeClockRate, CU_DEVICE_ATTRIBUTE_CLOCK_RATE);
   EXPECT_EQ(ours::kAttributeMultiprocessorCount, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);

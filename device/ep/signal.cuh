@@ -1,0 +1,159 @@
+// Operations, their flags, and bounded waits.
+//
+// Who publishes: a warp stores data to a peer, meets at __syncwarp, and lane 0 makes a fence.acq_rel.sys and stores the flag.
+// Who waits: lane 0 loads the flag with ld.acquire.sys until it is there, and the warp meets at __syncwarp. So all that the
+// sending warp stored before is visible to all of the waiting warp. A CTA does the same with a barrier instead.
+//
+// A wait ends when the flag comes, when the time is over, or when somebody has set the rank's stop word: the first wait that
+// fails sets it, so that all others of the kernel leave at once. Nothing traps: the kernel ends, and the host reads the status.
+#pragma once
+#include "device/ep/params.h"
+#include "device/ptx/sync.cuh"
+#include "device/ptx/system.cuh"
+
+namespace phalanx {
+
+__device__ __forceinline__ EpWords* ep_words(const EpCommon& c) { return reinterpret_cast<EpWords*>(c.peers[c.rank]); }
+
+// One half of one operation, as all threads of its role see it.
+struct EpOperation {
+  const EpCommon& c;
+  u64 epoch;
+  EpSequence sequence;
+
+  __device__ __forceinline__ EpOperation(const EpCommon& common, EpSequence s)
+      : c(common), epoch(ptx::load_relaxed_sys(&ep_words(common)->epoch[s]) + 1), sequence(s) {}
+
+  // Rank r's memory at `offset` of this operation's buffer.
+  __device__ __forceinline__ u8* buffer(int r, i64 offset) const {
+    return c.peers[r] + c.layout.buffers + i64(epoch % c.shape.num_buffers) * c.layout.buffer_stride + offset;
+  }
+  __device__ __forceinline__ u64* word(int r, i64 offset, int index) const {
+    return reinterpret_cast<u64*>(c.peers[r] + offset) + index;
+  }
+};
+
+__device__ __noinline__ void ep_record(const EpCommon& c, u64 epoch, EpState state, EpPhase phase, int peer,
+                                       u64 expected, u64 seen, u64 who) {
+  EpWords* words = ep_words(c);
+  if (ptx::atomic_exchange_relaxed_gpu(&words->recorded, 1) == 0) {
+    EpStatus* status = c.status;
+    status->peer = peer;
+    status->phase = phase;
+    status->aborter = int(who) - 1;
+    status->epoch = epoch;
+    status->expected = expected;
+    status->seen = seen;
+    ptx::store_release_sys(&status->state, state);
+  }
+  ptx::store_relaxed_sys(&words->stop, u64(1 + c.rank));
+}
+
+// By one thread: until the flag of this rank has the epoch and count of `expected`, or more. False: it failed.
+__device__ __forceinline__ bool ep_wait(const EpOperation& op, EpPhase phase, int peer, const u64* flag, u64 expected) {
+  constexpr u64 kOrder = ~(u64(0xff) << 24);  // all but the format
+  constexpr int kSpinsPerLook = 64;
+  u64 seen = ptx::load_acquire_sys(flag), start = 0;
+  for (int spins = 1; (seen & kOrder) < (expected & kOrder); ++spins) {
+    if (spins % kSpinsPerLook == 0) {
+      const u64 now = ptx::global_timer();
+      if (start == 0) start = now;
+      const u64 who = ptx::load_relaxed_sys(&ep_words(op.c)->stop);
+      if (who != 0 || now - start > op.c.timeout_ns) {
+        ep_record(op.c, op.epoch, who ? kEpAborted : kEpTimeout, phase, peer, expected, seen, who);
+        return false;
+      }
+    }
+    seen = ptx::load_acquire_sys(flag);
+  }
+  if (ep_flag_epoch(seen) == ep_flag_epoch(expected) && ep_flag_format(seen) != ep_flag_format(expected)) {
+    ep_record(op.c, op.epoch, kEpMismatch, phase, peer, expected, seen, 0);
+    return false;
+  }
+  return true;
+}
+
+// Warps [first, first + count) of a CTA that play a role, and meet at a named barrier of their own.
+struct EpRole {
+  int barrier, first_warp, num_warps;
+
+  __device__ __forceinline__ int warp() const { return int(threadIdx.x) / 32 - first_warp; }
+  __device__ __forceinline__ int thread() const { return int(threadIdx.x) - first_warp * 32; }
+  __device__ __forceinline__ int num_threads() const { return num_warps * 32; }
+  __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(barrier, num_threads()); }
+
+  // True in all threads if it is in each. `vote` is shared memory of the role, 0 at the start and left so on success.
+  __device__ __forceinline__ bool all(bool mine, int* vote) const {
+    if (!mine) *vote = 1;
+    sync();
+    return *reinterpret_cast<volatile int*>(vote) == 0;
+  }
+};
+
+// The peers have finished reading what this rank has put into the same buffer before. By one thread for each peer.
+__device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, const EpRole& role, EpPhase phase,
+                                                    i64 credits, int* vote) {
+  const u64 buffers = op.c.shape.num_buffers;
+  bool fine = true;
+  const int peer = role.thread();
+  if (peer < op.c.shape.num_ranks && peer != op.c.rank && op.epoch > buffers)
+    fine = ep_wait(op, phase, peer, op.word(op.c.rank, credits, peer), ep_flag(op.epoch - buffers, 0, 0));
+  return role.all(fine, vote);
+}
+
+// By the whole role of every CTA, at its end. The last CTA takes the step to the next epoch: nobody reads the words any more
+// then. If it has received, it gives the peers their credits: every CTA has read what it waited for.
+__device__ __forceinline__ void ep_finish(const EpOperation& op, const EpRole& role, i64 credits, int* vote) {
+  role.sync();
+  EpWords* words = ep_words(op.c);
+  if (role.thread() == 0) {
+    const bool last = ptx::atomic_add_acq_rel_gpu(&words->done[op.sequence], 1) + 1 == u64(op.c.shape.num_ctas);
+    if (last) {
+      words->done[op.sequence] = 0;
+      words->epoch[op.sequence] = op.epoch;
+    }
+    *vote = last;
+  }
+  role.sync();
+  const int peer = role.thread();
+  if (*reinterpret_cast<volatile int*>(vote) && credits && peer < op.c.shape.num_ranks && peer != op.c.rank) {
+    ptx::fence_acq_rel_sys();
+    ptx::store_relaxed_sys(op.word(peer, credits, op.c.rank), ep_flag(op.epoch, 0, 0));
+  }
+}
+
+// --- the choices of a token, one a lane -----------------------------------------------------------------------------------------
+
+// Bits of all lanes, OR-ed.
+__device__ __forceinline__ u64 ep_or_over_lanes(u64 bits) {
+  return u64(__reduce_or_sync(0xffffffffu, u32(bits >> 32))) << 32 | __reduce_or_sync(0xffffffffu, u32(bits));
+}
+
+// The ranks that hold the experts in the lanes (below 0: none).
+__device__ __forceinline__ u64 ep_ranks_of(const EpCommon& c, int expert) {
+  const int r = expert < 0 ? -1 : ep_rank_of(c.first_expert, c.shape.num_ranks, expert);
+  return ep_or_over_lanes(r < 0 ? 0 : u64(1) << r);
+}
+
+// Of source s's token t in arrays [R][T][K], and of this rank's token in [T][K].
+__device__ __forceinline__ i64 ep_choice(const EpCommon& c, int source, i64 token) {
+  return (i64(source) * c.shape.max_tokens + token) * c.shape.topk;
+}
+
+// Takes the lowest bit away and returns its number.
+__device__ __forceinline__ int ep_pop(u64& bits) {
+  const int lowest = __ffsll(bits) - 1;
+  bits &= bits - 1;
+  return lowest;
+}
+__device__ __forceinline__ int ep_pop(u32& bits) {
+  const int lowest = __ffs(bits) - 1;
+  bits &= bits - 1;
+  return lowest;
+}
+
+struct alignas(16) EpVector {
+  u32 word[4];
+};
+
+}  // namespace phalanx

@@ -1,0 +1,44 @@
+// Memory that other GPUs and the host see, and time.
+#pragma once
+#include "device/types.h"
+
+namespace phalanx::ptx {
+
+__device__ __forceinline__ u64 load_acquire_sys(const u64* p) {
+  u64 value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ __forceinline__ u64 load_relaxed_sys(const u64* p) {
+  u64 value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_relaxed_sys(u64* p, u64 value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+__device__ __forceinline__ void store_release_sys(int* p, int value) {
+  asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Returns what was there.
+__device__ __forceinline__ u64 atomic_add_acq_rel_gpu(u64* p, u64 value) {
+  u64 old;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(value) : "memory");
+  return old;
+}
+__device__ __forceinline__ u64 atomic_exchange_relaxed_gpu(u64* p, u64 value) {
+  u64 old;
+  asm volatile("atom.exch.relaxed.gpu.global.b64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(value) : "memory");
+  return old;
+}
+
+// Nanoseconds, the same clock on all SMs of a GPU; ticks coarsely.
+__device__ __forceinline__ u64 global_timer() {
+  u64 time;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time)::"memory");
+  return time;
+}
+
+}  // namespace phalanx::ptx

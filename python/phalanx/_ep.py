@@ -1,0 +1,332 @@
+"""Expert parallelism: tokens go to the ranks that hold their experts, and come back summed."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from phalanx import _frameworks, _native
+from phalanx._api import Quantized
+from phalanx._frameworks.base import Framework, num_blocks, padded
+
+_BOTH, _SEND, _RECV = range(3)
+
+
+class Group:
+    """One rank's membership of ranks that reach each other's memory. Made by `local`, `from_torch`, `process` or `nccl`.
+
+    Operations on a group are collective: every rank makes the same calls in the same order. A rank waits `timeout`
+    seconds for another, then raises PeerTimeoutError, which names the ranks and what was awaited. After that the group is of
+    no use but to be closed; the CUDA context is healthy, and a new group may be made.
+    """
+
+    def __init__(self, number: int):
+        self._number = number
+        self.rank, self.size, ordinal = _native.group_info(number)
+        self.device = "cpu" if ordinal < 0 else f"cuda:{ordinal}"
+
+    @staticmethod
+    def local(devices: int | Sequence[Any], timeout: float = 30.0) -> list["Group"]:
+        """Ranks that are threads of this process, one for each device; a number means that many on the CPU.
+
+        devices:  "cpu", or "cuda:0", torch.device("cuda", 1) or an ordinal for each rank; a GPU may come several times
+        """
+        ordinals = [-1] * devices if isinstance(devices, int) else [_ordinal(device) for device in devices]
+        return [Group(number) for number in _native.group_local(tuple(ordinals), timeout)]
+
+    @staticmethod
+    def process(
+        rank: int, size: int, device: Any, all_gather: Callable[[bytes], Sequence[bytes]], timeout: float = 30.0
+    ) -> "Group":
+        """One process a GPU, on one host. `all_gather(mine)` returns every rank's bytes; any means will do."""
+
+        def gather(mine):
+            return [bytes(theirs) for theirs in all_gather(bytes(mine))]
+
+        return Group(_native.group_process(rank, size, _ordinal(device), gather, timeout))
+
+    @staticmethod
+    def from_torch(process_group: Any = None, device: Any = None, timeout: float = 30.0) -> "Group":
+        """Over a torch.distributed group, by default the whole world; `device` is by default the current CUDA device."""
+        import torch
+        import torch.distributed as dist
+
+        rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+
+        def all_gather(mine):
+            everyone = [None] * size
+            dist.all_gather_object(everyone, mine, group=process_group)
+            return everyone
+
+        device = torch.cuda.current_device() if device is None else device
+        return Group.process(rank, size, device, all_gather, timeout)
+
+    @staticmethod
+    def nccl(id: bytes, rank: int, size: int, device: Any, timeout: float = 30.0) -> "Group":
+        """Over a communicator of its own, made from an id that one rank got from `nccl_id()` and spread."""
+        return Group(_native.group_nccl(id, rank, size, _ordinal(device), timeout))
+
+    @staticmethod
+    def from_nccl(comm: int, timeout: float = 30.0) -> "Group":
+        """Over an ncclComm_t, given as its address, which must outlive the group."""
+        return Group(_native.group_nccl_comm(comm, timeout))
+
+    @staticmethod
+    def nccl_id() -> bytes:
+        return bytes(_native.nccl_id())
+
+    def barrier(self) -> None:
+        """Until every rank has come."""
+        _native.group_barrier(self._number)
+
+    def abort(self) -> None:
+        """Whoever waits, or will wait, in this group gives up with AbortedError. Callable from any thread."""
+        _native.group_abort(self._number)
+
+    def close(self) -> None:
+        """Leaves the group; further calls raise AbortedError."""
+        _native.group_close(self._number)
+
+    def __del__(self):
+        if (number := getattr(self, "_number", None)) is not None:
+            _native.group_release(number)
+
+    def __repr__(self) -> str:
+        return f"Group(rank {self.rank} of {self.size}, {self.device})"
+
+
+class Dispatched(NamedTuple):
+    """The rows of this rank's experts, in order of (local expert, source rank, source token).
+
+    rows:         [R, H] BF16, or a Quantized of E4M3 with MN-major scales, as `grouped_gemm_fp8` reads them best
+    offsets:      int32 [local experts + 1], where each expert's rows begin; R >= offsets[-1]
+    counts:       int32 [local experts], rows without padding
+    row_weights:  FP32 [R], the topk_weights of each row; 0 for padding
+    handle:       int32, for `combine`, and for dispatches with the same routing
+    """
+
+    rows: Any
+    offsets: Any
+    counts: Any
+    row_weights: Any
+    handle: Any
+
+
+class ExpertParallel:
+    """Dispatch and combine over a group. Collective, as all of its calls: made alike on every rank, in the same order.
+
+    hidden:            H; rows are a multiple of 16 bytes
+    num_experts:       of all ranks; rank r holds neighbouring ones
+    topk:              K, 1 to 32
+    max_tokens:        of any rank in any call
+    dtype:             the widest that is sent: "e4m3" (half the memory) or "bf16"
+    latency:           few tokens: two buffers in turn, tokens spread over all warps
+    num_sms:           SMs of a call; 0: 32, or 64 for latency
+    alignment:         each expert's rows begin at a multiple of this
+    experts_per_rank:  a number for each rank; by default as even as can be
+
+    On CUDA, `dispatch` with a capacity, and `combine`, only enqueue work, and can be captured in CUDA graphs; what goes
+    wrong there is raised by a later call, or by `check` after a synchronisation.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        hidden: int,
+        num_experts: int,
+        topk: int,
+        max_tokens: int,
+        dtype: str = "e4m3",
+        latency: bool = False,
+        num_sms: int = 0,
+        alignment: int = 1,
+        experts_per_rank: Sequence[int] | None = None,
+    ):
+        self.group, self.hidden, self.topk = group, hidden, topk
+        config = _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, alignment, experts_per_rank)
+        self._number = _native.ep_create(group._number, *config)
+        self.first_local_expert, self.num_local_experts, self.handle_words, self.max_rows = _native.ep_info(self._number)
+
+    @staticmethod
+    def buffer_bytes(
+        num_ranks: int,
+        *,
+        hidden: int,
+        topk: int,
+        max_tokens: int,
+        num_experts: int = 1,
+        dtype: str = "e4m3",
+        latency: bool = False,
+        num_sms: int = 0,
+    ) -> int:
+        """Bytes of symmetric memory that an ExpertParallel takes on each rank; include/phalanx/ep.h has the formula."""
+        config = _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, 1, None)
+        return _native.ep_bytes(num_ranks, *config)
+
+    # --- dispatch -----------------------------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        x: Any,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        *,
+        handle: Any = None,
+        capacity: int | None = None,
+        quantize: bool = False,
+        pow2_scales: bool = False,
+        out: Dispatched | None = None,
+    ) -> Dispatched:
+        """Tokens to the rows of their experts.
+
+        x:             [T, H] BF16, or Quantized or (data, scales) of E4M3
+        topk_idx:      int32 or int64 [T, K]; outside [0, num_experts), -1 say: no expert
+        topk_weights:  FP32 [T, K], for `combine`; by default 1
+        handle:        instead of topk_idx and topk_weights: the routing of an earlier dispatch
+        capacity:      rows that the result has room for; nothing waits then, and what exceeds it is dropped, and raised as
+                       CapacityError. By default exactly as many as there are, which on CUDA one read waits for
+        quantize:      send BF16 x as E4M3
+        out:           where to write; its handle, offsets, counts and row_weights too
+        """
+        return self._dispatch(x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, _BOTH)
+
+    def dispatch_send(
+        self, x, topk_idx=None, topk_weights=None, *, capacity, handle=None, quantize=False, pow2_scales=False, out=None
+    ) -> Callable[[], Dispatched]:
+        """The first half of `dispatch`; the function returned is the second. What it was given must not change before."""
+        result = self._dispatch(x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, _SEND)
+        options = handle, capacity, quantize, pow2_scales, result
+        return lambda: self._dispatch(x, topk_idx, topk_weights, *options, _RECV)
+
+    def _dispatch(self, x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, part):
+        data, scales = x if isinstance(x, (tuple, list)) else (x, None)
+        framework = _frameworks.of(data, "x")
+        if (topk_idx is None) == (handle is None):
+            raise ValueError("topk_idx, handle: expected one of the two")
+        view, writable = framework.view, framework.writable_view
+        optional = lambda array: None if array is None else view(array)  # noqa: E731
+        routing = optional(topk_idx), optional(topk_weights)
+        stream = framework.stream(data)
+        if out is None:
+            offsets = _vector(framework, self.num_local_experts + 1, framework.i32, data)
+            counts = _vector(framework, self.num_local_experts, framework.i32, data)
+            if handle is None:
+                handle = _vector(framework, self.handle_words, framework.i32, data)
+                if capacity is None:
+                    nothing = None, None, None
+                    _native.ep_dispatch(
+                        self._number, None, None, *routing, writable(handle), *nothing, None, None, False, _BOTH, stream
+                    )
+                    routing = None, None
+            if capacity is None:
+                capacity = _native.ep_num_rows(self._number, view(handle), stream)
+            weights = _vector(framework, capacity, framework.f32, data)
+            rows = self._empty_rows(framework, capacity, quantize or scales is not None, data)
+            out = Dispatched(rows, offsets, counts, weights, handle)
+        rows, row_scales = out.rows if isinstance(out.rows, (tuple, list)) else (out.rows, None)
+        _native.ep_dispatch(
+            self._number,
+            view(data),
+            optional(scales),
+            *routing,
+            writable(out.handle),
+            writable(rows),
+            None if row_scales is None else writable(row_scales),
+            writable(out.row_weights),
+            writable(out.offsets),
+            writable(out.counts),
+            pow2_scales,
+            part,
+            stream,
+        )
+        framework.finish(data)
+        return out
+
+    def _empty_rows(self, framework: Framework, rows: int, quantized: bool, like: Any) -> Any:
+        if not quantized:
+            return framework.empty_rows(rows, self.hidden, framework.bf16, like)
+        return Quantized(*framework.empty_quantized(rows, self.hidden, False, like))
+
+    # --- combine ------------------------------------------------------------------------------------------------------
+
+    def combine(
+        self, rows: Any, handle: Any, *, tokens: int, residual: Any = None, weighted: bool = True, out: Any = None
+    ) -> Any:
+        """out[t] = residual[t] + sum over t's choices of topk_weights * its row: BF16 [T, H], back on t's rank.
+
+        rows:      BF16 [R, H], as `dispatch` ordered them
+        tokens:    T of the dispatch
+        residual:  BF16 [T, H]; may be `out`
+        weighted:  False: weights of 1, the gradient of `dispatch`
+
+        Each rank sums in FP32 in the order of choices; others' sums come as BF16, and are added in FP32 in the order of
+        ranks.
+        """
+        return self._combine(rows, handle, tokens, residual, weighted, None, out, _BOTH)[0]
+
+    def combine_send(self, rows, handle, *, tokens, residual=None, weighted=True, out=None) -> Callable[[], Any]:
+        """The first half of `combine`; the function returned is the second. What it was given must not change before."""
+        options = handle, tokens, residual, weighted, None
+        out, _ = self._combine(rows, *options, out, _SEND)
+        return lambda: self._combine(rows, *options, out, _RECV)[0]
+
+    def combine_values(self, rows, row_values, handle, *, tokens, weighted=True) -> tuple[Any, Any]:
+        """`combine`, and one number a row taken home as it is: FP32 [T, K] from row_values FP32 [R], 0 for no row."""
+        return self._combine(rows, handle, tokens, None, weighted, row_values, None, _BOTH)
+
+    def _combine(self, rows, handle, tokens, residual, weighted, row_values, out, part):
+        framework = _frameworks.of(rows, "rows")
+        if out is None:
+            out = framework.empty_rows(tokens, self.hidden, framework.bf16, rows)
+        values = None
+        if row_values is not None:
+            values = framework.empty((tokens, self.topk), (self.topk, 1), framework.f32, rows)
+        view, writable = framework.view, framework.writable_view
+        _native.ep_combine(
+            self._number,
+            view(rows),
+            view(handle),
+            writable(out),
+            None if residual is None else view(residual),
+            weighted,
+            None if row_values is None else view(row_values),
+            None if values is None else writable(values),
+            part,
+            framework.stream(rows),
+        )
+        framework.finish(rows)
+        return out, values
+
+    def check(self) -> None:
+        """Raises what went wrong in operations that have finished on the device."""
+        _native.ep_check(self._number)
+
+    def close(self) -> None:
+        """Frees the symmetric memory, of local groups with the last rank's."""
+        number, self._number = self._number, None
+        if number is not None:
+            _native.ep_release(number)
+
+    def __del__(self):
+        if getattr(self, "_number", None) is not None:
+            self.close()
+
+
+def _ordinal(device: Any) -> int:
+    """Of a CUDA device; -1 for the CPU."""
+    if isinstance(device, int):
+        return device
+    kind, _, ordinal = str(device).partition(":")
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device!r}; expected cpu, cuda, cuda:<ordinal> or an ordinal")
+    return -1 if kind == "cpu" else int(ordinal or 0)
+
+
+def _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, alignment, experts_per_rank) -> tuple:
+    if dtype not in ("e4m3", "bf16"):
+        raise ValueError(f"dtype: {dtype!r}; expected 'e4m3' or 'bf16'")
+    experts = tuple(experts_per_rank or ())
+    return hidden, num_experts, topk, max_tokens, dtype == "bf16", latency, num_sms, alignment, experts
+
+
+def _vector(framework: Framework, length: int, dtype: Any, like: Any) -> Any:
+    return framework.empty((length,), (1,), dtype, like)

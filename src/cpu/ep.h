@@ -1,0 +1,17 @@
+// Expert parallelism between threads: the protocol of device/ep, one thread a rank instead of CTAs and warps.
+#pragma once
+
+#include <atomic>
+
+#include "device/ep/params.h"
+
+namespace phalanx::cpu {
+
+/// Both return when the work is done or has failed; `c.status` says which.
+void ep_dispatch(const EpDispatchParams& p);
+void ep_combine(const EpCombineParams& p);
+
+/// For tests: called before every put, signal and wait, to delay a rank there.
+extern std::atomic<void (*)(int rank)> ep_delay;
+
+}  // namespace phalanx::cpu

@@ -1,0 +1,158 @@
+// The part of NCCL's API that we use, declared here and loaded with dlopen.
+#include <dlfcn.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+
+#include "cuda/cuda.h"
+#include "cuda/driver.h"
+#include "ep/group.h"
+
+namespace phalanx::ep {
+namespace {
+
+struct UniqueId {
+  char bytes[128];
+};
+constexpr int kNcclInt8 = 0;
+
+#define PHALANX_NCCL_FUNCTIONS(F)                                     \
+  F(ncclGetUniqueId, (UniqueId * id))                                 \
+  F(ncclCommInitRank, (void** comm, int size, UniqueId id, int rank)) \
+  F(ncclCommUserRank, (void* comm, int* rank))                        \
+  F(ncclCommCount, (void* comm, int* size))                           \
+  F(ncclCommCuDevice, (void* comm, int* device))                      \
+  F(ncclCommAbort, (void* comm))                                      \
+  F(ncclAllGather, (const void* from, void* to, std::size_t count, int type, void* comm, cuda::CUstream stream))
+
+struct Nccl {
+#define PHALANX_DECLARE(name, arguments) int(*name) arguments = nullptr;
+  PHALANX_NCCL_FUNCTIONS(PHALANX_DECLARE)
+#undef PHALANX_DECLARE
+  const char* (*ncclGetErrorString)(int) = nullptr;
+  std::string error;
+};
+
+Nccl load() {
+  Nccl n;
+  const char* named = std::getenv("PHALANX_NCCL");
+  const char* path = named && *named ? named : "libnccl.so.2";
+  // A process has one NCCL, torch's perhaps, and a communicator belongs to it.
+  void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
+  if (!library) library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    n.error = dlerror();
+    return n;
+  }
+#define PHALANX_LOAD(name, arguments)                                 \
+  n.name = reinterpret_cast<decltype(n.name)>(dlsym(library, #name)); \
+  if (!n.name) n.error = fmt::format("{} lacks {}", path, #name);
+  PHALANX_NCCL_FUNCTIONS(PHALANX_LOAD)
+#undef PHALANX_LOAD
+  n.ncclGetErrorString = reinterpret_cast<const char* (*)(int)>(dlsym(library, "ncclGetErrorString"));
+  return n;
+}
+
+const Nccl& nccl() {
+  static const Nccl loaded = load();
+  if (!loaded.error.empty())
+    throw Error(
+        ErrorCode::unsupported,
+        fmt::format("NCCL is not available: {}. Install nvidia-nccl-cu13, or let PHALANX_NCCL name libnccl.so.2",
+                    loaded.error));
+  return loaded;
+}
+
+void check(int result, const char* call) {
+  if (result == 0) return;
+  const char* text = nccl().ncclGetErrorString ? nccl().ncclGetErrorString(result) : "unknown error";
+  throw Error(ErrorCode::cuda_error, fmt::format("{} failed: {}", call, text));
+}
+#define PHALANX_NCCL_CALL(call) check(nccl().call, #call)
+
+}  // namespace
+
+std::string NcclComm::unique_id() {
+  UniqueId id;
+  PHALANX_NCCL_CALL(ncclGetUniqueId(&id));
+  return {id.bytes, sizeof id.bytes};
+}
+
+std::shared_ptr<NcclComm> NcclComm::create(const std::string& text, int rank, int size, Device device) {
+  UniqueId id;
+  if (text.size() != sizeof id.bytes)
+    throw Error(ErrorCode::invalid_argument, fmt::format("Group::nccl: id has {} bytes, expected the {} of nccl_id()",
+                                                         text.size(), sizeof id.bytes));
+  std::memcpy(id.bytes, text.data(), sizeof id.bytes);
+  const cuda::ContextGuard context(device.index);
+  void* comm = nullptr;
+  PHALANX_NCCL_CALL(ncclCommInitRank(&comm, size, id, rank));
+  auto wrapped = wrap(comm);
+  wrapped->owned_ = true;
+  return wrapped;
+}
+
+std::shared_ptr<NcclComm> NcclComm::wrap(void* comm) {
+  auto wrapped = std::make_shared<NcclComm>();
+  wrapped->comm_ = comm;
+  PHALANX_NCCL_CALL(ncclCommUserRank(comm, &wrapped->rank));
+  PHALANX_NCCL_CALL(ncclCommCount(comm, &wrapped->size));
+  PHALANX_NCCL_CALL(ncclCommCuDevice(comm, &wrapped->device.index));
+  return wrapped;
+}
+
+// Not ncclCommDestroy, which waits for the peers.
+NcclComm::~NcclComm() {
+  if (owned_) nccl().ncclCommAbort(comm_);
+}
+
+std::vector<std::string> NcclComm::all_gather(const std::string& mine, double timeout) {
+  const auto length = static_cast<std::uint64_t>(mine.size());
+  const std::string lengths = gather_fixed({reinterpret_cast<const char*>(&length), sizeof length}, timeout);
+  std::vector<std::uint64_t> sizes(size);
+  std::memcpy(sizes.data(), lengths.data(), lengths.size());
+  std::string padded = mine;
+  padded.resize(std::max<std::uint64_t>(1, *std::max_element(sizes.begin(), sizes.end())));
+  const std::string joined = gather_fixed(padded, timeout);
+  std::vector<std::string> all(size);
+  for (int r = 0; r < size; ++r) all[r] = joined.substr(r * padded.size(), sizes[r]);
+  return all;
+}
+
+std::string NcclComm::gather_fixed(const std::string& mine, double timeout) {
+  const cuda::ContextGuard context(device.index);
+  struct Scratch {
+    cuda::CUdeviceptr memory = 0;
+    cuda::CUstream stream = nullptr;
+    ~Scratch() {
+      if (memory) cuda::driver().cuMemFree(memory);
+      if (stream) cuda::driver().cuStreamDestroy(stream);
+    }
+  } scratch;
+  const std::size_t bytes = mine.size();
+  std::string all(bytes * size, '\0');
+  PHALANX_CUDA(cuMemAlloc(&scratch.memory, bytes * (size + 1)));
+  PHALANX_CUDA(cuStreamCreate(&scratch.stream, cuda::kStreamNonBlocking));
+  PHALANX_CUDA(cuMemcpyHtoD(scratch.memory, mine.data(), bytes));
+  PHALANX_NCCL_CALL(ncclAllGather(reinterpret_cast<void*>(scratch.memory),
+                                  reinterpret_cast<void*>(scratch.memory + bytes), bytes, kNcclInt8, comm_,
+                                  scratch.stream));
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout);
+  for (;;) {
+    const cuda::CUresult result = cuda::driver().cuStreamQuery(scratch.stream);
+    if (result == cuda::kSuccess) break;
+    if (result != cuda::kNotReady) cuda::check(result, "ncclAllGather");
+    if (std::chrono::steady_clock::now() > deadline)
+      throw Error(ErrorCode::timeout,
+                  fmt::format("rank {} of {}: NCCL did not gather from all ranks within {:g} s", rank, size, timeout));
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  PHALANX_CUDA(cuMemcpyDtoH(all.data(), scratch.memory + bytes, all.size()));
+  return all;
+}
+
+}  // namespace phalanx::ep

@@ -1,0 +1,22 @@
+// The kernels of expert parallelism: all of their shapes are run-time parameters.
+#include <fmt/format.h>
+
+#include "jit/kernels.h"
+
+namespace phalanx::jit {
+namespace {
+
+KernelSource ep_source(const char* function, const char* params) {
+  return {.name = function,
+          .text = fmt::format(R"(#include "device/ep/{0}.cuh"
+extern "C" __global__ void __launch_bounds__(phalanx::kEpThreads, 1) {1}(const __grid_constant__ phalanx::{2} params) {{ phalanx::ep_{0}(params); }}
+)",
+                              function + 3, kEntryPoint, params)};
+}
+
+}  // namespace
+
+KernelSource ep_dispatch_source() { return ep_source("ep_dispatch", "EpDispatchParams"); }
+KernelSource ep_combine_source() { return ep_source("ep_combine", "EpCombineParams"); }
+
+}  // namespace phalanx::jit

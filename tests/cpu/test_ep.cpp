@@ -1,0 +1,493 @@
+// Expert parallelism with threads as ranks: every row against the reference, whatever the delays; and every way to fail.
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <functional>
+#include <thread>
+
+#include "cpu/ep.h"
+#include "tests/cpu/ep_reference.h"
+#include "tests/cpu/matrix.h"
+
+namespace phalanx::test {
+namespace {
+
+constexpr GroupOptions kPatient{.timeout = 30}, kHasty{.timeout = 0.3};
+
+std::vector<Device> cpus(int n) { return std::vector<Device>(n); }
+
+/// f(rank) on a thread each; the first exception is thrown here.
+void on_ranks(int num_ranks, const std::function<void(int)>& f) {
+  std::vector<std::exception_ptr> errors(num_ranks);
+  {
+    std::vector<std::jthread> threads;
+    for (int r = 0; r < num_ranks; ++r)
+      threads.emplace_back([&, r] {
+        try {
+          f(r);
+        } catch (...) {
+          errors[r] = std::current_exception();
+        }
+      });
+  }
+  for (const auto& error : errors)
+    if (error) std::rethrow_exception(error);
+}
+
+Tensor vector_of(void* data, DType dtype, std::int64_t length) { return {data, dtype, {}, 1, {length}, {1}}; }
+
+/// One rank's arguments and results.
+struct Rank {
+  Rank(const EpProblem& p, int rank, ExpertParallel& ep, std::int64_t capacity, bool e4m3)
+      : x(p.tokens[rank], p.config.hidden, 1),
+        out(p.tokens[rank], p.config.hidden, 1),
+        residual(p.tokens[rank], p.config.hidden),
+        rows_bf16(e4m3 ? 0 : capacity, p.config.hidden, 1),
+        expert_rows(capacity, p.config.hidden, 1),
+        rows_e4m3(e4m3 ? capacity : 0, p.config.hidden, 1),
+        scales(e4m3 ? capacity : 0, (p.config.hidden + 127) / 128, 1, Order::col_major),
+        topk(p.topk[rank]),
+        weights(p.weights[rank]),
+        handle(ep.handle_words(), -77),
+        offsets(p.num_local(rank) + 1, -77),
+        counts(p.num_local(rank), -77),
+        row_weights(capacity, -77),
+        row_values(capacity),
+        topk_values(p.tokens[rank] * p.config.topk, -77) {
+    x.fill([&](auto i, auto j) { return cpu::from_f32<cpu::Bf16>(p.x[rank][i * p.config.hidden + j]); });
+    args.x = x.tensor();
+    args.topk_idx = row_major(topk.data(), DType::int64, p.tokens[rank], p.config.topk);
+    args.topk_weights = row_major(weights.data(), DType::f32, p.tokens[rank], p.config.topk);
+    args.handle = vector_of(handle.data(), DType::int32, ssize(handle));
+    args.rows = e4m3 ? rows_e4m3.tensor() : rows_bf16.tensor();
+    if (e4m3) args.row_scales = scales.tensor();
+    args.row_weights = vector_of(row_weights.data(), DType::f32, capacity);
+    args.offsets = vector_of(offsets.data(), DType::int32, ssize(offsets));
+    args.counts = vector_of(counts.data(), DType::int32, ssize(counts));
+    combine.rows = expert_rows.tensor();
+    combine.handle = args.handle;
+    combine.out = out.tensor();
+  }
+
+  Matrix<cpu::Bf16> x, out, residual, rows_bf16, expert_rows;
+  Matrix<cpu::E4m3> rows_e4m3;
+  Matrix<float> scales;
+  std::vector<std::int64_t> topk;
+  std::vector<float> weights;
+  std::vector<int> handle, offsets, counts;
+  std::vector<float> row_weights, row_values, topk_values;
+  EpDispatch args;
+  EpCombine combine;
+};
+
+void expect_rows(const EpProblem& p, Rank& mine, const EpRows& expected, bool e4m3) {
+  const int hidden = p.config.hidden;
+  ASSERT_EQ(mine.offsets, expected.offsets);
+  ASSERT_EQ(mine.counts, expected.counts);
+  for (std::size_t i = 0; i < expected.rows.size(); ++i) {
+    const EpRow& row = expected.rows[i];
+    const bool padding = row.source < 0;
+    ASSERT_EQ(mine.row_weights[i], padding ? 0 : p.weights[row.source][row.token * p.config.topk + row.k]);
+    Matrix<cpu::Bf16> x(1, hidden);
+    x.fill([&](auto, auto j) {
+      return cpu::from_f32<cpu::Bf16>(padding ? 0.0f : p.x[row.source][row.token * hidden + j]);
+    });
+    if (!e4m3) {
+      for (int j = 0; j < hidden; ++j) ASSERT_EQ(mine.rows_bf16.at(i, j).bits, x.at(0, j).bits) << "row " << i;
+      continue;
+    }
+    Matrix<cpu::E4m3> q(1, hidden);
+    Matrix<float> scales(1, (hidden + 127) / 128);
+    quantize_rows(x.tensor(), {q.tensor(), scales.tensor()});
+    for (int j = 0; j < hidden; ++j) ASSERT_EQ(mine.rows_e4m3.at(i, j).bits, padding ? 0 : q.at(0, j).bits);
+    for (int b = 0; b < scales.cols(); ++b) ASSERT_EQ(mine.scales.at(i, b), padding ? 1 : scales.at(0, b));
+  }
+  // Rows behind the last are as they were.
+  for (std::int64_t i = ssize(expected.rows); i < mine.args.rows.rows(); ++i) {
+    if (e4m3)
+      ASSERT_EQ(mine.rows_e4m3.at(i, 0).bits, 0xff);
+    else
+      ASSERT_EQ(mine.rows_bf16.at(i, 0).bits, 0xffff);
+  }
+  mine.rows_bf16.expect_frame_intact();
+  mine.rows_e4m3.expect_frame_intact();
+  mine.scales.expect_frame_intact();
+}
+
+/// How one round is made.
+struct Style {
+  bool e4m3 = false, exact = false, split = false, residual = false, weighted = true, values = false;
+};
+
+void run_round(std::vector<ExpertParallel>& eps, const EpProblem& p, const Style& style, unsigned seed) {
+  const int n = p.num_ranks();
+  std::vector<EpRows> expected;
+  for (int r = 0; r < n; ++r) expected.push_back(reference_rows(p, r));
+  std::vector<std::unique_ptr<Rank>> ranks(n);
+  on_ranks(n, [&](int r) {
+    ExpertParallel& ep = eps[r];
+    std::vector<int> handle(ep.handle_words(), -77);
+    std::int64_t capacity = std::min<std::int64_t>(ep.max_rows(), ssize(expected[r].rows) + 3);
+    if (style.exact) {
+      Rank probe(p, r, ep, 0, style.e4m3);
+      probe.args.handle = vector_of(handle.data(), DType::int32, ssize(handle));
+      ep.route(probe.args);
+      capacity = ep.num_rows(probe.args.handle);
+      ASSERT_EQ(capacity, ssize(expected[r].rows));
+    }
+    ranks[r] = std::make_unique<Rank>(p, r, ep, capacity, style.e4m3);
+    Rank& mine = *ranks[r];
+    if (style.exact) {
+      mine.handle = handle;
+      mine.args.topk_idx.reset();
+      mine.args.topk_weights.reset();
+    }
+    if (style.split) {
+      mine.args.part = EpPart::send;
+      ep.dispatch(mine.args);
+      mine.args.part = EpPart::recv;
+    }
+    ep.dispatch(mine.args);
+    expect_rows(p, mine, expected[r], style.e4m3);
+
+    std::mt19937 rng(seed + r);
+    mine.expert_rows.fill([&](auto, auto) { return cpu::from_f32<cpu::Bf16>(random_bf16(rng)); });
+    mine.residual.fill([&](auto, auto) { return cpu::from_f32<cpu::Bf16>(random_bf16(rng)); });
+    for (float& value : mine.row_values) value = random_bf16(rng);
+    if (style.residual) mine.combine.residual = mine.residual.tensor();
+    mine.combine.weighted = style.weighted;
+    if (style.values) {
+      mine.combine.row_values = vector_of(mine.row_values.data(), DType::f32, capacity);
+      mine.combine.topk_values = row_major(mine.topk_values.data(), DType::f32, p.tokens[r], p.config.topk);
+    }
+    if (style.split) {
+      mine.combine.part = EpPart::send;
+      ep.combine(mine.combine);
+      mine.combine.part = EpPart::recv;
+    }
+    ep.combine(mine.combine);
+  });
+  if (::testing::Test::HasFatalFailure()) return;
+
+  for (int r = 0; r < n; ++r) {
+    Rank& mine = *ranks[r];
+    std::vector<float> residual, row_buffer(p.config.hidden);
+    for (int i = 0; i < p.tokens[r] * p.config.hidden; ++i)
+      residual.push_back(float(mine.residual.value(i / p.config.hidden, i % p.config.hidden)));
+    const auto row = [&](int rank, int i) {
+      return [&, rank, i](int h) { return float(ranks[rank]->expert_rows.value(i, h)); };
+    };
+    struct Lookup {
+      std::function<float(int)> f;
+      float operator[](int h) const { return f(h); }
+    };
+    const auto sums = reference_sums(
+        p, r, expected, [&](int rank, int i) { return Lookup{row(rank, i)}; }, style.residual ? &residual : nullptr,
+        style.weighted);
+    for (std::size_t i = 0; i < sums.size(); ++i)
+      ASSERT_EQ(mine.out.at(i / p.config.hidden, i % p.config.hidden).bits, sums[i])
+          << "rank " << r << " element " << i;
+    mine.out.expect_frame_intact();
+    if (!style.values) continue;
+    std::vector<float> values(mine.topk_values.size(), 0);
+    for (int q = 0; q < n; ++q)
+      for (std::size_t i = 0; i < expected[q].rows.size(); ++i)
+        if (const EpRow& at = expected[q].rows[i]; at.source == r)
+          values[at.token * p.config.topk + at.k] = ranks[q]->row_values[i];
+    ASSERT_EQ(mine.topk_values, values);
+  }
+}
+
+std::vector<ExpertParallel> make_all(std::vector<Group>& groups, const ExpertParallelConfig& config) {
+  std::vector<std::optional<ExpertParallel>> made(groups.size());
+  on_ranks(int(groups.size()), [&](int r) { made[r].emplace(groups[r], config); });
+  std::vector<ExpertParallel> eps;
+  for (auto& ep : made) eps.push_back(std::move(*ep));
+  return eps;
+}
+
+void delay_at_random(int) {
+  thread_local std::mt19937 rng(std::random_device{}());
+  if (rng() % 50 == 0) std::this_thread::sleep_for(std::chrono::microseconds(rng() % 300));
+}
+
+class Delays {
+ public:
+  Delays() { cpu::ep_delay = delay_at_random; }
+  ~Delays() { cpu::ep_delay = nullptr; }
+};
+
+TEST(ExpertParallel, EveryRowAndSumIsTheReferences) {
+  std::mt19937 rng(kSeed);
+  const Delays delays;
+  for (const int n : {1, 2, 3, 4, 8, 16}) {
+    for (int variant = 0; variant < 3; ++variant) {
+      ExpertParallelConfig config{.hidden = int(1 + rng() % 20) * 16,
+                                  .num_experts = int(1 + rng() % 40),
+                                  .topk = variant == 2 ? 32 : int(1 + rng() % 8),
+                                  .max_tokens = n > 8 ? 6 : 20,
+                                  .dtype = variant == 0 ? DType::e4m3 : DType::bf16,
+                                  .latency = rng() % 2 == 0,
+                                  .alignment = variant == 1 ? 1 : int(1 + rng() % 16)};
+      if (variant == 1) {  // uneven, ranks without any among them
+        config.experts_per_rank.assign(n, 0);
+        for (int e = 0; e < config.num_experts; ++e) ++config.experts_per_rank[rng() % n];
+      }
+      SCOPED_TRACE(::testing::Message() << n << " ranks, variant " << variant << ", hidden " << config.hidden
+                                        << ", topk " << config.topk << ", experts " << config.num_experts);
+      auto groups = Group::local(cpus(n), kPatient);
+      auto eps = make_all(groups, config);
+      for (int round = 0; round < 6; ++round) {
+        const EpProblem p = random_problem(n, config, rng, round == 5 ? 100 : 10, round % 2 ? 40 : 0);
+        const Style style{.e4m3 = variant == 0 || round % 2 == 0,
+                          .exact = rng() % 3 == 0,
+                          .split = rng() % 2 == 0,
+                          .residual = rng() % 2 == 0,
+                          .weighted = rng() % 2 == 0,
+                          .values = rng() % 2 == 0};
+        run_round(eps, p, style, unsigned(rng()));
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(ExpertParallel, HandlesCanBeUsedAgain) {
+  std::mt19937 rng(kSeed);
+  const ExpertParallelConfig config{.hidden = 48, .num_experts = 9, .topk = 3, .max_tokens = 12, .dtype = DType::bf16};
+  auto groups = Group::local(cpus(3), kPatient);
+  auto eps = make_all(groups, config);
+  const EpProblem p = random_problem(3, config, rng);
+  on_ranks(3, [&](int r) {
+    const EpRows expected = reference_rows(p, r);
+    Rank mine(p, r, eps[r], ssize(expected.rows), false);
+    eps[r].dispatch(mine.args);
+    for (int again = 0; again < 3; ++again) {
+      Rank second(p, r, eps[r], ssize(expected.rows), false);
+      second.handle = mine.handle;
+      second.args.topk_idx.reset();
+      second.args.topk_weights.reset();
+      eps[r].dispatch(second.args);
+      expect_rows(p, second, expected, false);
+    }
+  });
+}
+
+TEST(ExpertParallel, OverflowIsReportedAndNothingWrittenBeyond) {
+  std::mt19937 rng(kSeed);
+  const ExpertParallelConfig config{.hidden = 32, .num_experts = 4, .topk = 4, .max_tokens = 16, .dtype = DType::bf16};
+  auto groups = Group::local(cpus(2), kPatient);
+  auto eps = make_all(groups, config);
+  EpProblem p = random_problem(2, config, rng, 0);
+  while (p.tokens[0] < 8 || p.tokens[1] < 8) p = random_problem(2, config, rng, 0);
+  on_ranks(2, [&](int r) {
+    const EpRows expected = reference_rows(p, r);
+    const int room = int(expected.rows.size()) - 3;
+    Rank mine(p, r, eps[r], room, false);
+    try {
+      eps[r].dispatch(mine.args);
+      ADD_FAILURE() << "no overflow";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::capacity_exceeded);
+      EXPECT_NE(std::string(error.what()).find(std::to_string(expected.rows.size())), std::string::npos)
+          << error.what();
+    }
+    mine.rows_bf16.expect_frame_intact();
+    EXPECT_EQ(eps[r].num_rows(mine.args.handle), ssize(expected.rows));
+    // The handle serves with room enough.
+    Rank second(p, r, eps[r], ssize(expected.rows), false);
+    second.handle = mine.handle;
+    second.args.topk_idx.reset();
+    second.args.topk_weights.reset();
+    eps[r].dispatch(second.args);
+    expect_rows(p, second, expected, false);
+  });
+}
+
+// --- failures -------------------------------------------------------------------------------------------------------------------
+
+template <class F>
+void expect_error(ErrorCode code, std::initializer_list<const char*> words, F&& f) {
+  try {
+    f();
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), code) << error.what();
+    for (const char* word : words)
+      EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << word << ": " << error.what();
+  }
+}
+
+const ExpertParallelConfig kSmall{.hidden = 32, .num_experts = 6, .topk = 2, .max_tokens = 4, .dtype = DType::bf16};
+
+EpProblem full_problem(int n, std::mt19937& rng) {
+  EpProblem p;
+  do p = random_problem(n, kSmall, rng, 0);
+  while (*std::min_element(p.tokens.begin(), p.tokens.end()) < 4);
+  // Everybody needs everybody.
+  for (int r = 0; r < n; ++r)
+    for (std::size_t i = 0; i < p.topk[r].size(); ++i) p.topk[r][i] = std::int64_t(i % 6);
+  return p;
+}
+
+TEST(ExpertParallelFailures, ADeadRankIsNamedAndTheGroupCanBeBuiltAnew) {
+  std::mt19937 rng(kSeed);
+  for (int round = 0; round < 2; ++round) {
+    auto groups = Group::local(cpus(3), kHasty);
+    auto eps = make_all(groups, kSmall);
+    const EpProblem p = full_problem(3, rng);
+    std::vector<std::string> messages(3);
+    on_ranks(3, [&](int r) {
+      if (r == 1) return;  // dies before it begins
+      Rank mine(p, r, eps[r], eps[r].max_rows(), false);
+      expect_error(ErrorCode::timeout, {"peer 1", "routing", "operation 1", "0.3 s"},
+                   [&] { eps[r].dispatch(mine.args); });
+      // What failed stays failed, at once.
+      expect_error(ErrorCode::timeout, {"peer 1"}, [&] { eps[r].dispatch(mine.args); });
+      expect_error(ErrorCode::timeout, {"peer 1"}, [&] { groups[r].barrier(); });
+      groups[r].close();
+    });
+  }
+  auto groups = Group::local(cpus(3), kPatient);
+  auto eps = make_all(groups, kSmall);
+  run_round(eps, full_problem(3, rng), {}, 1);
+}
+
+TEST(ExpertParallelFailures, ARankThatDiesBeforeItsCombineIsNamed) {
+  std::mt19937 rng(kSeed);
+  auto groups = Group::local(cpus(2), kHasty);
+  auto eps = make_all(groups, kSmall);
+  const EpProblem p = full_problem(2, rng);
+  on_ranks(2, [&](int r) {
+    Rank mine(p, r, eps[r], eps[r].max_rows(), false);
+    eps[r].dispatch(mine.args);
+    if (r == 0) return;
+    expect_error(ErrorCode::timeout, {"rank 1 of 2", "peer 0", "sums"}, [&] { eps[r].combine(mine.combine); });
+  });
+}
+
+TEST(ExpertParallelFailures, MoreSendsThanBuffersTimeOut) {
+  std::mt19937 rng(kSeed);
+  for (const bool latency : {false, true}) {
+    ExpertParallelConfig config = kSmall;
+    config.latency = latency;
+    auto groups = Group::local(cpus(2), kHasty);
+    auto eps = make_all(groups, config);
+    const EpProblem p = full_problem(2, rng);
+    on_ranks(2, [&](int r) {
+      Rank mine(p, r, eps[r], eps[r].max_rows(), false);
+      mine.args.part = EpPart::send;
+      for (int i = 0; i < (latency ? 2 : 1); ++i) eps[r].dispatch(mine.args);
+      expect_error(ErrorCode::timeout, {"finish reading an earlier dispatch"}, [&] { eps[r].dispatch(mine.args); });
+    });
+  }
+}
+
+TEST(ExpertParallelFailures, OtherTypesOnOtherRanksAreNamed) {
+  std::mt19937 rng(kSeed);
+  auto groups = Group::local(cpus(2), kHasty);
+  auto eps = make_all(groups, kSmall);
+  const EpProblem p = full_problem(2, rng);
+  on_ranks(2, [&](int r) {
+    Rank mine(p, r, eps[r], eps[r].max_rows(), r == 1);
+    if (r == 0)
+      expect_error(ErrorCode::invalid_argument, {"peer 1", "expected bf16 tokens", "sent e4m3 tokens"},
+                   [&] { eps[r].dispatch(mine.args); });
+    else
+      expect_error(ErrorCode::invalid_argument, {"peer 0", "expected e4m3 tokens", "sent bf16 tokens"},
+                   [&] { eps[r].dispatch(mine.args); });
+  });
+}
+
+TEST(ExpertParallelFailures, ConfigurationsThatDifferAreNamed) {
+  auto groups = Group::local(cpus(3), kHasty);
+  on_ranks(3, [&](int r) {
+    ExpertParallelConfig config = kSmall;
+    if (r == 2) config.topk = 5;
+    expect_error(ErrorCode::invalid_argument, {"rank 0 has topk=2", "rank 2 has topk=5"},
+                 [&] { ExpertParallel(groups[r], config); });
+  });
+}
+
+TEST(ExpertParallelFailures, AbortWakesThoseWhoWait) {
+  std::mt19937 rng(kSeed);
+  auto groups = Group::local(cpus(3), kPatient);
+  auto eps = make_all(groups, kSmall);
+  const EpProblem p = full_problem(3, rng);
+  on_ranks(3, [&](int r) {
+    if (r == 2) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+      groups[r].abort();
+      return;
+    }
+    Rank mine(p, r, eps[r], eps[r].max_rows(), false);
+    expect_error(ErrorCode::aborted, {"rank 2"}, [&] { r == 0 ? groups[r].barrier() : eps[r].dispatch(mine.args); });
+  });
+}
+
+TEST(Group, BarrierNamesWhoDidNotCome) {
+  auto groups = Group::local(cpus(4), kHasty);
+  on_ranks(4, [&](int r) {
+    groups[r].barrier();
+    if (r == 1 || r == 3) return;
+    expect_error(ErrorCode::timeout, {"rank 1, 3", "barrier"}, [&] { groups[r].barrier(); });
+  });
+}
+
+TEST(Group, WrongArgumentsAreRefused) {
+  expect_error(ErrorCode::invalid_argument, {"0 ranks"}, [] { Group::local({}); });
+  expect_error(ErrorCode::invalid_argument, {"timeout"}, [] { Group::local(cpus(1), {.timeout = 0}); });
+  expect_error(ErrorCode::invalid_device, {"CPU"}, [] { Group::process(0, 1, {}, nullptr); });
+}
+
+TEST(ExpertParallelConfig, BytesFollowTheFormula) {
+  ExpertParallelConfig config{.hidden = 7168, .num_experts = 256, .topk = 8, .max_tokens = 8192};
+  const auto formula = [&](int ranks, bool bf16, int buffers) {
+    const double slot = bf16 ? 2 * 7168 : 7168 + 4 * 56, tokens = config.max_tokens;
+    return buffers * ((ranks - 1) * tokens * (slot + 2 * 7168 + 4 * 8) + 8.0 * ranks * tokens * 8);
+  };
+  for (const int ranks : {1, 2, 8}) {
+    for (const bool bf16 : {false, true}) {
+      config.dtype = bf16 ? DType::bf16 : DType::e4m3;
+      const double bytes = double(expert_parallel_bytes(config, ranks));
+      EXPECT_GE(bytes, formula(ranks, bf16, 1));
+      EXPECT_LE(bytes, formula(ranks, bf16, 1) + 32 * ranks * 2048 + 4096);
+    }
+  }
+  config.dtype = DType::e4m3;
+  EXPECT_LE(expert_parallel_bytes(config, 2), 240'000'000u);
+  config.hidden = 100;
+  expect_error(ErrorCode::invalid_argument, {"hidden is 100", "multiple of 16"},
+               [&] { expert_parallel_bytes(config, 2); });
+  config.hidden = 128, config.topk = 33;
+  expect_error(ErrorCode::invalid_argument, {"topk is 33", "1 to 32"}, [&] { expert_parallel_bytes(config, 2); });
+}
+
+TEST(ExpertParallelChecks, NameTheArgument) {
+  std::mt19937 rng(kSeed);
+  auto groups = Group::local(cpus(1), kPatient);
+  auto eps = make_all(groups, kSmall);
+  const EpProblem p = full_problem(1, rng);
+  Rank mine(p, 0, eps[0], eps[0].max_rows(), false);
+  const auto with = [&](auto&& change) {
+    EpDispatch args = mine.args;
+    change(args);
+    eps[0].dispatch(args);
+  };
+  using E = ErrorCode;
+  expect_error(E::invalid_argument, {"x is", "hidden"}, [&] { with([](auto& a) { a.x.shape[1] = 16; }); });
+  expect_error(E::invalid_argument, {"topk_idx", "[T, config.topk]"},
+               [&] { with([](auto& a) { a.topk_idx->shape[1] = 1; }); });
+  expect_error(E::invalid_argument, {"x is", "max_tokens"}, [&] { with([](auto& a) { a.x.shape[0] = 5; }); });
+  expect_error(E::invalid_dtype, {"topk_idx", "int32 or int64"},
+               [&] { with([](auto& a) { a.topk_idx->dtype = DType::f32; }); });
+  expect_error(E::invalid_argument, {"handle"}, [&] { with([](auto& a) { a.handle.shape[0] -= 1; }); });
+  expect_error(E::invalid_argument, {"row_scales"},
+               [&] { with([](auto& a) { a.rows.dtype = DType::e4m3, a.rows.strides[0] = 48; }); });
+  expect_error(E::invalid_argument, {"overlaps"}, [&] { with([](auto& a) { a.rows = a.x; }); });
+  expect_error(E::invalid_argument, {"offsets"}, [&] { with([](auto& a) { a.offsets->shape[0] = 2; }); });
+  with([](auto&) {});
+}
+
+}  // namespace
+}  // namespace phalanx::test
