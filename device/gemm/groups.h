@@ -17,7 +17,7 @@ struct GroupParams {
   int num_groups, limit;  // rows of A; by counts, rows of each A[g]; of a weight gradient, columns
   int a_pitch, b_pitch, d_pitch;
   int sfa_pitch_x, sfa_pitch_y;  // along the rows and along the k-blocks of `sfa_map`
-  i64 sfa_stride_g, sfb_stride_g, d_stride_g;
+  i64 sfa_stride_g, sfb_stride_g;
 };
 
 // One group: its rows (or columns) [begin, end), and the first of its tiles in the row of all groups' tiles.
@@ -32,7 +32,8 @@ struct GroupFault {
   int index, value;
 };
 constexpr u64 encode(const GroupFault& f) {
-  return u64{1} << 63 | static_cast<u64>(f.by) << 60 | (static_cast<u64>(f.index) & 0xfffffff) << 32 | static_cast<u32>(f.value);
+  return u64{1} << 63 | static_cast<u64>(f.by) << 60 | (static_cast<u64>(f.index) & 0xfffffff) << 32 |
+         static_cast<u32>(f.value);
 }
 constexpr GroupFault decode_fault(u64 word) {
   return {static_cast<GroupsBy>(word >> 60 & 7), static_cast<int>(word >> 32 & 0xfffffff), static_cast<int>(word)};
