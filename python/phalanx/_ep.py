@@ -5,17 +5,17 @@ from typing import Any, NamedTuple
 
 from phalanx import _frameworks, _native
 from phalanx._api import Quantized
-from phalanx._frameworks.base import Framework, num_blocks, padded
+from phalanx._frameworks.base import Framework
 
 _BOTH, _SEND, _RECV = range(3)
 
 
 class Group:
-    """One rank's membership of ranks that reach each other's memory. Made by `local`, `from_torch`, `process` or `nccl`.
+    """One of the ranks that reach each other's memory. Made by `local`, `from_torch`, `process` or `nccl`.
 
     Operations on a group are collective: every rank makes the same calls in the same order. A rank waits `timeout`
-    seconds for another, then raises PeerTimeoutError, which names the ranks and what was awaited. After that the group is of
-    no use but to be closed; the CUDA context is healthy, and a new group may be made.
+    seconds for another, then raises PeerTimeoutError, which names the ranks and what was awaited. After that the group
+    is of no use but to be closed; the CUDA context is healthy, and a new group may be made.
     """
 
     def __init__(self, number: int):
@@ -45,7 +45,7 @@ class Group:
 
     @staticmethod
     def from_torch(process_group: Any = None, device: Any = None, timeout: float = 30.0) -> "Group":
-        """Over a torch.distributed group, by default the whole world; `device` is by default the current CUDA device."""
+        """Over a torch.distributed group, by default the whole world; `device`: by default the current CUDA device."""
         import torch
         import torch.distributed as dist
 
@@ -144,7 +144,9 @@ class ExpertParallel:
         self.group, self.hidden, self.topk = group, hidden, topk
         config = _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, alignment, experts_per_rank)
         self._number = _native.ep_create(group._number, *config)
-        self.first_local_expert, self.num_local_experts, self.handle_words, self.max_rows = _native.ep_info(self._number)
+        self.first_local_expert, self.num_local_experts, self.handle_words, self.max_rows = _native.ep_info(
+            self._number
+        )
 
     @staticmethod
     def buffer_bytes(
@@ -182,8 +184,8 @@ class ExpertParallel:
         topk_idx:      int32 or int64 [T, K]; outside [0, num_experts), -1 say: no expert
         topk_weights:  FP32 [T, K], for `combine`; by default 1
         handle:        instead of topk_idx and topk_weights: the routing of an earlier dispatch
-        capacity:      rows that the result has room for; nothing waits then, and what exceeds it is dropped, and raised as
-                       CapacityError. By default exactly as many as there are, which on CUDA one read waits for
+        capacity:      rows that the result has room for; nothing waits then, and what exceeds it is dropped, and raised
+                       as CapacityError. By default exactly as many as there are, which on CUDA one read waits for
         quantize:      send BF16 x as E4M3
         out:           where to write; its handle, offsets, counts and row_weights too
         """
@@ -192,7 +194,7 @@ class ExpertParallel:
     def dispatch_send(
         self, x, topk_idx=None, topk_weights=None, *, capacity, handle=None, quantize=False, pow2_scales=False, out=None
     ) -> Callable[[], Dispatched]:
-        """The first half of `dispatch`; the function returned is the second. What it was given must not change before."""
+        """The first half of `dispatch`; what it returns is the second, before which its arguments must not change."""
         result = self._dispatch(x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, _SEND)
         options = handle, capacity, quantize, pow2_scales, result
         return lambda: self._dispatch(x, topk_idx, topk_weights, *options, _RECV)
@@ -264,7 +266,7 @@ class ExpertParallel:
         return self._combine(rows, handle, tokens, residual, weighted, None, out, _BOTH)[0]
 
     def combine_send(self, rows, handle, *, tokens, residual=None, weighted=True, out=None) -> Callable[[], Any]:
-        """The first half of `combine`; the function returned is the second. What it was given must not change before."""
+        """The first half of `combine`; what it returns is the second, before which its arguments must not change."""
         options = handle, tokens, residual, weighted, None
         out, _ = self._combine(rows, *options, out, _SEND)
         return lambda: self._combine(rows, *options, out, _RECV)[0]

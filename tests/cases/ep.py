@@ -1,0 +1,218 @@
+"""Expert parallelism: problems for all ranks at once, what must come out, and ranks as threads.
+
+Weights have 8 significant bits, as BF16 has, so that FP64 reproduces every FP32 step of combine exactly.
+"""
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import phalanx
+import torch
+
+
+@dataclass
+class Config:
+    num_ranks: int
+    hidden: int
+    num_experts: int
+    topk: int
+    max_tokens: int
+    alignment: int = 1
+    experts_per_rank: list[int] | None = None
+
+    def first_experts(self) -> list[int]:
+        even, rest = divmod(self.num_experts, self.num_ranks)
+        counts = self.experts_per_rank or [even + (r < rest) for r in range(self.num_ranks)]
+        return [0, *np.cumsum(counts).tolist()]
+
+    def make(self, group: phalanx.Group, **options) -> phalanx.ExpertParallel:
+        return phalanx.ExpertParallel(
+            group,
+            hidden=self.hidden,
+            num_experts=self.num_experts,
+            topk=self.topk,
+            max_tokens=self.max_tokens,
+            alignment=self.alignment,
+            experts_per_rank=self.experts_per_rank,
+            **options,
+        )
+
+
+@dataclass
+class Problem:
+    """What each rank has: lists over ranks, on the CPU."""
+
+    config: Config
+    x: list[torch.Tensor]
+    topk_idx: list[torch.Tensor]
+    topk_weights: list[torch.Tensor]
+
+
+@dataclass
+class Rows:
+    """What a rank must get: -1 in source is padding."""
+
+    source: np.ndarray
+    token: np.ndarray
+    choice: np.ndarray
+    offsets: list[int]
+    counts: list[int]
+
+
+def random_problem(
+    config: Config, rng: np.random.Generator, tokens: list[int] | None = None, hot: float = 0
+) -> Problem:
+    x, idx, weights = [], [], []
+    for r in range(config.num_ranks):
+        t = tokens[r] if tokens else int(rng.choice([0, config.max_tokens, rng.integers(config.max_tokens + 1)]))
+        x.append(torch.from_numpy(rng.standard_normal((t, config.hidden), dtype=np.float32)).bfloat16())
+        choice = rng.integers(0, config.num_experts, (t, config.topk))
+        choice[rng.random(choice.shape) < hot] = 0
+        choice[rng.random(choice.shape) < 0.1] = -1
+        idx.append(torch.from_numpy(choice).to(torch.int32 if r % 2 else torch.int64))
+        weights.append(torch.from_numpy(rng.random((t, config.topk), dtype=np.float32)).bfloat16().float())
+    return Problem(config, x, idx, weights)
+
+
+def expected_rows(problem: Problem, rank: int) -> Rows:
+    config, first = problem.config, problem.config.first_experts()
+    source, token, choice, offsets, counts = [], [], [], [0], []
+    for e in range(first[rank], first[rank + 1]):
+        found = [(s, t, k) for s, idx in enumerate(problem.topk_idx) for t, k in np.argwhere(idx.numpy() == e)]
+        counts.append(len(found))
+        found += [(-1, -1, -1)] * (-len(found) % config.alignment)
+        offsets.append(offsets[-1] + len(found))
+        for s, t, k in found:
+            source.append(s), token.append(t), choice.append(k)
+    return Rows(np.array(source, int), np.array(token, int), np.array(choice, int), offsets, counts)
+
+
+def check_rows(problem: Problem, rank: int, result: phalanx.Dispatched) -> Rows:
+    """Every byte of the rows, offsets, counts and weights; returns the rows."""
+    rows = expected_rows(problem, rank)
+    assert result.offsets.tolist() == rows.offsets
+    assert result.counts.tolist() == rows.counts
+    n = rows.offsets[-1]
+    real = torch.from_numpy(rows.source >= 0)
+    gather = lambda per_rank: [per_rank[s][t] for s, t in zip(rows.source, rows.token, strict=True) if s >= 0]  # noqa: E731
+    weights = torch.zeros(n)
+    weights[real] = torch.tensor(
+        [
+            float(problem.topk_weights[s][t, k])
+            for s, t, k in zip(rows.source, rows.token, rows.choice, strict=True)
+            if s >= 0
+        ]
+    )
+    assert torch.equal(result.row_weights[:n].cpu(), weights)
+    if not isinstance(result.rows, tuple):
+        wanted = torch.zeros(n, problem.config.hidden, dtype=torch.bfloat16)
+        if real.any():
+            wanted[real] = torch.stack(gather(problem.x))
+        assert torch.equal(result.rows[:n].cpu().view(torch.int16), wanted.view(torch.int16))
+        return rows
+    quantized = [phalanx.quantize(x) for x in problem.x]
+    data = torch.zeros(n, problem.config.hidden, dtype=torch.uint8)
+    scales = torch.ones(n, -(-problem.config.hidden // 128))
+    if real.any():
+        data[real] = torch.stack(gather([q.data.contiguous().view(torch.uint8) for q in quantized]))
+        scales[real] = torch.stack(gather([q.scales for q in quantized]))
+    assert torch.equal(result.rows.data[:n].cpu().contiguous().view(torch.uint8), data)
+    assert torch.equal(result.rows.scales[:n].cpu(), scales)
+    return rows
+
+
+def expected_sums(
+    problem: Problem, rank: int, rows: list[Rows], values: list[torch.Tensor], residual=None, weighted=True
+) -> torch.Tensor:
+    """Combine's result, step by step: FMA in FP32 on each rank, BF16 from others, then FP32 in order of ranks."""
+    config = problem.config
+    t = len(problem.x[rank])
+    total = np.zeros((t, config.hidden), np.float32)
+    if residual is not None:
+        total += residual.float().numpy()
+    for r, theirs in enumerate(rows):
+        sums = np.zeros((t, config.hidden), np.float32)
+        here = np.zeros(t, bool)
+        mine = np.flatnonzero(theirs.source == rank)
+        for k in range(config.topk):
+            at = mine[theirs.choice[mine] == k]
+            tokens = theirs.token[at]
+            weight = problem.topk_weights[rank].numpy()[tokens, k][:, None] if weighted else 1.0
+            row = values[r][torch.from_numpy(at)].double().numpy()
+            sums[tokens] = (weight * row + sums[tokens].astype(np.float64)).astype(np.float32)
+            here[tokens] = True
+        if r != rank:
+            sums = torch.from_numpy(sums).bfloat16().float().numpy()
+        total[here] += sums[here]
+    return torch.from_numpy(total).bfloat16()
+
+
+def on_ranks(groups, function, device_of=None):
+    """function(rank) on a thread each, on a CUDA stream of its own where there is CUDA. Raises the first failure."""
+    results, errors = [None] * len(groups), [None] * len(groups)
+
+    def run(rank):
+        try:
+            device = torch.device(groups[rank].device)
+            if device.type == "cuda":
+                with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+                    results[rank] = function(rank)
+                    torch.cuda.current_stream().synchronize()
+            else:
+                results[rank] = function(rank)
+        except BaseException as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(groups))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if error is not None:
+            raise error
+    return results
+
+
+def check_round(eps, problem: Problem, rng: np.random.Generator, e4m3: bool, exact: bool, split: bool, residual: bool):
+    """One dispatch and one combine on all ranks, every byte checked."""
+    groups = [ep.group for ep in eps]
+    tokens = [len(x) for x in problem.x]
+    seeds = rng.integers(2**31, size=len(eps)).tolist()
+
+    def dispatch(rank):
+        ep, device = eps[rank], groups[rank].device
+        x, idx, weights = (a[rank].to(device) for a in (problem.x, problem.topk_idx, problem.topk_weights))
+        capacity = None if exact else min(ep.max_rows, tokens_bound(problem) + 5)
+        if split and not exact:
+            return ep.dispatch_send(x, idx, weights, capacity=capacity, quantize=e4m3)()
+        return ep.dispatch(x, idx, weights, capacity=capacity, quantize=e4m3)
+
+    dispatched = on_ranks(groups, dispatch)
+    rows = [check_rows(problem, rank, result) for rank, result in enumerate(dispatched)]
+
+    inputs, residuals = [], []
+    for rank, seed in enumerate(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        capacity = len(dispatched[rank].row_weights)
+        inputs.append(torch.randn(capacity, problem.config.hidden, generator=generator).bfloat16())
+        residuals.append(torch.randn(tokens[rank], problem.config.hidden, generator=generator).bfloat16())
+
+    def combine(rank):
+        device = groups[rank].device
+        function = eps[rank].combine_send if split else eps[rank].combine
+        extra = residuals[rank].to(device) if residual else None
+        values = inputs[rank].to(device)
+        out = function(values, dispatched[rank].handle, tokens=tokens[rank], residual=extra)
+        return out() if split else out
+
+    for rank, out in enumerate(on_ranks(groups, combine)):
+        wanted = expected_sums(problem, rank, rows, inputs, residuals[rank] if residual else None)
+        assert torch.equal(out.cpu().view(torch.int16), wanted.view(torch.int16)), f"rank {rank}"
+
+
+def tokens_bound(problem: Problem) -> int:
+    """Rows that no rank exceeds."""
+    choices = sum(idx.numel() for idx in problem.topk_idx)
+    return choices + problem.config.num_experts * (problem.config.alignment - 1)

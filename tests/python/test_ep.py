@@ -1,0 +1,124 @@
+"""Expert parallelism from Python, ranks being threads on the CPU."""
+
+import numpy as np
+import phalanx
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from cases import ep as cases  # noqa: E402
+
+SMALL = cases.Config(num_ranks=3, hidden=64, num_experts=7, topk=3, max_tokens=9)
+
+
+def make(config, timeout=30.0, **options):
+    groups = phalanx.Group.local(config.num_ranks, timeout=timeout)
+    return cases.on_ranks(groups, lambda rank: config.make(groups[rank], **options))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5, 16])
+def test_rounds(num_ranks, seed):
+    rng = np.random.default_rng(seed)
+    config = cases.Config(num_ranks, int(rng.integers(1, 30)) * 16, int(rng.integers(1, 50)), 4, 12, alignment=4)
+    eps = make(config, dtype="bf16", latency=bool(num_ranks % 2))
+    for round in range(6):
+        problem = cases.random_problem(config, rng, hot=0.3 * (round % 2))
+        cases.check_round(eps, problem, rng, round % 2 == 0, round % 3 == 0, round % 3 == 1, round % 2 == 1)
+
+
+def test_quantized_input_and_numpy(seed):
+    rng = np.random.default_rng(seed)
+    eps = make(SMALL)
+    problem = cases.random_problem(SMALL, rng)
+    groups = [ep.group for ep in eps]
+
+    def dispatch(rank):
+        return eps[rank].dispatch(phalanx.quantize(problem.x[rank]), problem.topk_idx[rank], problem.topk_weights[rank])
+
+    results = cases.on_ranks(groups, dispatch)
+    for rank, result in enumerate(results):
+        cases.check_rows(problem, rank, result)
+
+    def dispatch_numpy(rank):
+        x = phalanx.quantize(problem.x[rank].float().numpy())
+        return eps[rank].dispatch(x, problem.topk_idx[rank].numpy(), problem.topk_weights[rank].numpy())
+
+    for result, theirs in zip(cases.on_ranks(groups, dispatch_numpy), results, strict=True):
+        assert isinstance(result.rows.data, np.ndarray)
+        assert np.array_equal(result.rows.scales, theirs.rows.scales.numpy())
+        assert np.array_equal(result.rows.data.view(np.uint8), theirs.rows.data.contiguous().view(torch.uint8).numpy())
+
+
+def test_capacity_error_says_how_many(seed):
+    eps = make(SMALL, dtype="bf16")
+    problem = cases.random_problem(SMALL, np.random.default_rng(seed), tokens=[9, 9, 9])
+
+    def dispatch(rank):
+        needed = cases.expected_rows(problem, rank).offsets[-1]
+        with pytest.raises(phalanx.CapacityError, match=f"{needed} rows, but room for {needed - 1}"):
+            eps[rank].dispatch(problem.x[rank], problem.topk_idx[rank], capacity=needed - 1)
+
+    cases.on_ranks([ep.group for ep in eps], dispatch)
+
+
+def test_a_missing_rank_is_named():
+    eps = make(SMALL, timeout=0.2, dtype="bf16")
+    problem = cases.random_problem(SMALL, np.random.default_rng(0), tokens=[4, 4, 4])
+
+    def dispatch(rank):
+        if rank == 2:
+            return
+        with pytest.raises(phalanx.PeerTimeoutError, match="peer 2"):
+            eps[rank].dispatch(problem.x[rank], problem.topk_idx[rank])
+
+    cases.on_ranks([ep.group for ep in eps], dispatch)
+
+
+def test_gradients(seed):
+    """Against one big dense layer: the mixture's output and all gradients."""
+    import phalanx.torch_ep as torch_ep
+
+    rng = np.random.default_rng(seed)
+    config = cases.Config(2, 32, 5, 2, 6)
+    eps = make(config, dtype="bf16")
+    problem = cases.random_problem(config, rng, tokens=[6, 5])
+    first = config.first_experts()
+    factors = torch.from_numpy(rng.random((config.num_experts, config.hidden), dtype=np.float32)).bfloat16()
+
+    def layer(rank):
+        x = problem.x[rank].clone().requires_grad_()
+        weights = problem.topk_weights[rank].clone().requires_grad_()
+        rows, result = torch_ep.dispatch(eps[rank], x, problem.topk_idx[rank], weights)
+        local = torch.repeat_interleave(factors[first[rank] : first[rank + 1]], result.counts, dim=0)
+        out = torch_ep.combine(eps[rank], rows * local, result, weights, tokens=len(x))
+        out.backward(torch.ones_like(out))
+        return out.detach(), x.grad, weights.grad
+
+    for rank, (out, grad_x, grad_weights) in enumerate(cases.on_ranks([ep.group for ep in eps], layer)):
+        x = problem.x[rank].float().requires_grad_()
+        weights = problem.topk_weights[rank].clone().requires_grad_()
+        idx = problem.topk_idx[rank].long()
+        chosen = factors.float()[idx.clamp(min=0)] * (idx >= 0)[..., None]
+        wanted = (weights[..., None] * chosen * x[:, None]).sum(1)
+        wanted.sum().backward()
+        torch.testing.assert_close(out.float(), wanted, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(grad_x.float(), x.grad, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(grad_weights, weights.grad, rtol=0.03, atol=0.15)
+
+
+def test_wrong_arguments_are_named():
+    (group,) = phalanx.Group.local(1)
+    ep = cases.Config(1, 32, 4, 2, 8).make(group)
+    x = torch.zeros(4, 32, dtype=torch.bfloat16)
+    idx = torch.zeros(4, 2, dtype=torch.int64)
+    with pytest.raises(TypeError, match="rows"):
+        ep.dispatch(x, idx)  # BF16 rows, where the buffer holds E4M3
+    with pytest.raises(ValueError, match="topk_idx, handle"):
+        ep.dispatch(x)
+    with pytest.raises(ValueError, match="max_tokens"):
+        ep.dispatch(torch.zeros(9, 32, dtype=torch.bfloat16), torch.zeros(9, 2, dtype=torch.int64), quantize=True)
+    with pytest.raises(ValueError, match="topk is 40"):
+        cases.Config(1, 32, 4, 40, 8).make(group)
+    with pytest.raises(phalanx.AbortedError):
+        group.close()
+        group.barrier()
