@@ -10,6 +10,7 @@ struct RouteParams {
   i64 topk_idx_stride;   // in elements
   int topk_idx_is_64;
   int num_tokens, topk, num_experts;
+  u64 topk_reciprocal;
   RouteTarget target;
   int* counts;   // [num_experts]
   int* offsets;  // [num_experts + 1]
@@ -28,6 +29,7 @@ struct ExpertRows {
   int num_rows;
   int row_vectors;  // 16-byte vectors of a row
   int zero_padding;
+  int num_ctas;  // that see to padding rows, and to scales
 };
 
 struct PermuteParams {

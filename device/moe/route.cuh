@@ -30,13 +30,13 @@ struct RouteSmem {
         first(counts + num_experts) {}
 };
 
-// The expert of an entry, -1 for none.
+// The expert of an entry, -1 for none. Without a branch, so that several can be on their way.
 __device__ __forceinline__ int expert_of(const RouteParams& p, int entry) {
-  const int token = entry / p.topk;
+  const int token = token_of_entry(entry, p.topk_reciprocal);
   const i64 at = token * p.topk_idx_stride + (entry - token * p.topk);
-  const i64 expert =
-      p.topk_idx_is_64 ? static_cast<const i64*>(p.topk_idx)[at] : static_cast<const int*>(p.topk_idx)[at];
-  return expert >= 0 && expert < p.num_experts ? int(expert) : -1;
+  const int* word = static_cast<const int*>(p.topk_idx) + (p.topk_idx_is_64 ? 2 * at : at);
+  const int expert = word[0], upper = p.topk_idx_is_64 ? word[1] : 0;
+  return expert >= 0 && expert < p.num_experts && upper == 0 ? expert : -1;
 }
 
 template <int kWarps>
@@ -46,6 +46,7 @@ __device__ EntryRange my_entries(const RouteParams& p, int cta_rank, int num_cta
 
 template <int kWarps>
 __device__ void count_entries(const RouteParams& p, const RouteSmem& smem, EntryRange range) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < kWarps * p.num_experts; i += kWarps * 32) smem.warp_counts[i] = 0;
   __syncthreads();
   int* counts = smem.warp_counts + threadIdx.x / 32 * p.num_experts;
@@ -53,10 +54,11 @@ __device__ void count_entries(const RouteParams& p, const RouteSmem& smem, Entry
   for (int begin = range.begin + int(threadIdx.x % 32); begin < range.end; begin += kInFlight * 32) {
     int expert[kInFlight];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) expert[j] = begin + j * 32 < range.end ? expert_of(p, begin + j * 32) : -1;
+    for (int j = 0; j < kInFlight; ++j) expert[j] = expert_of(p, min_of(begin + j * 32, range.end - 1));
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j)
-      if (expert[j] >= 0) atomicAdd(&counts[expert[j]], 1);  // sums of integers do not depend on their order
+      if (expert[j] >= 0 && begin + j * 32 < range.end)
+        atomicAdd(&counts[expert[j]], 1);  // sums of integers do not depend on their order
   }
   __syncthreads();
 }
@@ -80,6 +82,7 @@ __device__ void sum_counts(const RouteParams& p, const RouteSmem& smem, u32 cta_
     ptx::cluster_sync();  // every CTA publishes its cta_counts, all read them
     for (int e = threadIdx.x; e < p.num_experts; e += kWarps * 32) {
       int sum = 0, earlier = 0;
+#pragma unroll 8
       for (u32 rank = 0; rank < num_ctas; ++rank) {
         if (rank == cta_rank) earlier = sum;
         sum += int(ptx::load_cluster_u32(smem.cta_counts + e, rank));
@@ -110,6 +113,7 @@ __device__ __forceinline__ int lay_out_experts(const RouteParams& p, const Route
     const int begin = min_of(int(threadIdx.x) * per_lane, p.num_experts);
     const int end = min_of(begin + per_lane, p.num_experts);
     int taken = 0, most = 0;
+#pragma unroll 1
     for (int e = begin; e < end; ++e) {
       taken += rows_taken(p.target, smem.counts[e]);
       most = most < smem.counts[e] ? smem.counts[e] : most;
@@ -117,6 +121,7 @@ __device__ __forceinline__ int lay_out_experts(const RouteParams& p, const Route
     const int up_to_here = warp_inclusive_sum(taken);
     needed = p.target.masked() ? __reduce_max_sync(~0u, most) : __shfl_sync(~0u, up_to_here, 31);
     taken = up_to_here - taken;
+#pragma unroll 1
     for (int e = begin; e < end; ++e) {
       const int count = smem.counts[e];
       smem.first[e] = first_row(p.target, e, taken);

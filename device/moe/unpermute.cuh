@@ -2,13 +2,13 @@
 //
 //   out[t] = sum over k of weights[t, k] * rows[slots[t, k]]  (+ residual[t])
 //
-//       FP32, in the order of k, each product and each sum rounded once; choices without a row add nothing. A warp takes
-//       512 or 1024 bytes of every row of a token, eight rows in flight.
+//       FP32, in the order of k, each product and each sum rounded once; choices without a row add nothing. A CTA takes 2 KB
+//       of every row of a token, eight rows in flight.
 //
 //   grad_rows[slots[t, k]] = weights[t, k] * grad_out[t];  padding rows become zeros
 //   grad_weights[t, k]     = dot(grad_out[t], rows[slots[t, k]])
 //
-//       A CTA takes a token. Each thread sums its columns in FP32, then the lanes, then the warps, in a fixed order.
+//       The first CTAs clear padding rows, the others take a token each. Each thread sums its columns in FP32, then the lanes, then the warps, in a fixed order.
 //
 // Bound by memory.
 #pragma once
@@ -80,65 +80,49 @@ using TokenVector = Columns<C.tokens_f32, kVectorColumns<C>>;
 
 // --- kernels ------------------------------------------------------------------------------------------------------------
 
-template <UnpermuteConfig C, int kVectors>
-__device__ __forceinline__ void reduce_piece(const UnpermuteParams& p, int token, int first) {
-  constexpr int kCount = kVectorColumns<C>;
-  const int lane = threadIdx.x % 32;
-  const int slot_of_lane = lane < p.topk ? p.slots[token * p.topk + lane] : -1;
-  const float weight_of_lane = p.weights && lane < p.topk ? p.weights[token * p.weights_stride + lane] : 1.0f;
-  TokenVector<C> residual[kVectors];
-  float sum[kVectors][kCount] = {};
-  if (p.residual) {
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j)
-      if (first + j * 32 < p.row_vectors)
-        residual[j].load(p.residual + token * p.residual_stride + i64(first + j * 32) * TokenVector<C>::kBytes);
-  }
-  for (int k = 0; k < p.topk; k += kRowsInFlight) {
-    RowVector<C> row[kRowsInFlight][kVectors];
-#pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      const int slot = __shfl_sync(~0u, slot_of_lane, (k + i) % 32);
-      if (k + i >= p.topk || slot < 0) continue;
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j)
-        if (first + j * 32 < p.row_vectors) row[i][j].load(p.rows + slot * p.rows_stride + (first + j * 32) * 16);
-    }
-#pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      const int slot = __shfl_sync(~0u, slot_of_lane, (k + i) % 32);
-      const float weight = __shfl_sync(~0u, weight_of_lane, (k + i) % 32);
-      if (k + i >= p.topk || slot < 0) continue;
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j)
-#pragma unroll
-        for (int c = 0; c < kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], __fmul_rn(weight, row[i][j].get(c)));
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) {
-    if (first + j * 32 >= p.row_vectors) break;
-    if (p.residual) {
-#pragma unroll
-      for (int c = 0; c < kCount; ++c) sum[j][c] = __fadd_rn(sum[j][c], residual[j].get(c));
-    }
-    TokenVector<C> out;
-    out.set(sum[j]);
-    out.store(p.out + token * p.out_stride + i64(first + j * 32) * TokenVector<C>::kBytes);
-  }
-}
-
+// A thread takes one vector of every row of a token.
 template <UnpermuteConfig C>
 __device__ __forceinline__ void unpermute(const UnpermuteParams& p) {
+  constexpr int kCount = kVectorColumns<C>;
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  constexpr int kWarps = kUnpermuteThreads / 32, kVectors = 1;
-  const int pieces = ceil_div(p.row_vectors, 32 * kVectors);
-  const i64 num_tasks = i64(p.num_tokens) * pieces, step = i64(gridDim.x) * kWarps;
-  for (i64 task = i64(blockIdx.x) * kWarps + threadIdx.x / 32; task < num_tasks; task += step) {
-    const int token = int(task / pieces);
-    reduce_piece<C, kVectors>(p, token, int(task - i64(token) * pieces) * 32 * kVectors + int(threadIdx.x % 32));
+  const int pieces = ceil_div(p.row_vectors, kUnpermuteThreads), token = int(blockIdx.x) / pieces;
+  const int vector = (int(blockIdx.x) - token * pieces) * kUnpermuteThreads + int(threadIdx.x);
+  if (vector >= p.row_vectors) return;
+  const int* slots = p.slots + i64(token) * p.topk;
+  const float* weights = p.weights + token * p.weights_stride;
+  const u8* rows = p.rows + i64(vector) * 16;
+
+  TokenVector<C> token_vector = {};
+  if (p.residual) token_vector.load(p.residual + token * p.residual_stride + i64(vector) * TokenVector<C>::kBytes);
+  float sum[kCount] = {};
+  for (int k = 0; k < p.topk; k += kRowsInFlight) {
+    int slot[kRowsInFlight];
+    float weight[kRowsInFlight];
+    RowVector<C> row[kRowsInFlight];
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      slot[i] = k + i < p.topk ? slots[k + i] : -1;
+      weight[i] = p.weights && k + i < p.topk ? weights[k + i] : 1.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      row[i] = {};
+      if (slot[i] >= 0) row[i].load(rows + slot[i] * p.rows_stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+      if (slot[i] < 0) weight[i] = 0;  // adds nothing: no sum is -0
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) sum[c] = __fadd_rn(sum[c], __fmul_rn(weight[i], row[i].get(c)));
+    }
   }
+  if (p.residual) {
+#pragma unroll
+    for (int c = 0; c < kCount; ++c) sum[c] = __fadd_rn(sum[c], token_vector.get(c));
+  }
+  token_vector.set(sum);
+  token_vector.store(p.out + token * p.out_stride + i64(vector) * TokenVector<C>::kBytes);
 }
 
 // The token's choices k .. k + kRowsInFlight - 1. `dot` is this thread's part of their grad_weights.
@@ -154,7 +138,7 @@ __device__ __forceinline__ void backward_rows(const UnpermuteBackwardParams& p, 
     weight[i] = p.weights && k + i < p.topk ? p.weights[token * p.weights_stride + k + i] : 1.0f;
     dot[i] = 0;
   }
-  for (int vector = threadIdx.x; vector < p.grad_rows.row_vectors; vector += kUnpermuteThreads) {
+  for (int vector = threadIdx.x; vector < p.grad_rows.row_vectors; vector += kBackwardThreads) {
     TokenVector<C> grad;
     grad.load(p.grad_out + token * p.grad_out_stride + i64(vector) * TokenVector<C>::kBytes);
     RowVector<C> row[kRowsInFlight];
@@ -182,32 +166,35 @@ __device__ __forceinline__ void backward_rows(const UnpermuteBackwardParams& p, 
 
 template <UnpermuteConfig C>
 __device__ __forceinline__ void unpermute_backward(const UnpermuteBackwardParams& p) {
-  constexpr int kWarps = kUnpermuteThreads / 32;
+  constexpr int kWarps = kBackwardThreads / 32;
   __shared__ float partial[kWarps][kRowsInFlight];
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  for (int token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
-    for (int k = 0; k < p.topk; k += kRowsInFlight) {
-      float dot[kRowsInFlight];
-      backward_rows<C>(p, token, k, dot);
-      if (!p.grad_weights) continue;
-#pragma unroll
-      for (int i = 0; i < kRowsInFlight; ++i) {
-#pragma unroll
-        for (int d = 16; d > 0; d /= 2) dot[i] += __shfl_xor_sync(~0u, dot[i], d);
-        if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32][i] = dot[i];
-      }
-      __syncthreads();
-      if (const int i = threadIdx.x; i < kRowsInFlight && k + i < p.topk) {
-        float sum = 0;
-#pragma unroll
-        for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp][i];
-        p.grad_weights[token * p.topk + k + i] = sum;
-      }
-      __syncthreads();  // `partial` may be written again
-    }
+  if (int(blockIdx.x) < p.grad_rows.num_ctas) {
+    const int row = int(blockIdx.x * kBackwardThreads + threadIdx.x);
+    clear_rows(p.grad_rows, row - int(threadIdx.x % 32), row < p.grad_rows.num_rows && p.grad_rows.sources[row] < 0);
+    return;
   }
-  clear_padding(p.grad_rows);
+  const int token = int(blockIdx.x) - p.grad_rows.num_ctas;
+  for (int k = 0; k < p.topk; k += kRowsInFlight) {
+    float dot[kRowsInFlight];
+    backward_rows<C>(p, token, k, dot);
+    if (!p.grad_weights) continue;
+#pragma unroll
+    for (int i = 0; i < kRowsInFlight; ++i) {
+#pragma unroll
+      for (int d = 16; d > 0; d /= 2) dot[i] += __shfl_xor_sync(~0u, dot[i], d);
+      if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32][i] = dot[i];
+    }
+    __syncthreads();
+    if (const int i = threadIdx.x; i < kRowsInFlight && k + i < p.topk) {
+      float sum = 0;
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp][i];
+      p.grad_weights[i64(token) * p.topk + k + i] = sum;
+    }
+    __syncthreads();  // `partial` may be written again
+  }
 }
 
 }  // namespace phalanx

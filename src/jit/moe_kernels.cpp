@@ -15,15 +15,16 @@ extern "C" __global__ void __launch_bounds__(phalanx::{}, 1) {}(const __grid_con
                               header, num_threads, kEntryPoint, params, function)};
 }
 
-KernelSource unpermute_kernel(const char* function, const char* params, const UnpermuteConfig& config) {
+KernelSource unpermute_kernel(const char* function, const char* params, const char* num_threads,
+                              const UnpermuteConfig& config) {
   const auto& [rows_f32, tokens_f32] = config;
   const auto type = [](bool f32) { return f32 ? "f32" : "bf16"; };
   return {.name = fmt::format("{}_{}_{}", function, type(rows_f32), type(tokens_f32)),
           .text = fmt::format(R"(#include "device/moe/unpermute.cuh"
 constexpr phalanx::UnpermuteConfig kConfig{{.rows_f32 = {}, .tokens_f32 = {}}};
-extern "C" __global__ void __launch_bounds__(phalanx::kUnpermuteThreads) {}(const __grid_constant__ phalanx::{} params) {{ phalanx::{}<kConfig>(params); }}
+extern "C" __global__ void __launch_bounds__(phalanx::{}, 1) {}(const __grid_constant__ phalanx::{} params) {{ phalanx::{}<kConfig>(params); }}
 )",
-                              rows_f32, tokens_f32, kEntryPoint, params, function)};
+                              rows_f32, tokens_f32, num_threads, kEntryPoint, params, function)};
 }
 
 }  // namespace
@@ -34,10 +35,10 @@ KernelSource route_and_permute_source() {
   return moe_kernel("route_and_permute", "permute", "RouteAndPermuteParams", "kFusedThreads");
 }
 KernelSource unpermute_source(const UnpermuteConfig& config) {
-  return unpermute_kernel("unpermute", "UnpermuteParams", config);
+  return unpermute_kernel("unpermute", "UnpermuteParams", "kUnpermuteThreads", config);
 }
 KernelSource unpermute_backward_source(const UnpermuteConfig& config) {
-  return unpermute_kernel("unpermute_backward", "UnpermuteBackwardParams", config);
+  return unpermute_kernel("unpermute_backward", "UnpermuteBackwardParams", "kBackwardThreads", config);
 }
 
 }  // namespace phalanx::jit

@@ -10,7 +10,6 @@ namespace {
 
 using std::int64_t;
 
-constexpr int64_t kMaxEntries = 1 << 30;  // so that numbers of rows, padding included, fit in 32 bits
 constexpr int kMaxAlignment = 1 << 16;
 constexpr int kScaleColumns = 128;
 

@@ -54,6 +54,7 @@ RouteParams route_params(const Tensor& topk_idx, const Routing& routing, const R
           .num_tokens = int(topk_idx.rows()),
           .topk = int(topk_idx.cols()),
           .num_experts = int(routing.counts.shape[0]),
+          .topk_reciprocal = reciprocal_of_topk(int(topk_idx.cols())),
           .target = target_of(routing, options),
           .counts = pointer<int>(routing.counts),
           .offsets = pointer<int>(routing.offsets),
@@ -78,13 +79,15 @@ void route_on_cuda(const Tensor& topk_idx, const Routing& routing, const RouteOp
               &p, options.stream.handle);
 }
 
-ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_padding) {
+/// `num_ctas` see to padding and scales.
+ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_padding, int num_ctas) {
   return {.data = pointer<u8>(rows),
           .stride = row_stride_bytes(rows),
           .sources = pointer<int>(routing.sources),
           .num_rows = int(rows.rows()),
           .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16),
-          .zero_padding = zero_padding};
+          .zero_padding = zero_padding,
+          .num_ctas = num_ctas};
 }
 
 /// What is permuted and where to; the scales are null for unquantised rows.
@@ -95,9 +98,11 @@ struct Permutation {
 
   PermuteParams params(const Routing& routing) const {
     const Tensor flat = flat_rows(rows);
+    const int column_groups = scales ? int(ceil_div<int64_t>(x_scales->cols(), kScaleColumns)) : int(zero_padding);
+    const int row_ctas = int(ceil_div<int64_t>(flat.rows(), kPermuteThreads)) * column_groups;
     PermuteParams p{.x = pointer<u8>(x),
                     .x_stride = row_stride_bytes(x),
-                    .rows = expert_rows(flat, routing, zero_padding),
+                    .rows = expert_rows(flat, routing, zero_padding, row_ctas),
                     .slots = pointer<int>(routing.slots),
                     .num_tokens = int(x.rows()),
                     .topk = int(routing.slots.cols())};
@@ -119,14 +124,14 @@ struct Permutation {
 void permute_on_cuda(const Permutation& permutation, const Routing& routing, Stream stream) {
   static KernelOfDevice kernels;
   const int ordinal = permutation.x.device.index;
-  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const PermuteParams p = permutation.params(routing);
-  const int64_t warps = std::max<int64_t>(int64_t(p.num_tokens) * ceil_div(p.rows.row_vectors, kPermutePieceVectors),
-                                          ceil_div(p.rows.num_rows, 32));
-  const int ctas = int(std::min<int64_t>(ceil_div<int64_t>(warps, kPermuteThreads / 32), device.num_sms * 8));
-  kernels.get(ordinal, jit::permute_source)
-      .launch({.num_ctas = ctas, .num_threads = kPermuteThreads}, &p, stream.handle);
+  const int pieces = ceil_div(p.rows.row_vectors, kPermuteThreads * kPermuteVectors);
+  const int ctas = p.rows.num_ctas + (p.topk > 0 ? p.num_tokens * pieces : 0);
+  if (ctas > 0)
+    kernels.get(ordinal, jit::permute_source)
+        .launch({.num_ctas = ctas, .num_threads = kPermuteThreads}, &p, stream.handle);
 }
 
 void route_and_permute_on_cuda(const Permutation& permutation, const Tensor& topk_idx, const Routing& routing,
@@ -196,7 +201,7 @@ int64_t stride_of(const std::optional<Tensor>& weights) {
 void unpermute_on_cuda(const Tensor& rows, const Routing& routing, const Tensor& out, const UnpermuteOptions& options) {
   static UnpermuteKernels kernels;
   const int ordinal = out.device.index;
-  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const UnpermuteParams p{.rows = pointer<u8>(rows),
                           .rows_stride = row_stride_bytes(rows),
@@ -210,8 +215,7 @@ void unpermute_on_cuda(const Tensor& rows, const Routing& routing, const Tensor&
                           .num_tokens = int(out.rows()),
                           .topk = int(routing.slots.cols()),
                           .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16)};
-  const int64_t warps = int64_t(p.num_tokens) * ceil_div(p.row_vectors, 32);
-  const int ctas = int(std::min<int64_t>(ceil_div<int64_t>(warps, kUnpermuteThreads / 32), device.num_sms * 8));
+  const int ctas = p.num_tokens * ceil_div(p.row_vectors, kUnpermuteThreads);
   kernels.get(ordinal, unpermute_config(rows, out), jit::unpermute_source)
       .launch({.num_ctas = ctas, .num_threads = kUnpermuteThreads}, &p, options.stream.handle);
 }
@@ -220,8 +224,9 @@ void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, 
                                 const UnpermuteBackwardOptions& options) {
   static UnpermuteKernels kernels;
   const int ordinal = grad_out.device.index;
-  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
+  const int row_ctas = options.zero_padding ? int(ceil_div<int64_t>(grad_rows.rows(), kBackwardThreads)) : 0;
   const UnpermuteBackwardParams p{
       .grad_out = pointer<u8>(grad_out),
       .grad_out_stride = row_stride_bytes(grad_out),
@@ -230,7 +235,7 @@ void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, 
       .slots = pointer<int>(routing.slots),
       .weights = weights_of(options.weights),
       .weights_stride = stride_of(options.weights),
-      .grad_rows = expert_rows(grad_rows, routing, options.zero_padding),
+      .grad_rows = expert_rows(grad_rows, routing, options.zero_padding, row_ctas),
       .grad_weights = options.grad_weights ? pointer<float>(*options.grad_weights) : nullptr,
       .num_tokens = int(grad_out.rows()),
       .topk = int(routing.slots.cols())};
