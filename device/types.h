@@ -27,6 +27,8 @@ struct Conditional<false, A, B> {
   using Type = B;
 };
 
+constexpr int log2_of(int power_of_two) { return power_of_two > 1 ? 1 + log2_of(power_of_two / 2) : 0; }
+
 constexpr int gcd_of(int a, int b) { return b == 0 ? a : gcd_of(b, a % b); }
 
 }  // namespace phalanx

@@ -26,6 +26,9 @@ struct GemmConfig {
 
   constexpr int consumer_rows() const { return block_m / num_consumers; }
   constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
+  // Registers of a thread, moved between the warpgroups at the start; a lone consumer has enough.
+  constexpr int consumer_registers() const { return num_consumers == 3 ? 160 : 232; }
+  constexpr int producer_registers() const { return num_consumers == 3 ? 32 : 40; }
   constexpr int num_threads() const { return kWarpgroup * (num_consumers + 1); }
   // Columns of a tile that share a scale of B wherever the tile begins.
   constexpr int scale_group() const { return gcd_of(block_n, kScaleBlock); }
@@ -62,7 +65,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
 
 // Whether the kernel can be instantiated; the planner and the tests ask, the kernel asserts.
 constexpr bool is_valid(const GemmConfig& c) {
-  const bool tile = c.num_consumers >= 1 && c.num_consumers <= 2 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
+  const bool tile = c.num_consumers >= 1 && c.num_consumers <= 3 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
                     c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 32 &&
                     c.num_scale_groups() <= kMaxScaleGroups;
   const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);

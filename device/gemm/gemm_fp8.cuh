@@ -107,21 +107,17 @@ __device__ void copy_scales_a(const GemmParams& p, const SharedMemory<C>& smem) 
 
 // --- consumers ------------------------------------------------------------------------------------------------------
 
-// acc += scale_a * scale_b * partial, for one wave.
-template <GemmConfig C>
+// acc += scale_a * scale_b * partial, for one wave; the first k-block of a tile begins the sum.
+template <GemmConfig C, bool kFirst>
 __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float (&partial)[C.block_n / 2],
                                         const float (&scales_a)[2], const float (&scales_b)[C.num_scale_groups()]) {
   constexpr int kGroupValues = C.scale_group() / 2;  // of a thread: two rows, a quarter of the columns
 #pragma unroll
   for (int group = 0; group < C.num_scale_groups(); ++group) {
-    const float scale_lo = scales_a[0] * scales_b[group], scale_hi = scales_a[1] * scales_b[group];
+    const float scales[2] = {scales_a[0] * scales_b[group], scales_a[1] * scales_b[group]};
 #pragma unroll
-    for (int i = group * kGroupValues; i < (group + 1) * kGroupValues; i += 4) {
-      acc[i + 0] += scale_lo * partial[i + 0];
-      acc[i + 1] += scale_lo * partial[i + 1];
-      acc[i + 2] += scale_hi * partial[i + 2];
-      acc[i + 3] += scale_hi * partial[i + 3];
-    }
+    for (int i = group * kGroupValues; i < (group + 1) * kGroupValues; ++i)
+      acc[i] = kFirst ? scales[i / 2 % 2] * partial[i] : acc[i] + scales[i / 2 % 2] * partial[i];
   }
 }
 
@@ -145,76 +141,112 @@ struct ScalesB {
   }
 };
 
+// What a thread of a consumer warpgroup carries from one k-block to the next.
 template <GemmConfig C>
-__device__ void accumulate_tile(const GemmParams& p, const SharedMemory<C>& smem, Pipeline<C.num_stages>& pipe,
-                                ScalesB<C>& sfb, const Tile& t, int consumer, Accumulator<C>& acc) {
+struct Consumer {
   using Wgmma = ptx::WgmmaE4m3<C.block_n>;
-  int lane = threadIdx.x % 32;
-  KRange ks = my_k_range<C>(p);
-  int first_row = fragment_row<C>(consumer, 0);
-  const u64 first_a = ptx::wgmma_descriptor(smem.a(0) + consumer * C.consumer_rows() * kBlockK);
-  const u64 first_b = ptx::wgmma_descriptor(smem.b(0));
-  // In registers to stay: recomputed in the loop, as the compiler prefers, they would delay every product.
-  ptx::keep_in_register(lane), ptx::keep_in_register(first_row), ptx::keep_in_register(ks.end);
+  const GemmParams& p;
+  const SharedMemory<C>& smem;
+  Pipeline<C.num_stages> pipe;
+  int lane, first_row;
+  u64 first_a, first_b;  // descriptors of its rows of A and of B in stage 0
+  ScalesB<C> sfb;
+  Accumulator<C> acc;
 
-#pragma unroll
-  for (auto& wave : acc)
-#pragma unroll
-    for (float& x : wave) x = 0;
+  __device__ Consumer(const GemmParams& p_, const SharedMemory<C>& smem_, int consumer)
+      : p(p_),
+        smem(smem_),
+        pipe(smem_.pipeline()),
+        lane(threadIdx.x % 32),
+        first_row(fragment_row<C>(consumer, 0)),
+        first_a(ptx::wgmma_descriptor(smem_.a(0) + consumer * C.consumer_rows() * kBlockK)),
+        first_b(ptx::wgmma_descriptor(smem_.b(0))) {
+    // In registers to stay: recomputed in the loop, as the compiler prefers, they would delay every product.
+    ptx::keep_in_register(lane), ptx::keep_in_register(first_row);
+  }
 
-#pragma unroll 4
-  for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
-    const int position = (kb - ks.begin) % ScalesB<C>::kFetched;
-    if (position == 0 && kb > ks.begin) sfb.fetch(p, t, kb, ks.end);
+  // The time from the last promotion to the next product is lost to the tensor cores: all that can wait comes after the
+  // product was issued. `meanwhile` runs there.
+  template <bool kFirst, class Meanwhile>
+  __device__ __forceinline__ void multiply_k_block(int position, Meanwhile meanwhile) {
     float scales_b[C.num_scale_groups()];
-    sfb.get(position, scales_b);
     pipe.wait_full();
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
       float partial[C.block_n / 2];
       Wgmma::multiply(partial, ptx::wgmma_advance(first_a, (pipe.stage * C.block_m + wave * 64) * kBlockK),
                       ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK), false);
-      const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;  // under the product
+      const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;
       const float scales_a[2] = {sfa[0], sfa[8]};
-      ptx::wgmma_wait<0>();
-      if (wave == C.num_waves() - 1 && lane < (C.multicasts() ? C.cluster_size() : 1)) {
-        if constexpr (C.multicasts())
-          ptx::mbarrier_arrive_cluster(&pipe.empty[pipe.stage], lane);
-        else
-          ptx::mbarrier_arrive(&pipe.empty[pipe.stage]);
+      if (wave == 0) {
+        sfb.get(position, scales_b);
+        meanwhile();
       }
-      if (wave == C.num_waves() - 1 && !p.sfa_by_tma) ptx::mbarrier_arrive(&smem.sfa_empty()[pipe.stage]);
-      Wgmma::pin(partial);  // after the arrival: no promotion goes before it
-
-      promote<C>(acc[wave], partial, scales_a, scales_b);
+      ptx::wgmma_wait<0>();
+      if (wave == C.num_waves() - 1) release_stage();
+      Wgmma::pin(partial);  // after the release: no promotion goes before it
+      promote<C, kFirst>(acc[wave], partial, scales_a, scales_b);
     }
+    pipe.advance();
   }
-}
+
+  __device__ __forceinline__ void release_stage() {
+    if (lane < (C.multicasts() ? C.cluster_size() : 1)) {
+      if constexpr (C.multicasts())
+        ptx::mbarrier_arrive_cluster(&pipe.empty[pipe.stage], lane);
+      else
+        ptx::mbarrier_arrive(&pipe.empty[pipe.stage]);
+    }
+    if (!p.sfa_by_tma) ptx::mbarrier_arrive(&smem.sfa_empty()[pipe.stage]);
+  }
+
+  __device__ void clear() {
+#pragma unroll
+    for (auto& wave : acc)
+#pragma unroll
+      for (float& x : wave) x = 0;
+  }
+};
 
 // A persistent CTA: one tile after the other, each stored while the producers already fetch the next.
 template <GemmConfig C>
 __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer) {
-  auto pipe = smem.pipeline();
   auto tiles = my_tiles<C>(p);
   auto staged = smem.staged();
   const KRange ks = my_k_range<C>(p);
-  ScalesB<C> sfb;
+  Consumer<C> self(p, smem, consumer);
+  ScalesB<C> next_sfb;
   Tile t, next;
-  bool more = tiles.next(t);
-  if (more && ks.begin < ks.end) sfb.fetch(p, t, ks.begin, ks.end);
-  for (; more; t = next) {
+  bool more = tiles.next(next);
+  if (more && ks.begin < ks.end) next_sfb.fetch(p, next, ks.begin, ks.end);
+  while (more) {
+    t = next;
+    self.sfb = next_sfb;
+    const auto prepare = [&] {
+      if constexpr (C.stores_by_tma())
+        if (p.c_ptr != nullptr && threadIdx.x % kWarpgroup == 0) staged.load_c(p, t, consumer);
+      more = tiles.next(next);
+      if (more) next_sfb.fetch(p, next, ks.begin, ks.end);
+    };
+    if (C.split_k > 1 && ks.begin == ks.end) {  // more parts than k-blocks
+      self.clear();
+      more = false;
+    } else {
+      self.template multiply_k_block<true>(0, prepare);
+    }
+#pragma unroll 3
+    for (int kb = ks.begin + 1; kb < ks.end; ++kb) {
+      const int position = (kb - ks.begin) % ScalesB<C>::kFetched;
+      self.template multiply_k_block<false>(position, [&] {
+        if (position == ScalesB<C>::kFetched - 1 && kb + 1 < ks.end) self.sfb.fetch(p, t, kb + 1, ks.end);
+      });
+    }
     if constexpr (C.stores_by_tma())
-      if (p.c_ptr != nullptr && threadIdx.x % kWarpgroup == 0) staged.load_c(p, t, consumer);
-    Accumulator<C> acc;
-    accumulate_tile<C>(p, smem, pipe, sfb, t, consumer, acc);
-    more = tiles.next(next);  // before the store, which hides its divisions and the fetch
-    if (more && ks.begin < ks.end) sfb.fetch(p, next, ks.begin, ks.end);
-    if constexpr (C.stores_by_tma())
-      staged.store(p, t, consumer, acc);
+      staged.store(p, t, consumer, self.acc);
     else if constexpr (C.split_k == 1)
-      store_tile_direct<C>(p, t, consumer, acc);
+      store_tile_direct<C>(p, t, consumer, self.acc);
     else
-      SplitKReduction<C>{smem.partial()}.publish(consumer, acc);
+      SplitKReduction<C>{smem.partial()}.publish(consumer, self.acc);
   }
   if constexpr (C.stores_by_tma()) ptx::tma_store_wait_all();
 }
@@ -254,11 +286,11 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   ptx::grid_wait_dependencies();  // from here on we read what the previous kernel wrote, and overwrite what it read
 
   if (warpgroup == kProducer) {
-    if constexpr (C.num_consumers == 2) ptx::register_decrease<40>();
+    if constexpr (C.num_consumers > 1) ptx::register_decrease<C.producer_registers()>();
     if (warp == 0 && ptx::elect_one()) load_operands<C>(p, smem);
     if (warp == 1 && !p.sfa_by_tma) copy_scales_a<C>(p, smem);
   } else {
-    if constexpr (C.num_consumers == 2) ptx::register_increase<232>();
+    if constexpr (C.num_consumers > 1) ptx::register_increase<C.consumer_registers()>();
     consume_tiles<C>(p, smem, warpgroup);
   }
 

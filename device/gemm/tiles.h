@@ -24,29 +24,41 @@ constexpr TilePosition walk_tiles(int index, int tiles_m, int tiles_n, int group
 
 // CTAs of a cluster walk the same sequence of cluster tiles. They differ in their column (cluster_n), their row (cluster_m) or
 // their part of K (split_k), so they always agree on what they share by multicast. The cluster tile may reach past M or N.
+//
+// A division costs a tile's worth of a product of few k-blocks; hence the running position, and shifts in whole bands.
 struct DenseTiles {
   int height, width;     // of a cluster tile
   int tiles_m, tiles_n;  // cluster tiles
-  int group_m, index, step;
-  int row, column;  // of this CTA inside the cluster tile
+  int group_m, group_shift, step;
+  int first_m, index;  // the present band's first row of tiles, the next tile's place in the band
+  int row, column;     // of this CTA inside the cluster tile
 
+  // `group_m` is a power of two.
   constexpr DenseTiles(const GemmConfig& c, int m, int n, int group_m_, int cta, int num_ctas)
       : height(c.block_m * c.cluster_m),
         width(c.block_n * c.cluster_n),
         tiles_m(ceil_div(m, height)),
         tiles_n(ceil_div(n, width)),
         group_m(group_m_),
-        index(cta / c.cluster_size()),
+        group_shift(log2_of(group_m_)),
         step(num_ctas / c.cluster_size()),
+        first_m(0),
+        index(cta / c.cluster_size()),
         row(cta % c.cluster_m * c.block_m),
         column(cta % c.cluster_n * c.block_n) {}
 
   constexpr int count() const { return tiles_m * tiles_n; }
 
   constexpr bool next(Tile& t) {
-    if (index >= count()) return false;
-    const TilePosition at = walk_tiles(index, tiles_m, tiles_n, group_m);
-    t = {at.m * height + row, at.n * width + column};
+    int rows = min_of(group_m, tiles_m - first_m);
+    while (rows > 0 && index >= rows * tiles_n) {
+      index -= rows * tiles_n;
+      first_m += group_m;
+      rows = min_of(group_m, tiles_m - first_m);
+    }
+    if (rows <= 0) return false;
+    const int n = rows == group_m ? index >> group_shift : int(unsigned(index) / unsigned(rows));
+    t = {(first_m + index - n * rows) * height + row, n * width + column};
     index += step;
     return true;
   }

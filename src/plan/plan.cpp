@@ -25,6 +25,7 @@ std::vector<GemmConfig> make_configs() {
     // FP32 tiles leave straight from registers: of the largest sizes, that takes a second to compile.
     if (out == OutType::bf16) {
       list.push_back(with_stages({.block_m = 256, .block_n = 128, .cluster_n = 2, .out = out}));
+      list.push_back(with_stages({.block_m = 192, .block_n = 128, .num_consumers = 3, .cluster_n = 2, .out = out}));
       list.push_back(with_stages({.block_m = 128, .block_n = 192, .cluster_m = 2, .out = out}));
     }
     list.push_back(with_stages({.block_m = 128, .block_n = 128, .cluster_n = 2, .out = out}));
@@ -51,13 +52,14 @@ int usable_sms(int cluster_size, int num_sms) {
 
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in order.
 double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
-  constexpr double kMmaLoss = 1.27;      // promotion and shared memory that products of two consumers do not hide
-  constexpr double kGroupLoss = 0.03;    // more, where a tile sees several scales of B
-  constexpr double kWaveLatency = 236;   // from a full stage to its promotion, where nothing hides it
-  constexpr double kDramBytes = 1770;    // per cycle, all SMs
-  constexpr double kSmBytes = 42;        // per cycle, one SM
-  constexpr double kLoadLatency = 2294;  // from an empty stage to a full one
-  constexpr double kTile = 1645;         // pipeline fill, epilogue, store
+  constexpr double kMmaLoss = 1.27;                  // promotion that products of two consumers do not hide, and power
+  constexpr double kMmaLoss3 = 1.235;                // the same of three
+  constexpr double kGroupLoss = 0.01;                // more, where a tile sees several scales of B
+  constexpr double kWaveLatency = 236;               // from a full stage to its promotion, where nothing hides it
+  constexpr double kDramBytes = 1770;                // per cycle, all SMs
+  constexpr double kSmBytes = 42;                    // per cycle, one SM
+  constexpr double kLoadLatency = 2294;              // from an empty stage to a full one
+  constexpr double kTile = 1645;                     // pipeline fill, epilogue, store
   constexpr double kSplit = 4069, kSplitPart = 154;  // reduction through distributed shared memory
 
   const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
@@ -65,10 +67,11 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
                num_ctas = double(tiles.count()) * c.cluster_size();
   const int per_sm = c.split_k > 1 && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm && c.num_consumers == 1 ? 2 : 1;
   const double slots = usable_sms(c.cluster_size(), num_sms) * per_sm, active = std::min(num_ctas, slots);
-  const double n = c.block_n, loss = c.num_scale_groups() > 1 ? kMmaLoss + kGroupLoss : kMmaLoss;
+  const double n = c.block_n;
+  const double loss = (c.num_consumers == 3 ? kMmaLoss3 : kMmaLoss) + (c.num_scale_groups() > 1 ? kGroupLoss : 0);
 
   double mma = 2.5 * n + kWaveLatency;
-  if (c.num_consumers == 2) mma = std::max(mma, 2 * 2 * n * loss);
+  if (c.num_consumers > 1) mma = std::max(mma, c.num_consumers * 2 * n * loss);
   mma *= c.num_waves();
   if (active > num_sms) mma *= per_sm;
   const double columns_of_b = double(tiles.tiles_n) * c.cluster_n * c.split_k;
@@ -130,7 +133,7 @@ std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& pro
     const auto [stop, error] = std::from_chars(item.data() + equals + 1, end, *field->second);
     if (error != std::errc{} || stop != end) return std::nullopt;
   }
-  if (group_m < 1 || !is_valid(c)) return std::nullopt;
+  if (group_m < 1 || group_m != 1 << log2_of(group_m) || !is_valid(c)) return std::nullopt;
   return plan_with(c, group_m, problem, num_sms);
 }
 

@@ -80,7 +80,7 @@ TEST(Plan, ParsesOverrides) {
   EXPECT_EQ(p->group_m, 16);
   EXPECT_EQ(p->num_ctas, 132);
   for (const char* bad :
-       {"block_m", "block_q=3", "block_m=", "block_m=12x", "block_m=100", "num_stages=40", "group_m=0"})
+       {"block_m", "block_q=3", "block_m=", "block_m=12x", "block_m=100", "num_stages=40", "group_m=0", "group_m=3"})
     EXPECT_FALSE(plan::parse_plan(bad, problem, 132)) << bad;
 }
 
