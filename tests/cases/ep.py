@@ -3,6 +3,7 @@
 Weights have 8 significant bits, as BF16 has, so that FP64 reproduces every FP32 step of combine exactly.
 """
 
+import functools
 import threading
 from dataclasses import dataclass
 
@@ -95,28 +96,22 @@ def check_rows(problem: Problem, rank: int, result: phalanx.Dispatched) -> Rows:
     assert result.counts.tolist() == rows.counts
     n = rows.offsets[-1]
     real = torch.from_numpy(rows.source >= 0)
-    gather = lambda per_rank: [per_rank[s][t] for s, t in zip(rows.source, rows.token, strict=True) if s >= 0]  # noqa: E731
+    origins = [(s, t, k) for s, t, k in zip(rows.source, rows.token, rows.choice, strict=True) if s >= 0]
     weights = torch.zeros(n)
-    weights[real] = torch.tensor(
-        [
-            float(problem.topk_weights[s][t, k])
-            for s, t, k in zip(rows.source, rows.token, rows.choice, strict=True)
-            if s >= 0
-        ]
-    )
+    weights[real] = torch.tensor([float(problem.topk_weights[s][t, k]) for s, t, k in origins])
     assert torch.equal(result.row_weights[:n].cpu(), weights)
     if not isinstance(result.rows, tuple):
         wanted = torch.zeros(n, problem.config.hidden, dtype=torch.bfloat16)
         if real.any():
-            wanted[real] = torch.stack(gather(problem.x))
+            wanted[real] = torch.stack([problem.x[s][t] for s, t, _ in origins])
         assert torch.equal(result.rows[:n].cpu().view(torch.int16), wanted.view(torch.int16))
         return rows
     quantized = [phalanx.quantize(x) for x in problem.x]
     data = torch.zeros(n, problem.config.hidden, dtype=torch.uint8)
     scales = torch.ones(n, -(-problem.config.hidden // 128))
     if real.any():
-        data[real] = torch.stack(gather([q.data.contiguous().view(torch.uint8) for q in quantized]))
-        scales[real] = torch.stack(gather([q.scales for q in quantized]))
+        data[real] = torch.stack([quantized[s].data[t].view(torch.uint8) for s, t, _ in origins])
+        scales[real] = torch.stack([quantized[s].scales[t] for s, t, _ in origins])
     assert torch.equal(result.rows.data[:n].cpu().contiguous().view(torch.uint8), data)
     assert torch.equal(result.rows.scales[:n].cpu(), scales)
     return rows
@@ -148,17 +143,29 @@ def expected_sums(
     return torch.from_numpy(total).bfloat16()
 
 
-def on_ranks(groups, function, device_of=None):
+@functools.cache
+def stream_of(rank: int, device: torch.device):
+    """A rank's CUDA stream, with memory in torch's cache: cudaMalloc waits for kernels, and those may wait for the rank
+    that calls it, where several ranks share a GPU."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        held = [torch.empty(size, dtype=torch.uint8, device=device) for size in [256 << 20] + 32 * [1 << 19]]
+    del held
+    return stream
+
+
+def on_ranks(groups, function):
     """function(rank) on a thread each, on a CUDA stream of its own where there is CUDA. Raises the first failure."""
     results, errors = [None] * len(groups), [None] * len(groups)
+    devices = [torch.device(group.device) for group in groups]
+    streams = [stream_of(rank, device) if device.type == "cuda" else None for rank, device in enumerate(devices)]
 
     def run(rank):
         try:
-            device = torch.device(groups[rank].device)
-            if device.type == "cuda":
-                with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            if streams[rank]:
+                with torch.cuda.device(devices[rank]), torch.cuda.stream(streams[rank]):
                     results[rank] = function(rank)
-                    torch.cuda.current_stream().synchronize()
+                    streams[rank].synchronize()
             else:
                 results[rank] = function(rank)
         except BaseException as error:
@@ -184,6 +191,7 @@ def check_round(eps, problem: Problem, rng: np.random.Generator, e4m3: bool, exa
     def dispatch(rank):
         ep, device = eps[rank], groups[rank].device
         x, idx, weights = (a[rank].to(device) for a in (problem.x, problem.topk_idx, problem.topk_weights))
+        groups[rank].barrier()  # inputs are there: copies, too, may wait for other ranks' kernels
         capacity = None if exact else min(ep.max_rows, tokens_bound(problem) + 5)
         if split and not exact:
             return ep.dispatch_send(x, idx, weights, capacity=capacity, quantize=e4m3)()
@@ -204,6 +212,7 @@ def check_round(eps, problem: Problem, rng: np.random.Generator, e4m3: bool, exa
         function = eps[rank].combine_send if split else eps[rank].combine
         extra = residuals[rank].to(device) if residual else None
         values = inputs[rank].to(device)
+        groups[rank].barrier()
         out = function(values, dispatched[rank].handle, tokens=tokens[rank], residual=extra)
         return out() if split else out
 
