@@ -22,24 +22,26 @@ extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_co
     if (threadIdx.x % 128 != 0) return;
     for (int kb = 0; kb < num_k_blocks; ++kb, ring.advance()) {
       ring.wait_empty();
-      request(p, t, kb, ring.a(), ring.b(), ring.full());
+      request_scaled(p, t, kb, ring);
     }
     return;
   }
 
-  const int row = t.m + warpgroup * 64;
+  const float* sfb = scales_b(p, t);
   Accumulator acc;
   clear(acc);
   for (int kb = 0; kb < num_k_blocks; ++kb, ring.advance()) {
-    const float2 scales = scales_of(p, t, row + fragment_row(), kb);  // on their way while we wait
+    const float scale_b = sfb[kb];  // on its way while we wait
     ring.wait_full();
     Accumulator partial;
     const u64 a = ptx::wgmma_descriptor(ring.a() + warpgroup * 64 * kBlock), b = ptx::wgmma_descriptor(ring.b());
     Wgmma::multiply(partial, a, b, false);
+    const float* sfa = ring.sfa() + warpgroup * 64 + fragment_row();
+    const float2 scales = make_float2(sfa[0] * scale_b, sfa[8] * scale_b);
     ptx::wgmma_wait<0>();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty());
     Wgmma::pin(partial);
     promote(acc, partial, scales);
   }
-  store(p, row, t.n, acc);
+  store(p, t.m + warpgroup * 64, t.n, acc);
 }

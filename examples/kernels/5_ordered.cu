@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_co
     for (int index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
       for (int kb = 0; kb < num_k_blocks; ++kb, ring.advance()) {
         ring.wait_empty();
-        request(p, tile_at(p, index), kb, ring.a(), ring.b(), ring.full());
+        request_scaled(p, tile_at(p, index), kb, ring);
       }
     }
     return;
@@ -32,11 +32,11 @@ extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_co
   if (warpgroup == 1) ptx::named_barrier_arrive(other_turn, kPair);  // consumer 0 begins
   for (int index = blockIdx.x; index < num_tiles(p); index += gridDim.x) {
     const Tile t = tile_at(p, index);
-    const int row = t.m + warpgroup * 64;
+    const float* sfb = scales_b(p, t);
     Accumulator acc;
     clear(acc);
     for (int kb = 0; kb < num_k_blocks; ++kb, ring.advance()) {
-      const float2 scales = scales_of(p, t, row + fragment_row(), kb);
+      const float scale_b = sfb[kb];
       ring.wait_full();
       Accumulator partial;
       const u64 a = ptx::wgmma_descriptor(ring.a() + warpgroup * 64 * kBlock), b = ptx::wgmma_descriptor(ring.b());
@@ -44,11 +44,13 @@ extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_co
       Wgmma::multiply(partial, a, b, false);
       const bool nobody_waits = warpgroup == 1 && kb + 1 == num_k_blocks && index + int(gridDim.x) >= num_tiles(p);
       if (!nobody_waits) ptx::named_barrier_arrive(other_turn, kPair);
+      const float* sfa = ring.sfa() + warpgroup * 64 + fragment_row();
+      const float2 scales = make_float2(sfa[0] * scale_b, sfa[8] * scale_b);
       ptx::wgmma_wait<0>();
       if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty());
       Wgmma::pin(partial);
       promote(acc, partial, scales);
     }
-    store(p, row, t.n, acc);
+    store(p, t.m + warpgroup * 64, t.n, acc);
   }
 }

@@ -12,6 +12,7 @@ using namespace phalanx;
 
 constexpr int kBlock = 128;                   // rows and columns of a tile of D, and depth of a k-block
 constexpr int kBlockBytes = kBlock * kBlock;  // of A or B, one byte an element
+constexpr int kScaleBytes = kBlock * 4;       // of a k-block's scales of A
 using Wgmma = ptx::WgmmaE4m3<kBlock>;         // 64 x 128 x 128 by one warpgroup
 using Accumulator = float[kBlock / 2];        // a thread's share of its warpgroup's 64 x 128 of D
 
@@ -48,9 +49,11 @@ __device__ __forceinline__ void store(const Problem& p, int row0, int col0, cons
   }
 }
 
-// Both operands of a k-block, by one thread. The barrier completes when all bytes have landed.
-__device__ __forceinline__ void request(const Problem& p, const Tile& t, int kb, u8* a, u8* b, u64* full) {
-  ptx::mbarrier_arrive_expect_tx(full, 2 * kBlockBytes);
+// Both operands of a k-block, by one thread. The barrier completes when all bytes have landed, those too that the caller
+// requests besides.
+__device__ __forceinline__ void request(const Problem& p, const Tile& t, int kb, u8* a, u8* b, u64* full,
+                                        int more_bytes = 0) {
+  ptx::mbarrier_arrive_expect_tx(full, 2 * kBlockBytes + more_bytes);
   ptx::tma_load_2d(a, &p.a, full, kb * kBlock, t.m);
   ptx::tma_load_2d(b, &p.b, full, kb * kBlock, t.n);
 }
@@ -59,13 +62,14 @@ __device__ __forceinline__ void request(const Problem& p, const Tile& t, int kb,
 // its laps, by which it tells a barrier's this completion from the one before.
 template <int kStages>
 struct Ring {
-  static constexpr int kBytes = kStages * (2 * kBlockBytes + 16);
+  static constexpr int kStageBytes = 2 * kBlockBytes + kScaleBytes;
   u8* smem;
   int stage = 0;
   u32 phase = 0;
 
   __device__ u8* a() const { return smem + stage * 2 * kBlockBytes; }
   __device__ u8* b() const { return a() + kBlockBytes; }
+  __device__ float* sfa() const { return reinterpret_cast<float*>(smem + kStages * 2 * kBlockBytes) + stage * kBlock; }
   __device__ u64* full() const { return barriers() + stage; }             // published by TMA: the stage holds a k-block
   __device__ u64* empty() const { return barriers() + kStages + stage; }  // by consumers: it may be refilled
   __device__ void advance() {
@@ -84,7 +88,7 @@ struct Ring {
   }
 
  private:
-  __device__ u64* barriers() const { return reinterpret_cast<u64*>(smem + kStages * 2 * kBlockBytes); }
+  __device__ u64* barriers() const { return reinterpret_cast<u64*>(smem + kStages * kStageBytes); }
 };
 
 // acc += sfa * sfb * partial: `scales` are those of the thread's two rows, times that of B's block.
@@ -98,10 +102,16 @@ __device__ __forceinline__ void promote(Accumulator& acc, const Accumulator& par
   }
 }
 
-__device__ __forceinline__ float2 scales_of(const Problem& p, const Tile& t, int row, int kb) {
-  const float* sfa = p.sfa + i64(kb) * p.m + row;
-  const float sfb = p.sfb[i64(t.n / kBlock) * (p.k / kBlock) + kb];
-  return make_float2(sfa[0] * sfb, sfa[8] * sfb);
+// As `request`, with the scales of A: they come by a bulk copy, which needs no tensor map.
+template <int kStages>
+__device__ __forceinline__ void request_scaled(const Problem& p, const Tile& t, int kb, const Ring<kStages>& ring) {
+  request(p, t, kb, ring.a(), ring.b(), ring.full(), kScaleBytes);
+  ptx::bulk_load(ring.sfa(), p.sfa + i64(kb) * p.m + t.m, kScaleBytes, ring.full());
+}
+
+// The scales of B for a tile, one a k-block.
+__device__ __forceinline__ const float* scales_b(const Problem& p, const Tile& t) {
+  return p.sfb + i64(t.n / kBlock) * (p.k / kBlock);
 }
 
 }  // namespace ladder

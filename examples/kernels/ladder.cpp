@@ -34,7 +34,7 @@ constexpr int kBlock = 128;
 
 struct Rung {
   const char* file;
-  int num_threads, num_stages;  // stages of 32 KB in shared memory
+  int num_threads, num_stages;  // in shared memory
   bool scaled;                  // uses the scales
   int (*num_ctas)(const Problem&, int num_sms);
 };
@@ -145,7 +145,7 @@ class OnGpu {
 
   void run(const Rung& rung) const {
     const jit::KernelSource source = source_of(rung);
-    const int smem_bytes = rung.num_stages * (2 * kBlock * kBlock + 16);
+    const int smem_bytes = rung.num_stages * (2 * kBlock * kBlock + 4 * kBlock + 16);
     const cuda::Kernel& kernel = cuda::kernel(0, source.name, jit::kEntryPoint, smem_bytes, [&] {
       const auto cubin = jit::get_cubin(source, cuda::device(0).arch());
       return std::shared_ptr<const std::string>(cubin, &cubin->bytes);

@@ -6,6 +6,7 @@ lies in poisoned memory, all of which is compared: an element that is wrong or m
 many.
 """
 
+import math
 import random
 
 import phalanx
@@ -85,9 +86,9 @@ def check(pools, rng, m: int, n: int, k: int) -> None:
     assert torch.equal(memory, expected), f"{what}: other bits the second time"
 
 
-def dimension(rng, limit: int) -> int:
+def dimension(rng, least: int, limit: int) -> int:
     """Log-uniform; every other one is rounded to a size of the kernels' own, or to its neighbour."""
-    size = round(2 ** rng.uniform(0, limit.bit_length() - 1))
+    size = round(math.exp(rng.uniform(math.log(least), math.log(limit))))
     multiple = rng.choice((1, 1, 1, 8, 64, 128))
     return max(1, min(limit, -(-size // multiple) * multiple + rng.choice((0, 0, 0, -1, 1))))
 
@@ -98,14 +99,18 @@ def pools(arrays, seed):
 
 
 @pytest.mark.parametrize(
-    ("count", "limits"),
-    [(2000, (300, 400, 900)), (400, (140, 2200, 3000)), (200, (4200, 8200, 4100)), (30, (2100, 4100, 17000))],
-    ids=["small", "few_rows", "large", "long_k"],
+    ("count", "m_range", "n_range", "k_range"),
+    [
+        pytest.param(5000, (1, 300), (1, 400), (1, 900), id="small"),
+        pytest.param(1500, (1, 140), (1, 9000), (1, 3000), id="few_rows"),
+        pytest.param(500, (200, 4200), (500, 8200), (300, 4100), id="large"),
+        pytest.param(60, (1, 2100), (64, 4100), (8000, 17000), id="long_k"),
+    ],
 )
-def test_random_shapes(pools, seed, count, limits):
+def test_random_shapes(pools, seed, count, m_range, n_range, k_range):
     rng = random.Random(f"{seed} {count}")
     for _ in range(count):
-        m, n, k = (dimension(rng, limit) for limit in limits)
+        m, n, k = (dimension(rng, *sizes) for sizes in (m_range, n_range, k_range))
         while m * n > 4 << 20:
             m, n = max(1, m // 2), n - n // 3
         check(pools, rng, m, n, k)
