@@ -239,10 +239,9 @@ void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, 
       .grad_weights = options.grad_weights ? pointer<float>(*options.grad_weights) : nullptr,
       .num_tokens = int(grad_out.rows()),
       .topk = int(routing.slots.cols())};
-  const int ctas =
-      std::clamp(std::max(p.num_tokens, ceil_div(p.grad_rows.num_rows, kUnpermuteThreads)), 1, device.num_sms * 8);
-  kernels.get(ordinal, unpermute_config(grad_rows, grad_out), jit::unpermute_backward_source)
-      .launch({.num_ctas = ctas, .num_threads = kUnpermuteThreads}, &p, options.stream.handle);
+  if (const int ctas = row_ctas + p.num_tokens; ctas > 0)
+    kernels.get(ordinal, unpermute_config(grad_rows, grad_out), jit::unpermute_backward_source)
+        .launch({.num_ctas = ctas, .num_threads = kBackwardThreads}, &p, options.stream.handle);
 }
 
 }  // namespace
