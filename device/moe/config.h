@@ -12,10 +12,8 @@ struct UnpermuteConfig {
 };
 
 constexpr int kRouteThreads = 1024;
-// A CTA moves kPermuteThreads * kPermuteVectors vectors of 16 bytes of a token: small, so that there are many of them.
-constexpr int kPermuteThreads = 128;
-constexpr int kPermuteVectors = 2;
-constexpr int kScaleColumns = 8;  // of kPermuteThreads rows, that a CTA moves
+constexpr int kPermuteThreads = 128;  // each moves 16 bytes of a token; small CTAs, so that there are many of them
+constexpr int kScaleColumns = 8;      // of kPermuteThreads rows, that a CTA moves
 constexpr int kUnpermuteThreads = 128;
 constexpr int kBackwardThreads = 256;
 // Routing and permuting in one kernel: every CTA ranks all entries, so that there may not be many.

@@ -29,7 +29,8 @@ struct ExpertRows {
   int num_rows;
   int row_vectors;  // 16-byte vectors of a row
   int zero_padding;
-  int num_ctas;  // that see to padding rows, and to scales
+  int num_ctas;  // that see to padding rows, and to scales: one in `cta_stride`, so that they keep no one waiting
+  int cta_stride;
 };
 
 struct PermuteParams {

@@ -1,8 +1,8 @@
 // Tokens to their experts: rows[slots[t, k]] = x[t] for every choice that has a row; padding rows become zeros.
 //
-//   first CTAs   128 rows each: clear those that have no source; with scales, 8 columns of them each. A lane fetches the
-//                scale of its row's token: rows lie side by side in a column, so that writes are whole lines
-//   other CTAs   4 KB of a token each: read once, written to all of its rows
+//   one CTA in so many   128 rows each: clear those that have no source; with scales, 8 columns of them each. A lane fetches
+//                        the scale of its row's token: rows lie side by side in a column, so that writes are whole lines
+//   the other CTAs       2 KB of a token each: read once, written to all of its rows
 //
 // Bytes are moved as they are. Bound by memory, or for few rows by latency: hence roles side by side, short code, and no loops
 // over tasks.
@@ -16,25 +16,16 @@ namespace phalanx {
 
 constexpr int kChoicesAtOnce = 8;
 
-// Writes vectors first, first + step, ... of a token to its rows; `slots` are those of the token.
-template <int kStep>
-__device__ __forceinline__ void scatter_vectors(const PermuteParams& p, int token, const int* slots, int first) {
-  const uint4* x = reinterpret_cast<const uint4*>(p.x + token * p.x_stride) + first;
-  uint4 v[kPermuteVectors];
-#pragma unroll
-  for (int j = 0; j < kPermuteVectors; ++j)
-    if (first + j * kStep < p.rows.row_vectors) v[j] = x[j * kStep];
+// Writes one vector of a token to its rows; `slots` are those of the token.
+__device__ __forceinline__ void scatter_vector(const PermuteParams& p, int token, const int* slots, int vector) {
+  const uint4 v = reinterpret_cast<const uint4*>(p.x + token * p.x_stride)[vector];
   for (int k = 0; k < p.topk; k += kChoicesAtOnce) {
     int row[kChoicesAtOnce];
 #pragma unroll
     for (int i = 0; i < kChoicesAtOnce; ++i) row[i] = k + i < p.topk ? slots[k + i] : -1;
 #pragma unroll
-    for (int i = 0; i < kChoicesAtOnce; ++i) {
-      uint4* out = reinterpret_cast<uint4*>(p.rows.data + row[i] * p.rows.stride) + first;
-#pragma unroll
-      for (int j = 0; j < kPermuteVectors; ++j)
-        if (row[i] >= 0 && first + j * kStep < p.rows.row_vectors) out[j * kStep] = v[j];
-    }
+    for (int i = 0; i < kChoicesAtOnce; ++i)
+      if (row[i] >= 0) reinterpret_cast<uint4*>(p.rows.data + row[i] * p.rows.stride)[vector] = v;
   }
 }
 
@@ -45,6 +36,13 @@ __device__ __forceinline__ void clear_rows(const ExpertRows& rows, int begin, bo
 #pragma unroll 1
     for (int i = threadIdx.x % 32; i < rows.row_vectors; i += 32) row[i] = make_uint4(0, 0, 0, 0);
   }
+}
+
+// Which of the CTAs that see to rows this one is, or -1 - the number among the others.
+__device__ __forceinline__ int row_cta(const ExpertRows& rows) {
+  const int cta = blockIdx.x, group = cta / rows.cta_stride;
+  if (group < rows.num_ctas && cta == group * rows.cta_stride) return group;
+  return min_of(group + 1, rows.num_ctas) - cta - 1;
 }
 
 __device__ __forceinline__ float* scale_row(const PermuteParams& p, int row) {
@@ -70,16 +68,15 @@ __device__ __forceinline__ void gather_scales(const PermuteParams& p, int row, i
 __device__ __forceinline__ void permute(const PermuteParams& p) {
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  if (int(blockIdx.x) >= p.rows.num_ctas) {
-    constexpr int kPiece = kPermuteThreads * kPermuteVectors;
-    const int pieces = ceil_div(p.rows.row_vectors, kPiece);
-    const int task = int(blockIdx.x) - p.rows.num_ctas, token = task / pieces;
-    scatter_vectors<kPermuteThreads>(p, token, p.slots + i64(token) * p.topk,
-                                     (task - token * pieces) * kPiece + int(threadIdx.x));
+  const int cta = row_cta(p.rows);
+  if (cta < 0) {
+    const int pieces = ceil_div(p.rows.row_vectors, kPermuteThreads), task = -1 - cta, token = task / pieces;
+    const int vector = (task - token * pieces) * kPermuteThreads + int(threadIdx.x);
+    if (vector < p.rows.row_vectors) scatter_vector(p, token, p.slots + i64(token) * p.topk, vector);
     return;
   }
   const int column_groups = p.num_scales > 0 ? ceil_div(p.num_scales, kScaleColumns) : 1;
-  const int block = int(blockIdx.x) / column_groups, group = int(blockIdx.x) - block * column_groups;
+  const int block = cta / column_groups, group = cta - block * column_groups;
   const int row = block * kPermuteThreads + int(threadIdx.x);
   const bool inside = row < p.rows.num_rows;
   const int source = inside ? p.rows.sources[row] : 0;
@@ -117,8 +114,8 @@ __device__ __forceinline__ void route_and_permute(const RouteAndPermuteParams& p
 
   for (int token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
     const int* of_token = slots + token * p.topk;
-    for (int first = threadIdx.x; first < p.rows.row_vectors; first += kFusedThreads * kPermuteVectors)
-      scatter_vectors<kFusedThreads>(p, token, of_token, first);
+    for (int vector = threadIdx.x; vector < p.rows.row_vectors; vector += kFusedThreads)
+      scatter_vector(p, token, of_token, vector);
 #pragma unroll 1
     for (int i = threadIdx.x; i < p.num_scales * p.topk; i += kFusedThreads) {
       const int k = i / p.num_scales, column = i - k * p.num_scales, row = of_token[k];

@@ -8,7 +8,8 @@
 //   grad_rows[slots[t, k]] = weights[t, k] * grad_out[t];  padding rows become zeros
 //   grad_weights[t, k]     = dot(grad_out[t], rows[slots[t, k]])
 //
-//       The first CTAs clear padding rows, the others take a token each. Each thread sums its columns in FP32, then the lanes, then the warps, in a fixed order.
+//       Some CTAs clear padding rows, the others take a token each. Each thread sums its columns in FP32, then the lanes, then
+//       the warps, in a fixed order.
 //
 // Bound by memory.
 #pragma once
@@ -170,12 +171,13 @@ __device__ __forceinline__ void unpermute_backward(const UnpermuteBackwardParams
   __shared__ float partial[kWarps][kRowsInFlight];
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  if (int(blockIdx.x) < p.grad_rows.num_ctas) {
-    const int row = int(blockIdx.x * kBackwardThreads + threadIdx.x);
+  const int cta = row_cta(p.grad_rows);
+  if (cta >= 0) {
+    const int row = cta * kBackwardThreads + int(threadIdx.x);
     clear_rows(p.grad_rows, row - int(threadIdx.x % 32), row < p.grad_rows.num_rows && p.grad_rows.sources[row] < 0);
     return;
   }
-  const int token = int(blockIdx.x) - p.grad_rows.num_ctas;
+  const int token = -1 - cta;
   for (int k = 0; k < p.topk; k += kRowsInFlight) {
     float dot[kRowsInFlight];
     backward_rows<C>(p, token, k, dot);

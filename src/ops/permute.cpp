@@ -79,15 +79,16 @@ void route_on_cuda(const Tensor& topk_idx, const Routing& routing, const RouteOp
               &p, options.stream.handle);
 }
 
-/// `num_ctas` see to padding and scales.
-ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_padding, int num_ctas) {
+/// `num_ctas` see to padding and scales, beside `other_ctas`.
+ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_padding, int num_ctas, int other_ctas) {
   return {.data = pointer<u8>(rows),
           .stride = row_stride_bytes(rows),
           .sources = pointer<int>(routing.sources),
           .num_rows = int(rows.rows()),
           .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16),
           .zero_padding = zero_padding,
-          .num_ctas = num_ctas};
+          .num_ctas = num_ctas,
+          .cta_stride = num_ctas > 0 ? (num_ctas + other_ctas) / num_ctas : 1};
 }
 
 /// What is permuted and where to; the scales are null for unquantised rows.
@@ -102,7 +103,7 @@ struct Permutation {
     const int row_ctas = int(ceil_div<int64_t>(flat.rows(), kPermuteThreads)) * column_groups;
     PermuteParams p{.x = pointer<u8>(x),
                     .x_stride = row_stride_bytes(x),
-                    .rows = expert_rows(flat, routing, zero_padding, row_ctas),
+                    .rows = expert_rows(flat, routing, zero_padding, row_ctas, token_ctas(routing)),
                     .slots = pointer<int>(routing.slots),
                     .num_tokens = int(x.rows()),
                     .topk = int(routing.slots.cols())};
@@ -117,6 +118,11 @@ struct Permutation {
     return p;
   }
 
+  int token_ctas(const Routing& routing) const {
+    const int64_t vectors = x.cols() * size_of(x.dtype) / 16;
+    return routing.slots.cols() == 0 ? 0 : int(x.rows() * ceil_div<int64_t>(vectors, kPermuteThreads));
+  }
+
   /// Whether there is anything to write.
   bool empty() const { return flat_rows(rows).rows() == 0 || x.cols() == 0; }
 };
@@ -127,8 +133,7 @@ void permute_on_cuda(const Permutation& permutation, const Routing& routing, Str
   require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const PermuteParams p = permutation.params(routing);
-  const int pieces = ceil_div(p.rows.row_vectors, kPermuteThreads * kPermuteVectors);
-  const int ctas = p.rows.num_ctas + (p.topk > 0 ? p.num_tokens * pieces : 0);
+  const int ctas = p.rows.num_ctas + permutation.token_ctas(routing);
   if (ctas > 0)
     kernels.get(ordinal, jit::permute_source)
         .launch({.num_ctas = ctas, .num_threads = kPermuteThreads}, &p, stream.handle);
@@ -235,7 +240,7 @@ void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, 
       .slots = pointer<int>(routing.slots),
       .weights = weights_of(options.weights),
       .weights_stride = stride_of(options.weights),
-      .grad_rows = expert_rows(grad_rows, routing, options.zero_padding, row_ctas),
+      .grad_rows = expert_rows(grad_rows, routing, options.zero_padding, row_ctas, int(grad_out.rows())),
       .grad_weights = options.grad_weights ? pointer<float>(*options.grad_weights) : nullptr,
       .num_tokens = int(grad_out.rows()),
       .topk = int(routing.slots.cols())};
