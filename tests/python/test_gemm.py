@@ -35,6 +35,19 @@ def test_values_and_layouts(arrays, values, sfa_layout, pad):
     run(GemmFp8Case(67, 200, 520, "f32", sfa_layout=sfa_layout, pad=pad, values=values), arrays)
 
 
+def test_batch_invariant(arrays):
+    """Within the bound too; and a row alone has the bits that it has among others."""
+    case = GemmFp8Case(40, 136, 300, "f32")
+    inputs = case.make(arrays)
+    whole = arrays.to_numpy(case.run(inputs, batch_invariant=True)).copy()
+    case.check(inputs)
+    b = (inputs.b.array, inputs.sfb.array)
+    for row in (0, 17, 39):
+        a = (inputs.a.array[row : row + 1], inputs.sfa.array[row : row + 1])
+        alone = phalanx.gemm_fp8(a, b, out_dtype=arrays.dtype("f32"), batch_invariant=True)
+        np.testing.assert_array_equal(arrays.to_numpy(alone)[0], whole[row])
+
+
 def test_long_k_is_exact(arrays):
     run(GemmFp8Case(3, 130, 20000, "f32", values="exact"), arrays)
 

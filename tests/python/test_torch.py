@@ -126,7 +126,7 @@ def test_fake_kernels_tell_the_truth(x, b):
     tests = ("test_faketensor", "test_autograd_registration")
     ops = torch.ops.phalanx
     torch.library.opcheck(ops.gemm_fp8.default, (*a, *b), test_utils=tests)
-    torch.library.opcheck(ops.gemm_fp8.default, (*a, *b, None, torch.float32, 0), test_utils=tests)
+    torch.library.opcheck(ops.gemm_fp8.default, (*a, *b, None, torch.float32, 0, True), test_utils=tests)
     torch.library.opcheck(ops.quantize.default, (x, False, True), test_utils=tests)
     torch.library.opcheck(ops.quantize.default, (x, True, False), test_utils=tests)
     torch.library.opcheck(ops.dequantize.default, (*a, torch.float16), test_utils=tests)
