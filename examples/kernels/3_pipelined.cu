@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_co
   constexpr int kConsumers = 2;
   extern __shared__ __align__(1024) u8 smem[];
   Ring<6> ring{smem};
-  if (threadIdx.x == 0) ring.init(kConsumers * 4);
+  if (threadIdx.x == 0) ring.init(kConsumers * 4);  // a warp arrives as one
   __syncthreads();
   ptx::grid_wait_dependencies();
 

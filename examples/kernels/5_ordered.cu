@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_co
   constexpr int kConsumers = 2, kPair = kConsumers * 128;
   extern __shared__ __align__(1024) u8 smem[];
   Ring<6> ring{smem};
-  if (threadIdx.x == 0) ring.init(kConsumers * 4);
+  if (threadIdx.x == 0) ring.init(kConsumers * 128);
   __syncthreads();
   ptx::grid_wait_dependencies();
 
@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_co
       const float* sfa = ring.sfa() + warpgroup * 64 + fragment_row();
       const float2 scales = make_float2(sfa[0] * scale_b, sfa[8] * scale_b);
       ptx::wgmma_wait<0>();
-      if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ring.empty());
+      ptx::mbarrier_arrive(ring.empty());
       Wgmma::pin(partial);
       promote(acc, partial, scales);
     }

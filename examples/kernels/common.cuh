@@ -78,11 +78,11 @@ struct Ring {
   __device__ void wait_full() const { ptx::mbarrier_wait(full(), phase); }
   __device__ void wait_empty() const { ptx::mbarrier_wait(empty(), phase ^ 1); }  // the first lap passes at once
 
-  // By one thread, before anyone else looks.
-  __device__ void init(int num_consumer_warps) const {
+  // By one thread, before anyone else looks. `num_consumers` arrivals make a stage empty.
+  __device__ void init(int num_consumers) const {
     for (int s = 0; s < kStages; ++s) {
       ptx::mbarrier_init(barriers() + s, 1);
-      ptx::mbarrier_init(barriers() + kStages + s, num_consumer_warps);
+      ptx::mbarrier_init(barriers() + kStages + s, num_consumers);
     }
     ptx::fence_mbarrier_init();
   }
