@@ -189,12 +189,13 @@ def run(arguments: argparse.Namespace) -> int:
     result["clocks"]["after"] = monitor.read()
     result["seconds"] = round(time.monotonic() - started, 1)
     write_json(result, path)
-    print_result(result)
+    if shapes:
+        print_result(result)
     chain.print_rows(chain_rows)
     quantize.print_rows(quantized)
     host.print_measured(result["host"])
     print(f"written: {path}")
-    if not arguments.no_plot:
+    if shapes and not arguments.no_plot:
         plot(path)
     return 1 if wrong else 0
 
