@@ -35,7 +35,7 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("src/ep", [r"(ep|cuda)/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/cpu", [r"cpu/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/cli", [r"(cli|cuda|jit|plan)/.*", r"phalanx/.*"]),
-    ("python", [r"phalanx/.*"]),
+    ("python", [r"phalanx/.*", r"bindings/.*"]),
     ("examples/kernels", [r"phalanx/.*", r"examples/kernels/.*", r"(cuda|jit)/.*", r"device/ptx/.*"]),
     ("examples", [r"phalanx/.*"]),
     ("tests/consumer", [r"phalanx/.*"]),
