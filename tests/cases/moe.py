@@ -313,6 +313,6 @@ EDGES = [
     MoeCase(33, 8, 2, 7168, choices="one", max_rows=40),
     MoeCase(300, 1024, 8, 528, choices="distinct", alignment=4),
     MoeCase(40, 8, 32, 2048, data="bf16", choices="one", rows="f32", residual=True),
-    MoeCase(64, 32, 8, 7168, data="bf16", alignment=128, fused=True, tokens_dtype="f32", residual=True),
-    MoeCase(64, 32, 8, 7168, max_rows=64, zero_padding=False, fused=True),
+    MoeCase(64, 32, 8, 896, data="bf16", alignment=128, fused=True, tokens_dtype="f32", residual=True),
+    MoeCase(64, 32, 8, 1040, max_rows=64, zero_padding=False, fused=True),
 ]

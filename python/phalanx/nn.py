@@ -1,0 +1,119 @@
+"""PyTorch modules. `import phalanx.nn` after torch."""
+
+import torch
+
+import phalanx
+
+
+class ExpertMLP(torch.nn.Module):
+    """The experts of a mixture-of-experts layer on one device.
+
+    y[t] = sum over k of topk_weights[t, k] * MLP_e(x[t]) with e = topk_idx[t, k], where
+    MLP_e(x) = (silu(x · gate_eᵀ) * (x · up_eᵀ)) · down_eᵀ
+
+    Products are FP8 with fine-grained scales, forward and backward: activations and gradients with one scale per
+    1 x 128, weights with one per 128 x 128. Everything else is BF16 with FP32 inside, sums over experts FP32 in a fixed
+    order. Nothing waits for the device.
+
+        mlp = ExpertMLP(num_experts=32, hidden=7168, intermediate=2048, device="cuda")
+        y = mlp(x, topk_idx, topk_weights)
+
+    hidden and intermediate are multiples of 128. The weights are parameters: `gate_up` [E, 2 * intermediate, hidden],
+    gate first, and `down` [E, hidden, intermediate]. They are quantised once, and again after they have changed.
+    """
+
+    def __init__(self, num_experts: int, hidden: int, intermediate: int, device=None, dtype=torch.bfloat16):
+        super().__init__()
+        for name, size in (("hidden", hidden), ("intermediate", intermediate)):
+            if size < 128 or size % 128:
+                raise ValueError(f"{name}: {size}; expected a multiple of 128")
+        self.num_experts = num_experts
+
+        def weight(rows: int, cols: int) -> torch.nn.Parameter:
+            values = torch.randn(num_experts, rows, cols, device=device) * cols**-0.5
+            return torch.nn.Parameter(values.to(dtype))
+
+        self.gate_up = weight(2 * intermediate, hidden)
+        self.down = weight(hidden, intermediate)
+        self._quantized: tuple[tuple, tuple[torch.Tensor, ...]] | None = None
+
+    def forward(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
+        """y [T, hidden]. x BF16 [T, hidden]; topk_idx int32 or int64 [T, K], -1: none; topk_weights FP32 [T, K]."""
+        weights = self.quantized_weights()
+        return _ExpertMLP.apply(x, topk_idx, topk_weights, self.gate_up, self.down, weights)
+
+    def quantized_weights(self) -> tuple[torch.Tensor, ...]:
+        """Data and scales of gate_up and down, then of both with rows and columns swapped, for the backward pass."""
+        versions = tuple((w.data_ptr(), w._version) for w in (self.gate_up, self.down))
+        if self._quantized is None or self._quantized[0] != versions:
+            pairs = [_quantize_weight(w.detach()) for w in (self.gate_up, self.down)]
+            swapped = [tuple(part.transpose(1, 2).contiguous() for part in pair) for pair in pairs]
+            self._quantized = versions, tuple(part for pair in (*pairs, *swapped) for part in pair)
+        return self._quantized[1]
+
+
+class _ExpertMLP(torch.autograd.Function):
+    """Saves the tokens, the products' inputs in BF16, and the routing; quantises again what the backward pass needs."""
+
+    @staticmethod
+    def forward(ctx, x, topk_idx, topk_weights, gate_up, down, quantized):
+        gate_up_q, down_q = quantized[0:2], quantized[2:4]
+        rows, routing = phalanx.route_and_permute(phalanx.quantize(x), topk_idx, gate_up.shape[0])
+        gate_up_rows = phalanx.grouped_gemm_fp8(rows, gate_up_q, routing.offsets)
+        act = _swiglu(gate_up_rows, routing.sources)
+        out_rows = phalanx.grouped_gemm_fp8(phalanx.quantize(act), down_q, routing.offsets)
+        ctx.save_for_backward(x, topk_weights, gate_up_rows, act, out_rows, *routing[:5])
+        ctx.quantized = quantized
+        ctx.weight_dtypes = gate_up.dtype, down.dtype
+        return phalanx.unpermute(out_rows, routing, topk_weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, topk_weights, gate_up_rows, act, out_rows, *fields = ctx.saved_tensors
+        gate_up_t, down_t = ctx.quantized[4:6], ctx.quantized[6:8]
+        routing = phalanx.Routing(*fields)
+        offsets = routing.offsets
+        grad_out, grad_weights = phalanx.unpermute_backward(grad.contiguous(), routing, topk_weights, out_rows)
+
+        grad_act = phalanx.grouped_gemm_fp8(phalanx.quantize(grad_out), down_t, offsets)
+        grad_gate_up = _swiglu_backward(gate_up_rows, grad_act, routing.sources)
+        grad_rows = phalanx.grouped_gemm_fp8(phalanx.quantize(grad_gate_up), gate_up_t, offsets)
+        grad_x = phalanx.unpermute(grad_rows, routing)
+
+        grads = [None, None]
+        if ctx.needs_input_grad[3]:
+            rows = phalanx.permute(x, routing)
+            grads[0] = phalanx.grouped_wgrad_fp8(_quantize_columns(grad_gate_up), _quantize_columns(rows), offsets)
+        if ctx.needs_input_grad[4]:
+            grads[1] = phalanx.grouped_wgrad_fp8(_quantize_columns(grad_out), _quantize_columns(act), offsets)
+        grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.weight_dtypes, strict=True)]
+        return grad_x, None, grad_weights, *grads, None
+
+
+def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stack in 128 x 128 blocks: as one tall matrix, since no block reaches into the next expert."""
+    experts, rows, cols = weight.shape
+    data, scales = phalanx.quantize(weight.reshape(experts * rows, cols), block=(128, 128))
+    return data.view(experts, rows, cols), scales.view(experts, rows // 128, cols // 128)
+
+
+def _quantize_columns(rows: torch.Tensor) -> phalanx.Quantized:
+    """Transposed, one scale per 128 rows: what a weight gradient multiplies."""
+    return phalanx.quantize(rows.t().contiguous())
+
+
+def _swiglu(gate_up: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up. Rows of no token, which no product wrote, become zero: they will share blocks with others."""
+    gate, up = gate_up.float().chunk(2, 1)
+    act = torch.nn.functional.silu(gate) * up
+    return torch.where(sources[:, None] >= 0, act, 0).to(gate_up.dtype)
+
+
+def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.float().chunk(2, 1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    grad = grad.float()
+    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
+    both = torch.cat((grad_gate, grad * silu), 1)
+    return torch.where(sources[:, None] >= 0, both, 0).to(gate_up.dtype)

@@ -1,0 +1,87 @@
+"""The experts of a layer in FP8 beside the same in FP64 and BF16 torch, forward and backward, on the CPU or a GPU."""
+
+import phalanx
+import pytest
+
+torch = pytest.importorskip("torch")
+from phalanx.nn import ExpertMLP  # noqa: E402
+
+# Relative errors of norms, and 1 - cosine of gradients. E4M3 has 3 bits of mantissa: a rounded operand is off by 2.6%
+# in the mean square, a product of two by 3.7%, a chain of two by some 5%.
+MAX_ERROR, MAX_ANGLE = 0.08, 0.004
+
+
+def plain(x, topk_idx, topk_weights, gate_up, down):
+    """One expert after another."""
+    y = torch.zeros_like(x)
+    for expert in range(gate_up.shape[0]):
+        gate, up = (x @ gate_up[expert].t()).chunk(2, 1)
+        out = (torch.nn.functional.silu(gate) * up) @ down[expert].t()
+        y = y + out * torch.where(topk_idx == expert, topk_weights, 0).sum(1, keepdim=True).to(x.dtype)
+    return y
+
+
+def relative_error(x, y):
+    return float((x.double() - y.double()).norm() / y.double().norm())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def layer(request):
+    if request.param == "cuda" and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9):
+        pytest.skip("no Hopper GPU")
+    torch.manual_seed(0)
+    mlp = ExpertMLP(5, 256, 128, device=request.param)
+    x = torch.randn(70, 256, device=request.param).bfloat16().requires_grad_()
+    topk_idx = torch.randint(-1, 4, (70, 3), device=request.param)  # nobody chooses the last expert
+    topk_weights = torch.rand(70, 3, device=request.param, requires_grad=True)
+    return mlp, x, topk_idx, topk_weights
+
+
+def test_agrees_with_torch(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    y = mlp(x, topk_idx, topk_weights)
+    inputs = x, topk_weights, mlp.gate_up, mlp.down
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = plain(exact[0], topk_idx, *exact[1:])
+    assert y.dtype == torch.bfloat16 and relative_error(y, expected) < MAX_ERROR
+    assert (
+        relative_error(plain(x, topk_idx, *inputs[1:]), expected) < MAX_ERROR
+    )  # BF16 in torch: the reference is right
+
+    grad = torch.randn_like(y)
+    ours = torch.autograd.grad(y, inputs, grad)
+    theirs = torch.autograd.grad(expected, exact, grad.double())
+    for name, one, other in zip(("x", "topk_weights", "gate_up", "down"), ours, theirs, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(one.double().flatten(), other.flatten(), dim=0)
+        assert 1 - cosine < MAX_ANGLE, f"gradient of {name}: cosine {cosine}, error {relative_error(one, other)}"
+        assert relative_error(one, other) < 1.5 * MAX_ERROR, name
+    assert not ours[2][4].any() and not ours[3][4].any()  # of the expert that nobody chose
+
+
+def test_new_weights_are_quantised_again(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    before = mlp(x, topk_idx, topk_weights)
+    assert mlp.quantized_weights() is mlp.quantized_weights()
+    with torch.no_grad():
+        mlp.down.mul_(2)
+    assert relative_error(mlp(x, topk_idx, topk_weights), 2 * before) < 0.01
+
+
+def test_a_step_learns(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    target = torch.randn_like(x)
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss = (mlp(x, topk_idx, topk_weights) - target).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_sizes():
+    with pytest.raises(ValueError, match="hidden: 100; expected a multiple of 128"):
+        ExpertMLP(4, 100, 128)
+    assert phalanx.nn.ExpertMLP is ExpertMLP
