@@ -38,13 +38,6 @@ __device__ __forceinline__ void clear_rows(const ExpertRows& rows, int begin, bo
   }
 }
 
-// Which of the CTAs that see to rows this one is, or -1 - the number among the others.
-__device__ __forceinline__ int row_cta(const ExpertRows& rows) {
-  const int cta = blockIdx.x, group = cta / rows.cta_stride;
-  if (group < rows.num_ctas && cta == group * rows.cta_stride) return group;
-  return min_of(group + 1, rows.num_ctas) - cta - 1;
-}
-
 __device__ __forceinline__ float* scale_row(const PermuteParams& p, int row) {
   const int expert = row / p.rows_per_expert;
   return p.scales + expert * p.scale_stride_expert + (row - expert * p.rows_per_expert) * p.scale_stride_row;
@@ -68,7 +61,7 @@ __device__ __forceinline__ void gather_scales(const PermuteParams& p, int row, i
 __device__ __forceinline__ void permute(const PermuteParams& p) {
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  const int cta = row_cta(p.rows);
+  const int cta = row_cta(blockIdx.x, p.rows.num_ctas, p.rows.cta_stride);
   if (cta < 0) {
     const int pieces = ceil_div(p.rows.row_vectors, kPermuteThreads), task = -1 - cta, token = task / pieces;
     const int vector = (task - token * pieces) * kPermuteThreads + int(threadIdx.x);

@@ -171,7 +171,7 @@ __device__ __forceinline__ void unpermute_backward(const UnpermuteBackwardParams
   __shared__ float partial[kWarps][kRowsInFlight];
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  const int cta = row_cta(p.grad_rows);
+  const int cta = row_cta(blockIdx.x, p.grad_rows.num_ctas, p.grad_rows.cta_stride);
   if (cta >= 0) {
     const int row = cta * kBackwardThreads + int(threadIdx.x);
     clear_rows(p.grad_rows, row - int(threadIdx.x % 32), row < p.grad_rows.num_rows && p.grad_rows.sources[row] < 0);

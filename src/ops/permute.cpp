@@ -88,7 +88,7 @@ ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_pad
           .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16),
           .zero_padding = zero_padding,
           .num_ctas = num_ctas,
-          .cta_stride = num_ctas > 0 ? (num_ctas + other_ctas) / num_ctas : 1};
+          .cta_stride = row_cta_stride(num_ctas, other_ctas)};
 }
 
 /// What is permuted and where to; the scales are null for unquantised rows.

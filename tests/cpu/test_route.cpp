@@ -65,6 +65,21 @@ TEST(Route, ExpertsGetRowsOfTheirOwnInsideTheTarget) {
   }
 }
 
+TEST(Route, EveryCtaHasOneTask) {
+  std::mt19937 rng(kSeed);
+  for (int i = 0; i < 2000; ++i) {
+    const int num_rows = int(rng() % 40), num_others = int(rng() % (rng() % 2 ? 40 : 2000));
+    const int stride = row_cta_stride(num_rows, num_others);
+    std::vector<int> rows(num_rows), others(num_others);
+    for (int cta = 0; cta < num_rows + num_others; ++cta) {
+      const int row = row_cta(cta, num_rows, stride);
+      ++(row >= 0 ? rows.at(row) : others.at(-1 - row));
+    }
+    for (const int count : rows) ASSERT_EQ(count, 1) << num_rows << " and " << num_others;
+    for (const int count : others) ASSERT_EQ(count, 1) << num_rows << " and " << num_others;
+  }
+}
+
 /// A vector of int32 between guards.
 class Ints {
  public:
