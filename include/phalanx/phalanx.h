@@ -1,6 +1,7 @@
 // Everything.
 #pragma once
 
+#include "phalanx/activation.h"
 #include "phalanx/dtype.h"
 #include "phalanx/ep.h"
 #include "phalanx/gemm.h"

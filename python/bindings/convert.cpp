@@ -65,6 +65,11 @@ Tensor to_tensor(const char* name, const AnyView& argument) {
   return tensor;
 }
 
+std::optional<Tensor> to_optional(const char* name, const AnyView& argument) {
+  if (argument == nullptr) return std::nullopt;
+  return to_tensor(name, argument);
+}
+
 Stream to_stream(const Device& device, const Optional<std::int64_t>& stream) {
   if (stream.has_value()) return {reinterpret_cast<void*>(static_cast<std::uintptr_t>(*stream))};
   return device.type == DeviceType::cpu ? Stream{} : Stream{TVMFFIEnvGetStream(kDLCUDA, device.index)};

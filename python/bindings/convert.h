@@ -6,6 +6,7 @@
 #include <tvm/ffi/optional.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "phalanx/phalanx.h"
 
@@ -17,6 +18,8 @@ using ffi::Optional;
 
 /// `name` is what an error calls the argument.
 Tensor to_tensor(const char* name, const AnyView& argument);
+/// None is no tensor.
+std::optional<Tensor> to_optional(const char* name, const AnyView& argument);
 
 /// `stream` is given by frameworks that tvm-ffi does not ask by itself; torch's it has put in its environment.
 Stream to_stream(const Device& device, const Optional<std::int64_t>& stream);

@@ -17,11 +17,6 @@ Routing to_routing(const AnyView& slots, const AnyView& sources) {
   return routing;
 }
 
-std::optional<Tensor> to_optional(const char* name, const AnyView& argument) {
-  if (argument == nullptr) return std::nullopt;
-  return to_tensor(name, argument);
-}
-
 int to_int(const char* name, std::int64_t value) {
   if (value < INT32_MIN || value > INT32_MAX)
     throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + std::to_string(value) + " is out of range");

@@ -10,7 +10,8 @@ library, on the same device, computed on the library's current stream. Importing
 
 import sys as _sys
 
-from phalanx._api import Quantized, dequantize, gemm_fp8, quantize
+from phalanx._activation import swiglu_backward, swiglu_quantize
+from phalanx._api import Quantized, dequantize, gemm_fp8, quantize, quantize_both, quantize_transposed
 from phalanx._ep import Dispatched, ExpertParallel, Group
 from phalanx._errors import (
     AbortedError,
@@ -53,8 +54,12 @@ __all__ = [
     "grouped_wgrad_fp8",
     "permute",
     "quantize",
+    "quantize_both",
+    "quantize_transposed",
     "route",
     "route_and_permute",
+    "swiglu_backward",
+    "swiglu_quantize",
     "unpermute",
     "unpermute_backward",
     "version",

@@ -16,8 +16,12 @@ __all__ = [
     "grouped_wgrad_fp8",
     "permute",
     "quantize",
+    "quantize_both",
+    "quantize_transposed",
     "route",
     "route_and_permute",
+    "swiglu_backward",
+    "swiglu_quantize",
     "unpermute",
     "unpermute_backward",
     "version",
@@ -61,6 +65,26 @@ def quantize(
     pow2_scales: bool = False,
     out: Quantized[ArrayT] | tuple[ArrayT, ArrayT] | None = None,
 ) -> Quantized[ArrayT]: ...
+def quantize_transposed(
+    x: ArrayT, pow2_scales: bool = False, out: Quantized[ArrayT] | tuple[ArrayT, ArrayT] | None = None
+) -> Quantized[ArrayT]: ...
+def quantize_both(x: ArrayT, pow2_scales: bool = False) -> tuple[Quantized[ArrayT], Quantized[ArrayT]]: ...
+def swiglu_quantize(
+    x: ArrayT,
+    weights: ArrayT | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
+    pow2_scales: bool = False,
+    out: Quantized[ArrayT] | tuple[ArrayT, ArrayT] | None = None,
+) -> Quantized[ArrayT]: ...
+def swiglu_backward(
+    grad: ArrayT,
+    x: ArrayT,
+    weights: ArrayT | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
+    out: ArrayT | None = None,
+) -> tuple[ArrayT, ArrayT | None]: ...
 def dequantize(
     q: Quantized[ArrayT] | tuple[ArrayT, ArrayT], out: ArrayT | None = None, dtype: Any = None
 ) -> ArrayT: ...

@@ -68,6 +68,29 @@ def quantize(x, block=(1, 128), pow2_scales=False, out=None):
     return Quantized(*_frameworks.of(x, "x").quantize(x, block == (128, 128), pow2_scales, out))
 
 
+def quantize_transposed(x, pow2_scales=False, out=None):
+    """`quantize` of x's transpose, from x as it lies: E4M3 [K, M] with one FP32 scale per 128 rows of a column of x.
+
+    That is the operand of a product over the rows of x, as the gradient of weights is.
+
+    x:            [M, K] BF16, FP16 or FP32, rows contiguous, any row stride
+    pow2_scales:  round scales up to powers of two
+    out:          Quantized or (data, scales) to write: data [K, M], scales [K, ceil(M / 128)]; without it new
+                  arrays, laid out as those of `quantize`
+
+    Raises ValueError or TypeError that names the argument, before anything is written; else as `gemm_fp8`.
+    """
+    if out is not None:
+        out = as_pair(out=out)
+    return Quantized(*_frameworks.of(x, "x").quantize_transposed(x, pow2_scales, out))
+
+
+def quantize_both(x, pow2_scales=False):
+    """(quantize(x), quantize_transposed(x)), reading x once."""
+    data, scales, data_t, scales_t = _frameworks.of(x, "x").quantize_both(x, pow2_scales)
+    return Quantized(data, scales), Quantized(data_t, scales_t)
+
+
 def dequantize(q, out=None, dtype=None):
     """q.data * q.scales in FP32, rounded once to the result's dtype.
 

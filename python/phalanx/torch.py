@@ -8,7 +8,7 @@ imports this module, as does a first eager call on a tensor; else import it your
     dequantize(data, scales, dtype=None) -> x
 
 and `*_out`, which write into tensors of the caller. None has a gradient. `phalanx._torch_grouped` adds the grouped
-ones, `phalanx._torch_moe` those that move tokens.
+ones, `phalanx._torch_moe` those that move tokens, `phalanx._torch_activation` SwiGLU.
 """
 
 import torch
@@ -103,4 +103,4 @@ def _dequantize(data, scales, dtype=None):
     return out
 
 
-from phalanx import _torch_grouped, _torch_moe  # noqa: E402, F401
+from phalanx import _torch_activation, _torch_grouped, _torch_moe  # noqa: E402, F401

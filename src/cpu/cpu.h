@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/quantize/config.h"
+#include "phalanx/activation.h"
 #include "phalanx/gemm.h"
 #include "phalanx/quantize.h"
 
@@ -18,6 +19,12 @@ void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tenso
                        bool accumulate);
 
 void quantize(const Tensor& x, const ScaledTensor& q, ScaleShape shape, bool pow2_scales);
+void quantize_transposed(const Tensor& x, const ScaledTensor& q, bool pow2_scales);
 void dequantize(const ScaledTensor& q, const Tensor& x, ScaleShape shape);
+
+void swiglu_quantize(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options);
+/// `grad_weights`: null if not wanted.
+void swiglu_backward(const Tensor& x, const Tensor& grad, const Tensor& grad_x, const Tensor* grad_weights,
+                     const SwigluOptions& options);
 
 }  // namespace phalanx::cpu

@@ -1,13 +1,10 @@
 // Quantisation and back; docs/numerics.md defines every byte, and the CUDA kernels write the same ones.
 #include <algorithm>
-#include <array>
-#include <bit>
-#include <cmath>
 #include <cstdint>
-#include <limits>
+#include <vector>
 
-#include "cpu/convert.h"
 #include "cpu/cpu.h"
+#include "cpu/encode.h"
 #include "cpu/parallel.h"
 
 namespace phalanx::cpu {
@@ -50,41 +47,6 @@ void for_each_block(const Tensor& data, ScaleShape shape, const F& f) {
   });
 }
 
-float larger_if_finite(float amax, float x) {
-  const float magnitude = std::fabs(x);
-  const float finite = magnitude < std::numeric_limits<float>::infinity() ? magnitude : 0.0f;  // false for NaN
-  return amax < finite ? finite : amax;
-}
-
-// Simple loops over a row of a block, each of which the compiler vectorises. They stage FP32 in `Row`.
-using Row = std::array<float, kQuantizeBlock>;
-
-template <class T>
-void widen(const T* x, int64_t count, Row& row) {
-  for (int64_t i = 0; i < count; ++i) row[i] = to_f32(x[i]);
-}
-
-/// The largest finite |x|. The maximum is taken in lanes, as its order does not matter.
-float finite_amax(const Row& row, int64_t count) {
-  constexpr int kLanes = 8;
-  float lanes[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = larger_if_finite(lanes[lane], row[i + lane]);
-  }
-  for (; i < count; ++i) lanes[0] = larger_if_finite(lanes[0], row[i]);
-  return *std::max_element(lanes, lanes + kLanes);
-}
-
-void encode(const Row& row, float inv, int64_t count, E4m3* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = from_f32<E4m3>(row[i] * inv);
-}
-
-float scale_for(float amax, bool pow2) {
-  const float scale = std::max(amax / kE4m3Max, kMinScale);
-  return pow2 ? std::bit_cast<float>(pow2_ceil_bits(std::bit_cast<u32>(scale))) : scale;
-}
-
 template <class T>
 void quantize_as(const Tensor& x, const ScaledTensor& q, ScaleShape shape, bool pow2) {
   for_each_block(x, shape, [&](const Block& block) {
@@ -99,6 +61,20 @@ void quantize_as(const Tensor& x, const ScaledTensor& q, ScaleShape shape, bool 
     for (int64_t i = 0; i < block.rows; ++i) {
       if (block.rows > 1) widen(row_of<const T>(x, block, i), block.cols, row);
       encode(row, inv, block.cols, row_of<E4m3>(q.data, block, i));
+    }
+  });
+}
+
+template <class T>
+void quantize_transposed_as(const Tensor& x, const ScaledTensor& q, bool pow2) {
+  for_each_block(x, ScaleShape::block_128x128, [&](const Block& block) {
+    thread_local std::vector<Row> rows(kQuantizeBlock);
+    for (int64_t i = 0; i < block.rows; ++i) widen(row_of<const T>(x, block, i), block.cols, rows[i]);
+    for (int64_t j = 0; j < block.cols; ++j) {
+      Row column;
+      for (int64_t i = 0; i < block.rows; ++i) column[i] = rows[i][j];
+      const Block transposed{block.col + j, block.row, 1, block.rows, block.col + j, block.row_block};
+      scale_of(q.scales, transposed) = quantize_row(column, block.rows, pow2, row_of<E4m3>(q.data, transposed, 0));
     }
   });
 }
@@ -125,6 +101,17 @@ void quantize(const Tensor& x, const ScaledTensor& q, ScaleShape shape, bool pow
       return quantize_as<F16>(x, q, shape, pow2_scales);
     default:
       return quantize_as<float>(x, q, shape, pow2_scales);
+  }
+}
+
+void quantize_transposed(const Tensor& x, const ScaledTensor& q, bool pow2_scales) {
+  switch (x.dtype) {
+    case DType::bf16:
+      return quantize_transposed_as<Bf16>(x, q, pow2_scales);
+    case DType::f16:
+      return quantize_transposed_as<F16>(x, q, pow2_scales);
+    default:
+      return quantize_transposed_as<float>(x, q, pow2_scales);
   }
 }
 

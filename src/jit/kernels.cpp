@@ -9,31 +9,6 @@ namespace {
 
 const char* name_of(OutType type) { return type == OutType::bf16 ? "bf16" : "f32"; }
 
-const char* name_of(FloatType type) {
-  switch (type) {
-    case FloatType::bf16:
-      return "bf16";
-    case FloatType::f16:
-      return "f16";
-    case FloatType::f32:
-      break;
-  }
-  return "f32";
-}
-
-const char* name_of(ScaleShape shape) { return shape == ScaleShape::row_1x128 ? "row_1x128" : "block_128x128"; }
-
-// `function` is quantize or dequantize: they share a header, their config and their parameters.
-KernelSource quantize_kernel(const char* function, const QuantizeConfig& config) {
-  const auto& [type, shape] = config;
-  return {.name = fmt::format("{}_{}_{}", function, name_of(shape), name_of(type)),
-          .text = fmt::format(R"(#include "device/quantize/quantize.cuh"
-constexpr phalanx::QuantizeConfig kConfig{{.type = phalanx::FloatType::{}, .shape = phalanx::ScaleShape::{}}};
-extern "C" __global__ void __launch_bounds__(phalanx::kQuantizeThreads) {}(const __grid_constant__ phalanx::QuantizeParams params) {{ phalanx::{}<kConfig>(params); }}
-)",
-                              name_of(type), name_of(shape), kEntryPoint, function)};
-}
-
 }  // namespace
 
 KernelSource gemm_source(const GemmConfig& config) {
@@ -49,17 +24,17 @@ extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), 1) {}(const 
                               kEntryPoint)};
 }
 
-KernelSource quantize_source(const QuantizeConfig& config) { return quantize_kernel("quantize", config); }
-KernelSource dequantize_source(const QuantizeConfig& config) { return quantize_kernel("dequantize", config); }
-
 std::vector<KernelSource> all_kernels() {
   std::vector<KernelSource> kernels;
   for (const GemmConfig& config : plan::all_gemm_configs()) kernels.push_back(gemm_source(config));
-  for (const ScaleShape shape : {ScaleShape::row_1x128, ScaleShape::block_128x128}) {
-    for (const FloatType type : {FloatType::bf16, FloatType::f16, FloatType::f32}) {
-      kernels.push_back(quantize_source({type, shape}));
+  for (const FloatType type : {FloatType::bf16, FloatType::f16, FloatType::f32}) {
+    for (const QuantizeForm form :
+         {QuantizeForm::rows, QuantizeForm::blocks, QuantizeForm::transposed, QuantizeForm::both})
+      kernels.push_back(quantize_source({type, form}));
+    for (const ScaleShape shape : {ScaleShape::row_1x128, ScaleShape::block_128x128})
       kernels.push_back(dequantize_source({type, shape}));
-    }
+    kernels.push_back(swiglu_quantize_source({type}));
+    kernels.push_back(swiglu_backward_source({type}));
   }
   kernels.insert(kernels.end(), {route_source(), permute_source(), route_and_permute_source()});
   for (const bool rows_f32 : {false, true}) {

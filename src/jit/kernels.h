@@ -12,7 +12,9 @@ namespace phalanx::jit {
 
 KernelSource gemm_source(const GemmConfig& config);
 KernelSource quantize_source(const QuantizeConfig& config);
-KernelSource dequantize_source(const QuantizeConfig& config);
+KernelSource dequantize_source(const DequantizeConfig& config);
+KernelSource swiglu_quantize_source(const SwigluConfig& config);
+KernelSource swiglu_backward_source(const SwigluConfig& config);
 KernelSource route_source();
 KernelSource permute_source();
 KernelSource route_and_permute_source();

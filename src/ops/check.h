@@ -5,10 +5,8 @@
 #include <cstdint>
 #include <string>
 
-#include "device/quantize/config.h"
 #include "phalanx/gemm.h"
 #include "phalanx/grouped.h"
-#include "phalanx/quantize.h"
 
 namespace phalanx {
 
@@ -33,10 +31,5 @@ void check_grouped_gemm(const char* op, RowGroups kind, const ScaledTensor& a, c
 /// `offsets`: null without groups.
 void check_wgrad(const char* op, const ScaledTensor& a, const ScaledTensor& b, const Tensor* offsets, const Tensor& d,
                  const WgradOptions& options);
-
-void check_quantize(const Tensor& x, const ScaledTensor& q, ScaleShape shape);
-
-/// Returns the shape of the blocks, which the scales' shape tells.
-ScaleShape check_dequantize(const ScaledTensor& q, const Tensor& x);
 
 }  // namespace phalanx

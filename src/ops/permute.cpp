@@ -1,6 +1,5 @@
 // check -> run, on the CPU or on CUDA. One kernel for each operation (and dtype, where they compute): nothing to plan.
 #include <algorithm>
-#include <atomic>
 #include <bit>
 
 #include "cpu/moe.h"
@@ -22,20 +21,6 @@ constexpr int kEntriesPerRouteCta = 4096, kMaxRouteCtas = 8;  // that many CTAs 
 constexpr int route_smem_bytes(int num_threads, int num_experts) {
   return 4 * route_smem_words(num_threads / 32, num_experts);
 }
-
-/// The kernel of each device, found without building strings when warm. Two threads may both fill an entry, with the same pointer.
-class KernelOfDevice {
- public:
-  template <class Source>
-  const cuda::Kernel& get(int ordinal, const Source& source, int smem_bytes = 0) {
-    const cuda::Kernel* kernel = kernels_[ordinal];
-    if (!kernel) kernels_[ordinal] = kernel = &load_kernel(ordinal, source(), smem_bytes);
-    return *kernel;
-  }
-
- private:
-  std::atomic<const cuda::Kernel*> kernels_[cuda::kMaxDevices];
-};
 
 template <class T>
 T* pointer(const Tensor& t) {

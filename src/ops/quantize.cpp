@@ -1,86 +1,101 @@
-// check -> run, on the CPU or on CUDA. One kernel per dtype and scale shape: there is nothing to plan.
+// check -> run, on the CPU or on CUDA. One kernel per dtype and form: there is nothing to plan.
 #include "phalanx/quantize.h"
-
-#include <algorithm>
-#include <atomic>
 
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
-#include "device/quantize/config.h"
-#include "device/quantize/params.h"
 #include "jit/kernels.h"
-#include "ops/check.h"
+#include "ops/check_quantize.h"
 #include "ops/kernel.h"
+#include "ops/scaled_matrix.h"
 
 namespace phalanx {
 namespace {
 
-FloatType float_type(DType dtype) {
-  return dtype == DType::bf16 ? FloatType::bf16 : dtype == DType::f16 ? FloatType::f16 : FloatType::f32;
-}
+constexpr int kNumForms = 4, kNumScaleShapes = 2;
 
-enum class Direction { quantize, dequantize };
-
-void run_on_cuda(Direction direction, const Tensor& x, const ScaledTensor& q, ScaleShape shape, bool pow2_scales,
-                 Stream stream) {
+void quantize_on_cuda(QuantizeForm form, const Tensor& x, const ScaledTensor* q, const ScaledTensor* q_t,
+                      const QuantizeOptions& options) {
   const int ordinal = x.device.index;
-  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
-  const QuantizeConfig config{float_type(x.dtype), shape};
-  // Found by small indices, so that a warm call builds no strings. Two threads may both fill an entry, with the same pointer.
-  static std::atomic<const cuda::Kernel*> kernels[cuda::kMaxDevices][2][3][2];
-  auto& slot = kernels[ordinal][int(direction)][int(config.type)][int(config.shape)];
-  const cuda::Kernel* kernel = slot;
-  if (!kernel) {
-    const bool to_e4m3 = direction == Direction::quantize;
-    kernel = &load_kernel(ordinal, to_e4m3 ? jit::quantize_source(config) : jit::dequantize_source(config), 0);
-    slot = kernel;
-  }
-
-  const QuantizeParams p{.x = x.data,
-                         .q = static_cast<u8*>(q.data.data),
-                         .scales = static_cast<float*>(q.scales.data),
-                         .x_stride = row_stride(x),
-                         .q_stride = row_stride(q.data),
-                         .scale_stride_row = q.scales.strides[0],
-                         .scale_stride_col = q.scales.strides[1],
-                         .rows = int(x.rows()),
-                         .cols = int(x.cols()),
-                         .pow2_scales = pow2_scales};
-  // Enough CTAs to fill every SM; they stride over the rest. A CTA's piece: 256 vectors of 16 bytes, or a 128 x 128 block.
-  const bool by_block = direction == Direction::quantize && shape == ScaleShape::block_128x128;
-  const std::int64_t piece = by_block ? kQuantizeBlock * kQuantizeBlock : kQuantizeThreads * 16 / size_of(x.dtype);
-  const std::int64_t padded = ceil_div<std::int64_t>(x.rows(), by_block ? kQuantizeBlock : 1) *
-                              (by_block ? kQuantizeBlock : 1) * ceil_div<std::int64_t>(x.cols(), kQuantizeBlock) *
-                              kQuantizeBlock;
-  const int num_ctas = int(std::min<std::int64_t>(ceil_div(padded, piece), device.num_sms * 8));
-  kernel->launch({.num_ctas = num_ctas, .num_threads = kQuantizeThreads}, &p, stream.handle);
+  const QuantizeConfig config{float_type(x.dtype), form};
+  static KernelOfDevice kernels[kNumForms][kNumFloatTypes];
+  const cuda::Kernel& kernel =
+      kernels[int(form)][int(config.type)].get(ordinal, [&] { return jit::quantize_source(config); });
+  const QuantizeParams params{.x = x.data,
+                              .x_stride = row_stride(x),
+                              .q = q ? scaled_matrix(*q) : ScaledMatrix{},
+                              .q_t = q_t ? scaled_matrix(*q_t) : ScaledMatrix{},
+                              .rows = int(x.rows()),
+                              .cols = int(x.cols()),
+                              .rows_per_warp = RowTiles::rows_per_warp(config.type, x.rows(), x.cols()),
+                              .vectors = has_vectors(x, q ? &q->data : nullptr, x.cols()),
+                              .pow2_scales = options.pow2_scales};
+  const int num_ctas = int(config.num_ctas(x.rows(), x.cols()));
+  kernel.launch({.num_ctas = num_ctas, .num_threads = config.num_threads()}, &params, options.stream.handle);
 }
 
-void quantize(const Tensor& x, const ScaledTensor& q, ScaleShape shape, const QuantizeOptions& options) {
-  check_quantize(x, q, shape);
-  if (x.rows() == 0 || x.cols() == 0) return;
+void dequantize_on_cuda(ScaleShape shape, const ScaledTensor& q, const Tensor& x, Stream stream) {
+  const int ordinal = x.device.index;
+  require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  const DequantizeConfig config{float_type(x.dtype), shape};
+  static KernelOfDevice kernels[kNumScaleShapes][kNumFloatTypes];
+  const cuda::Kernel& kernel =
+      kernels[int(shape)][int(config.type)].get(ordinal, [&] { return jit::dequantize_source(config); });
+  const DequantizeParams params{.q = scaled_matrix(q),
+                                .x = x.data,
+                                .x_stride = row_stride(x),
+                                .rows = int(x.rows()),
+                                .cols = int(x.cols()),
+                                .rows_per_warp = RowTiles::rows_per_warp(config.type, x.rows(), x.cols()),
+                                .vectors = has_vectors(x, &q.data, x.cols())};
+  const int num_ctas = int(RowTiles::num_ctas(config.type, x.rows(), x.cols()));
+  kernel.launch({.num_ctas = num_ctas, .num_threads = config.num_threads()}, &params, stream.handle);
+}
+
+bool is_empty(const Tensor& x) { return x.rows() == 0 || x.cols() == 0; }
+
+void quantize_on_cpu(QuantizeForm form, const Tensor& x, const ScaledTensor* q, const ScaledTensor* q_t,
+                     bool pow2_scales) {
+  const ScaleShape shape = form == QuantizeForm::blocks ? ScaleShape::block_128x128 : ScaleShape::row_1x128;
+  if (q) cpu::quantize(x, *q, shape, pow2_scales);
+  if (q_t) cpu::quantize_transposed(x, *q_t, pow2_scales);
+}
+
+void quantize(QuantizeForm form, const Tensor& x, const ScaledTensor* q, const ScaledTensor* q_t,
+              const QuantizeOptions& options) {
+  check_quantize(form, x, q, q_t);
+  if (is_empty(x)) return;
   if (x.device.type == DeviceType::cuda)
-    run_on_cuda(Direction::quantize, x, q, shape, options.pow2_scales, options.stream);
+    quantize_on_cuda(form, x, q, q_t, options);
   else
-    cpu::quantize(x, q, shape, options.pow2_scales);
+    quantize_on_cpu(form, x, q, q_t, options.pow2_scales);
 }
 
 }  // namespace
 
 void quantize_rows(const Tensor& x, const ScaledTensor& q, const QuantizeOptions& options) {
-  quantize(x, q, ScaleShape::row_1x128, options);
+  quantize(QuantizeForm::rows, x, &q, nullptr, options);
 }
 
 void quantize_blocks(const Tensor& x, const ScaledTensor& q, const QuantizeOptions& options) {
-  quantize(x, q, ScaleShape::block_128x128, options);
+  quantize(QuantizeForm::blocks, x, &q, nullptr, options);
+}
+
+void quantize_transposed(const Tensor& x, const ScaledTensor& q, const QuantizeOptions& options) {
+  quantize(QuantizeForm::transposed, x, nullptr, &q, options);
+}
+
+void quantize_both(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t, const QuantizeOptions& options) {
+  quantize(QuantizeForm::both, x, &q, &q_t, options);
 }
 
 void dequantize(const ScaledTensor& q, const Tensor& x, Stream stream) {
   const ScaleShape shape = check_dequantize(q, x);
-  if (x.rows() == 0 || x.cols() == 0) return;
+  if (is_empty(x)) return;
   if (x.device.type == DeviceType::cuda)
-    run_on_cuda(Direction::dequantize, x, q, shape, false, stream);
+    dequantize_on_cuda(shape, q, x, stream);
   else
     cpu::dequantize(q, x, shape);
 }

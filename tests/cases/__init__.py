@@ -7,8 +7,9 @@ from cases.arrays import NumPyArrays, TorchArrays
 from cases.gemm import GemmFp8Case
 from cases.grouped import GroupedGemmCase, WgradCase
 from cases.moe import MoeCase, random_moe_cases
-from cases.quantize import DequantizeCase, QuantizeCase
+from cases.quantize import DequantizeCase, QuantizeCase, TransposedCase
 from cases.shapes import random_shapes, shapes
+from cases.swiglu import SwigluCase
 
 __all__ = [
     "DequantizeCase",
@@ -17,7 +18,9 @@ __all__ = [
     "MoeCase",
     "NumPyArrays",
     "QuantizeCase",
+    "SwigluCase",
     "TorchArrays",
+    "TransposedCase",
     "WgradCase",
     "random_moe_cases",
     "random_shapes",

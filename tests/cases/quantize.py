@@ -138,6 +138,67 @@ class QuantizeCase:
 
 
 @dataclass
+class TransposedInputs:
+    arrays: NumPyArrays
+    x: Guarded
+    data: Guarded  # transposed
+    scales: Guarded
+
+
+@dataclass(frozen=True)
+class TransposedCase:
+    """quantize_transposed, and quantize_both, which must give the same and the rows as well."""
+
+    rows: int
+    cols: int
+    dtype: str = "bf16"
+    pow2_scales: bool = False
+    scales_layout: str = "mn"
+    pad: int = 0
+    values: str = "normal"
+    seed: int = field(default=0, compare=False)
+
+    def __str__(self) -> str:
+        pow2 = "-pow2" if self.pow2_scales else ""
+        return (
+            f"transposed-{self.rows}x{self.cols}-{self.dtype}{pow2}-{self.scales_layout}-pad{self.pad}-{self.values}"
+            f"-seed{self.seed}"
+        )
+
+    def make(self, arrays: NumPyArrays) -> TransposedInputs:
+        rng = np.random.default_rng([self.seed, self.rows, self.cols])
+        values = make_floats(rng, self.rows, self.cols, self.dtype, self.values)
+        x = arrays.matrix(self.rows, self.cols, self.dtype, self.cols + self.pad)
+        by_columns = self.scales_layout == "mn"
+        return TransposedInputs(
+            arrays,
+            arrays.copy_in(x, values),
+            arrays.matrix(self.cols, self.rows, "e4m3", self.rows + self.pad),
+            arrays.matrix(self.cols, num_blocks(self.rows), "f32", by_columns=by_columns),
+        )
+
+    def run(self, inputs: TransposedInputs) -> Any:
+        out = (inputs.data.array, inputs.scales.array)
+        phalanx.quantize_transposed(inputs.x.array, self.pow2_scales, out=out)
+        return phalanx.quantize_both(inputs.x.array, self.pow2_scales)
+
+    def check(self, inputs: TransposedInputs, both: Any) -> None:
+        to_numpy = inputs.arrays.to_numpy
+        x = to_numpy(inputs.x.array)
+        rows, transposed = (reference_quantize(y, 1, self.pow2_scales) for y in (x, np.ascontiguousarray(x.T)))
+        results = {
+            "transposed": ((inputs.data.array, inputs.scales.array), transposed),
+            "both, rows": (both[0], rows),
+            "both, transposed": (both[1], transposed),
+        }
+        for name, (actual, expected) in results.items():
+            same_bytes(f"{self}: {name}: scales", to_numpy(actual[1]), expected[1])
+            same_bytes(f"{self}: {name}: data", to_numpy(actual[0]), expected[0])
+        inputs.data.check_guard()
+        inputs.scales.check_guard()
+
+
+@dataclass
 class DequantizeInputs:
     arrays: NumPyArrays
     data: Guarded

@@ -195,6 +195,95 @@ void check_quantize(int m, int n, bool blocks, bool pow2_scales, std::mt19937& r
   ASSERT_TRUE(y_result.same_bytes(y));
 }
 
+template <class T>
+void check_transposed(int m, int n, bool pow2_scales, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  Matrix<T> x(m, n, 1);
+  x.fill([&](auto i, auto j) {
+    if ((i + 3 * j) % 97 == 0) return cpu::from_f32<T>(std::numeric_limits<float>::quiet_NaN());
+    return cpu::from_f32<T>(j % 7 == 3 ? 0.0f : normal(rng));
+  });
+  const DeviceCopy<T> x_gpu(x);
+  const QuantizeOptions options{.pow2_scales = pow2_scales, .stream = {}};
+  for (const bool both : {false, true}) {
+    Matrix<cpu::E4m3> q(m, n, 1), q_t(n, m, 1);
+    Matrix<float> scales(m, (n + 127) / 128, 0, Order::col_major), scales_t(n, (m + 127) / 128, 0, Order::col_major);
+    const DeviceCopy<cpu::E4m3> q_gpu(q), q_t_gpu(q_t);
+    const DeviceCopy<float> scales_gpu(scales), scales_t_gpu(scales_t);
+    const auto run = [&](const Tensor& in, const ScaledTensor& rows, const ScaledTensor& columns) {
+      both ? quantize_both(in, rows, columns, options) : quantize_transposed(in, columns, options);
+    };
+    run(x_gpu.tensor(), {q_gpu.tensor(), scales_gpu.tensor()}, {q_t_gpu.tensor(), scales_t_gpu.tensor()});
+    run(x.tensor(), {q.tensor(), scales.tensor()}, {q_t.tensor(), scales_t.tensor()});
+    ASSERT_TRUE(q_gpu.download().same_bytes(q));
+    ASSERT_TRUE(q_t_gpu.download().same_bytes(q_t));
+    ASSERT_TRUE(scales_gpu.download().same_bytes(scales));
+    ASSERT_TRUE(scales_t_gpu.download().same_bytes(scales_t));
+  }
+}
+
+TEST_F(OnGpu, EveryTransposingKernelGivesTheBytesOfTheCpu) {
+  std::mt19937 rng(kSeed);
+  for (const auto& [m, n] : {std::pair{1, 1}, {5, 304}, {130, 257}, {304, 128}}) {
+    for (const bool pow2_scales : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << m << "x" << n);
+      check_transposed<cpu::Bf16>(m, n, pow2_scales, rng);
+      check_transposed<cpu::F16>(m, n, pow2_scales, rng);
+      check_transposed<float>(m, n, pow2_scales, rng);
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+template <class T>
+void check_swiglu(int m, int n, bool interleaved, float limit, std::mt19937& rng) {
+  std::normal_distribution<float> normal(0, 4);
+  const auto random = [&](auto, auto) { return cpu::from_f32<T>(normal(rng)); };
+  Matrix<T> x(m, 2 * n, 1), grad(m, n, 1), grad_x(m, 2 * n, 1);
+  Matrix<float> weights(1, m), grad_weights(1, m);
+  Matrix<cpu::E4m3> q(m, n, 1);
+  Matrix<float> scales(m, (n + 127) / 128, 0, Order::col_major);
+  x.fill(random), grad.fill(random), weights.fill([&](auto, auto) { return normal(rng); });
+  const DeviceCopy<T> x_gpu(x), grad_gpu(grad), grad_x_gpu(grad_x);
+  const DeviceCopy<float> weights_gpu(weights), grad_weights_gpu(grad_weights), scales_gpu(scales);
+  const DeviceCopy<cpu::E4m3> q_gpu(q);
+
+  const auto vector = [](Tensor tensor) {
+    tensor.ndim = 1, tensor.shape[0] = tensor.shape[1], tensor.strides[0] = 1;
+    return tensor;
+  };
+  const auto run = [&](const Tensor& in, const ScaledTensor& out, const Tensor& dh, const Tensor& dx, const Tensor& w,
+                       const Tensor& dw) {
+    const SwigluOptions options{.interleaved = interleaved, .limit = limit, .weights = vector(w), .stream = {}};
+    swiglu_quantize(in, out, options);
+    swiglu_backward(in, dh, dx, vector(dw), options);
+  };
+  run(x_gpu.tensor(), {q_gpu.tensor(), scales_gpu.tensor()}, grad_gpu.tensor(), grad_x_gpu.tensor(),
+      weights_gpu.tensor(), grad_weights_gpu.tensor());
+  run(x.tensor(), {q.tensor(), scales.tensor()}, grad.tensor(), grad_x.tensor(), weights.tensor(),
+      grad_weights.tensor());
+  ASSERT_TRUE(q_gpu.download().same_bytes(q));
+  ASSERT_TRUE(scales_gpu.download().same_bytes(scales));
+  ASSERT_TRUE(grad_x_gpu.download().same_bytes(grad_x));
+  const Matrix<float> sums = grad_weights_gpu.download();
+  for (int i = 0; i < m; ++i) ASSERT_NEAR(sums.at(0, i), grad_weights.at(0, i), 1e-3 * n) << i;
+}
+
+TEST_F(OnGpu, EverySwigluKernelGivesTheBytesOfTheCpu) {
+  std::mt19937 rng(kSeed);
+  for (const auto& [m, n] : {std::pair{1, 8}, {5, 304}, {13, 2056}, {2050, 264}}) {  // the last by several rows at once
+    for (const bool interleaved : {false, true}) {
+      for (const float limit : {std::numeric_limits<float>::infinity(), 3.0f}) {
+        SCOPED_TRACE(::testing::Message() << m << "x" << n << " limit " << limit);
+        check_swiglu<cpu::Bf16>(m, n, interleaved, limit, rng);
+        check_swiglu<cpu::F16>(m, n, interleaved, limit, rng);
+        check_swiglu<float>(m, n, interleaved, limit, rng);
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
 TEST_F(OnGpu, EveryQuantiseKernelGivesTheBytesOfTheCpu) {
   std::mt19937 rng(kSeed);
   for (const auto& [m, n] : {std::pair{1, 1}, {5, 300}, {130, 257}, {300, 128}}) {

@@ -5,11 +5,11 @@ import random
 import numpy as np
 import phalanx
 import pytest
-from cases import DequantizeCase, QuantizeCase
+from cases import DequantizeCase, QuantizeCase, TransposedCase
 
 torch = pytest.importorskip("torch")
 
-SIZES = [(0, 128), (1, 1), (3, 128), (130, 300), (257, 513), (128, 1024), (1000, 7168), (4096, 2048)]
+SIZES = [(0, 128), (1, 1), (3, 128), (130, 300), (257, 513), (128, 1024), (1000, 7168), (2056, 2048)]
 
 
 def run(case, arrays):
@@ -35,6 +35,19 @@ def test_dequantize(arrays, size, dtype, block_rows):
     run(DequantizeCase(*size, dtype, block_rows, pad=5), arrays)
 
 
+def run_transposed(case, arrays):
+    inputs = case.make(arrays)
+    case.check(inputs, case.run(inputs))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("values", ["normal", "edges", "bits"])
+def test_transposed_and_both(arrays, size, dtype, values):
+    for pow2_scales in (False, True):
+        run_transposed(TransposedCase(*size, dtype, pow2_scales, values=values), arrays)
+
+
 def test_random_sizes(arrays, seed):
     rng = random.Random(seed)
     for _ in range(150):
@@ -43,6 +56,7 @@ def test_random_sizes(arrays, seed):
         values, pow2 = rng.choice(("normal", "edges", "bits")), rng.random() < 0.5
         run(QuantizeCase(*size, dtype, block_rows, pow2, layout, pad, values, seed), arrays)
         run(DequantizeCase(*size, dtype, block_rows, layout, pad, seed), arrays)
+        run_transposed(TransposedCase(*size, dtype, pow2, layout, pad, values, seed), arrays)
 
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 128)])

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import phalanx
 import pytest
-from cases import DequantizeCase, QuantizeCase
+from cases import DequantizeCase, QuantizeCase, TransposedCase
 
 SIZES = [(0, 128), (1, 1), (3, 128), (130, 300), (257, 513), (128, 1024)]
 
@@ -33,6 +33,16 @@ def test_dequantize(arrays, size, dtype, block_rows):
     run(DequantizeCase(*size, dtype, block_rows, pad=5), arrays)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("values", ["normal", "edges", "bits"])
+def test_transposed_and_both(arrays, size, dtype, values):
+    for pow2_scales in (False, True):
+        case = TransposedCase(*size, dtype, pow2_scales, values=values)
+        inputs = case.make(arrays)
+        case.check(inputs, case.run(inputs))
+
+
 def test_random_sizes(arrays, seed):
     rng = random.Random(seed)
     for _ in range(60):
@@ -41,6 +51,9 @@ def test_random_sizes(arrays, seed):
         values, pow2 = rng.choice(("normal", "edges", "bits")), rng.random() < 0.5
         run(QuantizeCase(*size, dtype, block_rows, pow2, layout, pad, values, seed), arrays)
         run(DequantizeCase(*size, dtype, block_rows, layout, pad, seed), arrays)
+        case = TransposedCase(*size, dtype, pow2, layout, pad, values, seed)
+        inputs = case.make(arrays)
+        case.check(inputs, case.run(inputs))
 
 
 def quantize_row(*values):

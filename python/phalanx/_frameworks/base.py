@@ -19,6 +19,12 @@ def matrix_shape(name: str, array: Any) -> tuple[int, int]:
     return tuple(array.shape)
 
 
+def check_untraced(out: Any) -> None:
+    """Of operations whose traced form makes new arrays only."""
+    if out is not None:
+        raise ValueError("out: given to a call that is traced; expected none")
+
+
 class Framework:
     """One array library. A subclass supplies the hooks; PyTorch's also short-cuts the operations."""
 
@@ -84,6 +90,10 @@ class Framework:
             scales = self.empty((rows, num_blocks(cols)), (1, padded(rows, 4)), self.f32, like)
         return data, scales
 
+    def empty_quantized_both(self, x: Any) -> tuple[Any, Any, Any, Any]:
+        rows, cols = matrix_shape("x", x)
+        return *self.empty_quantized(rows, cols, False, x), *self.empty_quantized(cols, rows, False, x)
+
     # --- operations ---------------------------------------------------------------------------------------------------
 
     def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant):
@@ -107,6 +117,28 @@ class Framework:
         _native.quantize(self.view(x), data_view, scales_view, blocks, pow2_scales, self.stream(x))
         self.finish(x)
         return data, scales
+
+    def quantize_transposed(self, x, pow2_scales, out):
+        if self.is_traced(x):
+            check_untraced(out)
+            return self.traced("quantize_transposed", (x,), None, (), (pow2_scales,))
+        if out is None:
+            out = self.empty_quantized(*reversed(matrix_shape("x", x)), False, x)
+        else:
+            self.check_out(out, None)
+        data, scales = out
+        data_view, scales_view = self.writable_view(data), self.writable_view(scales)
+        _native.quantize_transposed(self.view(x), data_view, scales_view, pow2_scales, self.stream(x))
+        self.finish(x)
+        return data, scales
+
+    def quantize_both(self, x, pow2_scales):
+        if self.is_traced(x):
+            return self.traced("quantize_both", (x,), None, (), (pow2_scales,))
+        out = self.empty_quantized_both(x)
+        _native.quantize_both(self.view(x), *map(self.writable_view, out), pow2_scales, self.stream(x))
+        self.finish(x)
+        return out
 
     def dequantize(self, data, scales, out, dtype):
         if out is None:

@@ -1,0 +1,187 @@
+// Quantisation to E4M3 by tiles of 128 x 128, each read once by a CTA and kept in registers:
+//
+//   blocks      a scale for the tile
+//   transposed  a scale for each of its columns; E4M3 goes through shared memory, where rows become columns
+//   both        transposed, and a scale for each of its rows
+//
+//   thread:     8 rows x 16 bytes; 16 neighbouring threads (FP32: 32) hold 8 rows of 128 columns
+//
+//                 x ──> registers ──> maxima of columns ──> shared: column_maxima, a line for each warp
+//                           │                                  │ barrier: all lines are there
+//                           │                      scale, inverse of column t by thread t
+//                           │                                  │ barrier: inverses are there
+//                           └──> 8 rows of a column are 8 bytes ──> shared: transposed tile
+//                                                              │ barrier: the tile is complete
+//                                              128 bytes of a column by 8 threads ──> q_t
+#pragma once
+#include "device/ptx/sync.cuh"
+#include "device/quantize/encode.cuh"
+
+namespace phalanx {
+
+// A thread's place in a matrix.
+template <FloatType T>
+struct SquareTile {
+  i64 band;       // of 128 rows
+  int block_col;  // of 128 columns
+  i64 row;        // the first of this thread's rows
+  int col;        // of this thread's pieces
+  i64 rows;       // from `row` to the end
+  int cols;       // from `col` to the end
+
+  __device__ __forceinline__ SquareTile(int num_rows, int num_cols) {
+    const u32 across = ceil_div(num_cols, kQuantizeBlock);
+    band = blockIdx.x / across;
+    block_col = int(blockIdx.x - u32(band) * across);
+    row = band * kQuantizeBlock + chunk() * SquareTiles::kRows;
+    col = block_col * kQuantizeBlock + int(threadIdx.x) % Piece<T>::kLanes * piece_count(T);
+    rows = num_rows - row;
+    cols = num_cols - col;
+  }
+  // Which of the tile's 16 groups of 8 rows.
+  static __device__ __forceinline__ int chunk() { return int(threadIdx.x) / Piece<T>::kLanes; }
+};
+
+// --- 128 x 128 --------------------------------------------------------------------------------------------------------------
+
+template <FloatType T>
+__device__ __forceinline__ void quantize_block(const Piece<T> (&x)[SquareTiles::kRows], const SquareTile<T>& tile,
+                                               const ScaledMatrix& q, bool vectors, bool pow2) {
+  using M = Magnitudes<T>;
+  constexpr int kWarps = SquareTiles::num_threads(T) / 32;
+  __shared__ u32 warp_maximum[kWarps];
+  u32 maximum = M::largest(finite_maximum<T, SquareTiles::kRows * 4>([&](int i) { return x[i / 4].word[i % 4]; }));
+  maximum = __reduce_max_sync(0xffffffffu, maximum);
+  if (threadIdx.x % 32 == 0) warp_maximum[threadIdx.x / 32] = maximum;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) maximum = max(maximum, warp_maximum[i]);
+
+  const float scale = scale_of(M::value(maximum), pow2), inverse = __frcp_rn(scale);
+  if (threadIdx.x == 0) q.scales[tile.band * q.scale_stride_row + tile.block_col * q.scale_stride_col] = scale;
+  u32 word[SquareTiles::kRows][Piece<T>::kCount / 4];
+#pragma unroll
+  for (int r = 0; r < SquareTiles::kRows; ++r) encode(word[r], x[r], inverse);
+  store_rows<1>(q.data + tile.row * q.stride + tile.col, word, q.stride, tile.rows, tile.cols, vectors);
+}
+
+// --- columns ----------------------------------------------------------------------------------------------------------------
+
+// Shared memory of quantize_columns.
+template <FloatType T>
+struct ColumnSmem {
+  static constexpr int kWarps = SquareTiles::num_threads(T) / 32;
+  // The largest magnitudes of each column, by warp; two columns to a word in 16-bit types.
+  using Magnitude = typename Conditional<T == FloatType::f32, u32, u16>::Type;
+  alignas(16) Magnitude column_maxima[kWarps][kQuantizeBlock];
+  alignas(16) float inverse[kQuantizeBlock];
+  // 8 bytes are 8 rows of a column. Chunk k of column c lies at k ^ (c / kCount) % 16, so that neither threads that write the same
+  // chunk of 16 columns, nor those that read the chunks of one, meet in a bank.
+  alignas(16) uint2 tile[kQuantizeBlock][16];
+
+  static __device__ __forceinline__ int swizzle(int c) { return c / piece_count(T) % 16; }
+};
+
+template <FloatType T>
+__device__ __forceinline__ void store_column_maxima(ColumnSmem<T>& smem, const Piece<T> (&x)[SquareTiles::kRows]) {
+  u32 maxima[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    maxima[w] = finite_maximum<T, SquareTiles::kRows>([&](int r) { return x[r].word[w]; });
+    if constexpr (Piece<T>::kLanes == 16)  // the other half of the warp has the next rows
+      maxima[w] = Magnitudes<T>::max(maxima[w], __shfl_xor_sync(0xffffffffu, maxima[w], 16));
+  }
+  const int lane = threadIdx.x % 32;
+  if (lane < Piece<T>::kLanes)
+    reinterpret_cast<uint4*>(smem.column_maxima[threadIdx.x / 32])[lane] =
+        make_uint4(maxima[0], maxima[1], maxima[2], maxima[3]);
+}
+
+// The first 128 threads turn the maxima of a column each into its scale.
+template <FloatType T>
+__device__ __forceinline__ void store_column_scales(ColumnSmem<T>& smem, const SquareTile<T>& tile,
+                                                    const ScaledMatrix& q_t, int cols, bool pow2) {
+  const int c = int(threadIdx.x);
+  if (c >= kQuantizeBlock) return;
+  u32 maximum = 0;
+#pragma unroll
+  for (int warp = 0; warp < ColumnSmem<T>::kWarps; ++warp) maximum = max(maximum, u32(smem.column_maxima[warp][c]));
+  const float scale = scale_of(Magnitudes<T>::value(maximum), pow2);
+  smem.inverse[c] = __frcp_rn(scale);
+  const i64 col = i64(tile.block_col) * kQuantizeBlock + c;
+  if (col < cols) q_t.scales[col * q_t.scale_stride_row + tile.band * q_t.scale_stride_col] = scale;
+}
+
+// Neighbouring rows of a column are packed into neighbouring bytes.
+template <FloatType T>
+__device__ __forceinline__ void encode_columns(ColumnSmem<T>& smem, const Piece<T> (&x)[SquareTiles::kRows]) {
+  const int first = int(threadIdx.x) % Piece<T>::kLanes * Piece<T>::kCount;
+  const int chunk = SquareTile<T>::chunk() ^ ColumnSmem<T>::swizzle(first);
+#pragma unroll
+  for (int j = 0; j < Piece<T>::kCount; ++j) {
+    const float inverse = smem.inverse[first + j];
+    const auto four_rows = [&](int r) {
+      return encode_4(x[r][j] * inverse, x[r + 1][j] * inverse, x[r + 2][j] * inverse, x[r + 3][j] * inverse);
+    };
+    smem.tile[first + j][chunk] = make_uint2(four_rows(0), four_rows(4));
+  }
+}
+
+// 128 bytes of a column by 8 threads.
+template <FloatType T>
+__device__ __forceinline__ void store_columns(const ColumnSmem<T>& smem, const SquareTile<T>& tile,
+                                              const ScaledMatrix& q_t, i64 rows, int cols) {
+  const bool aligned = (reinterpret_cast<u64>(q_t.data) | u64(q_t.stride)) % 16 == 0;
+  const int part = int(threadIdx.x) % 8;
+  const i64 first_row = tile.band * kQuantizeBlock + part * 16, left = rows - first_row;
+#pragma unroll
+  for (int i = 0; i < kQuantizeBlock * 8; i += SquareTiles::num_threads(T)) {
+    const int c = (i + int(threadIdx.x)) / 8, swizzle = ColumnSmem<T>::swizzle(c);
+    const i64 col = i64(tile.block_col) * kQuantizeBlock + c;
+    if (col >= cols) continue;
+    u8* out = q_t.data + col * q_t.stride + first_row;
+    if (aligned && left >= 16) {
+      const uint4 v = *reinterpret_cast<const uint4*>(&smem.tile[c][(2 * part) ^ (swizzle & ~1)]);
+      *reinterpret_cast<uint4*>(out) = swizzle & 1 ? make_uint4(v.z, v.w, v.x, v.y) : v;
+    } else {
+#pragma unroll 1
+      for (int b = 0; b < 16 && b < left; ++b)
+        out[b] = reinterpret_cast<const u8*>(&smem.tile[c][(2 * part + b / 8) ^ swizzle])[b % 8];
+    }
+  }
+}
+
+// By all threads of the CTA.
+template <FloatType T>
+__device__ __forceinline__ void quantize_columns(ColumnSmem<T>& smem, const Piece<T> (&x)[SquareTiles::kRows],
+                                                 const SquareTile<T>& tile, const ScaledMatrix& q_t, i64 rows, int cols,
+                                                 bool pow2) {
+  store_column_maxima(smem, x);
+  __syncthreads();  // column_maxima are complete
+  store_column_scales(smem, tile, q_t, cols, pow2);
+  __syncthreads();  // inverse is complete
+  encode_columns(smem, x);
+  __syncthreads();  // the transposed tile is complete
+  store_columns(smem, tile, q_t, rows, cols);
+}
+
+// --- kernel -----------------------------------------------------------------------------------------------------------------
+
+template <QuantizeConfig C>
+__device__ __forceinline__ void quantize_tiles(const QuantizeParams& p) {
+  using P = Piece<C.type>;
+  const SquareTile<C.type> tile(p.rows, p.cols);
+  ptx::grid_wait_dependencies();
+  P x[SquareTiles::kRows];
+  const u8* from = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + tile.col) * P::kSize;
+  load_rows(x, from, p.x_stride, tile.rows, tile.cols, p.vectors);
+  if constexpr (C.form == QuantizeForm::blocks) quantize_block(x, tile, p.q, p.vectors, p.pow2_scales);
+  if constexpr (C.form == QuantizeForm::both)
+    quantize_pieces(x, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);
+  if constexpr (C.form == QuantizeForm::transposed || C.form == QuantizeForm::both) {
+    __shared__ ColumnSmem<C.type> smem;
+    quantize_columns(smem, x, tile, p.q_t, p.rows, p.cols, p.pow2_scales);
+  }
+}
+
+}  // namespace phalanx

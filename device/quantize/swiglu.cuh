@@ -1,0 +1,59 @@
+// SwiGLU (device/quantize/swiglu.h) and quantisation of its result to E4M3, with a scale per 1 x 128:
+//
+//   q = e4m3(h / scale),  h = silu(gate) * up * weight
+//
+// Warps take 4 rows x 256 columns of h (FP32: 128) as in quantize_rows.cuh. A lane loads 16 bytes of gate and 16 of up of each row.
+#pragma once
+#include "device/quantize/device_math.cuh"
+#include "device/quantize/quantize_rows.cuh"
+#include "device/quantize/swiglu.h"
+
+namespace phalanx {
+
+// Without a limit there is nothing to compare with it.
+template <int kRows, bool kLimited, FloatType T>
+__device__ __forceinline__ void swiglu_pieces(Piece<FloatType::f32, piece_count(T)> (&h)[kRows],
+                                              const Piece<T> (&gate)[kRows], const Piece<T> (&up)[kRows], float limit,
+                                              const float (&weight)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int i = 0; i < piece_count(T); ++i)
+      h[r].word[i] = __float_as_uint(swiglu_value<DeviceMath, kLimited>(gate[r][i], up[r][i], limit, weight[r]));
+}
+
+template <SwigluConfig C, int kRows>
+__device__ __forceinline__ void swiglu_quantize_rows(const SwigluParams& p) {
+  using P = Piece<C.type>;
+  const RowTile<C.type, kRows> tile(p.rows, p.cols);
+  if (tile.rows <= 0) return;
+  ptx::grid_wait_dependencies();
+
+  const i64 gate_col = swiglu_gate_column(tile.col, p.interleaved);
+  const u8* from = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + gate_col) * P::kSize;
+  P gate[kRows], up[kRows];
+  load_rows(gate, from, p.x_stride, tile.rows, tile.cols, p.vectors);
+  from += swiglu_up_distance(p.cols, p.interleaved) * P::kSize;
+  load_rows(up, from, p.x_stride, tile.rows, tile.cols, p.vectors);
+  float weight[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    weight[r] = p.weights && r < tile.rows ? p.weights[(tile.row + r) * p.weight_stride] : 1.0f;
+  Piece<FloatType::f32, P::kCount> h[kRows];
+  if (kRows > 1 && p.limit == __uint_as_float(0x7f800000u))
+    swiglu_pieces<kRows, false>(h, gate, up, p.limit, weight);
+  else
+    swiglu_pieces<kRows, true>(h, gate, up, p.limit, weight);
+  quantize_pieces(h, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);
+}
+
+template <SwigluConfig C>
+__device__ __forceinline__ void swiglu_quantize(const SwigluParams& p) {
+  ptx::grid_launch_dependents();
+  if (p.rows_per_warp == 1)
+    swiglu_quantize_rows<C, 1>(p);
+  else
+    swiglu_quantize_rows<C, RowTiles::kMany>(p);
+}
+
+}  // namespace phalanx

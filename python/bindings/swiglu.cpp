@@ -1,0 +1,38 @@
+#include "bindings/convert.h"
+
+namespace phalanx::python {
+namespace {
+
+void swiglu_quantize(AnyView x_data, AnyView weights, AnyView q_data, AnyView q_scales, double limit, bool interleaved,
+                     bool pow2_scales, Optional<std::int64_t> stream) {
+  translating_errors([&] {
+    const Tensor x = to_tensor("x", x_data);
+    const ScaledTensor q{to_tensor("q.data", q_data), to_tensor("q.scales", q_scales)};
+    phalanx::swiglu_quantize(x, q,
+                             {.interleaved = interleaved,
+                              .limit = float(limit),
+                              .weights = to_optional("weights", weights),
+                              .pow2_scales = pow2_scales,
+                              .stream = to_stream(x.device, stream)});
+  });
+}
+
+void swiglu_backward(AnyView x_data, AnyView grad_data, AnyView weights, AnyView grad_x, AnyView grad_weights,
+                     double limit, bool interleaved, Optional<std::int64_t> stream) {
+  translating_errors([&] {
+    const Tensor x = to_tensor("x", x_data), grad = to_tensor("grad", grad_data);
+    phalanx::swiglu_backward(x, grad, to_tensor("grad_x", grad_x), to_optional("grad_weights", grad_weights),
+                             {.interleaved = interleaved,
+                              .limit = float(limit),
+                              .weights = to_optional("weights", weights),
+                              .pow2_scales = false,
+                              .stream = to_stream(x.device, stream)});
+  });
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu_quantize, swiglu_quantize)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(swiglu_backward, swiglu_backward)
+
+}  // namespace phalanx::python

@@ -1,0 +1,77 @@
+// The kernels that quantise, and those of SwiGLU.
+#include <fmt/format.h>
+
+#include "jit/kernels.h"
+
+namespace phalanx::jit {
+namespace {
+
+const char* name_of(FloatType type) {
+  switch (type) {
+    case FloatType::bf16:
+      return "bf16";
+    case FloatType::f16:
+      return "f16";
+    case FloatType::f32:
+      break;
+  }
+  return "f32";
+}
+
+const char* name_of(ScaleShape shape) { return shape == ScaleShape::row_1x128 ? "row_1x128" : "block_128x128"; }
+
+const char* name_of(QuantizeForm form) {
+  switch (form) {
+    case QuantizeForm::rows:
+      return "rows";
+    case QuantizeForm::blocks:
+      return "blocks";
+    case QuantizeForm::transposed:
+      return "transposed";
+    case QuantizeForm::both:
+      break;
+  }
+  return "both";
+}
+
+// `config` initialises a `Config`; `function` takes it as its template argument, and a `Params`.
+KernelSource kernel(std::string name, const char* function, const char* header, const char* config_type,
+                    const std::string& config, const char* params) {
+  return {.name = std::move(name),
+          .text = fmt::format(R"(#include "device/quantize/{}.cuh"
+using namespace phalanx;
+constexpr {} kConfig{{{}}};
+extern "C" __global__ void __launch_bounds__(kConfig.num_threads()) {}(const __grid_constant__ {} params) {{ {}<kConfig>(params); }}
+)",
+                              header, config_type, config, kEntryPoint, params, function)};
+}
+
+}  // namespace
+
+KernelSource quantize_source(const QuantizeConfig& config) {
+  const auto& [type, form] = config;
+  return kernel(fmt::format("quantize_{}_{}", name_of(form), name_of(type)), "quantize", "quantize", "QuantizeConfig",
+                fmt::format(".type = FloatType::{}, .form = QuantizeForm::{}", name_of(type), name_of(form)),
+                "QuantizeParams");
+}
+
+KernelSource dequantize_source(const DequantizeConfig& config) {
+  const auto& [type, shape] = config;
+  return kernel(
+      fmt::format("dequantize_{}_{}", name_of(shape), name_of(type)), "dequantize", "dequantize", "DequantizeConfig",
+      fmt::format(".type = FloatType::{}, .shape = ScaleShape::{}", name_of(type), name_of(shape)), "DequantizeParams");
+}
+
+KernelSource swiglu_quantize_source(const SwigluConfig& config) {
+  const auto& [type] = config;
+  return kernel(fmt::format("swiglu_quantize_{}", name_of(type)), "swiglu_quantize", "swiglu", "SwigluConfig",
+                fmt::format(".type = FloatType::{}", name_of(type)), "SwigluParams");
+}
+
+KernelSource swiglu_backward_source(const SwigluConfig& config) {
+  const auto& [type] = config;
+  return kernel(fmt::format("swiglu_backward_{}", name_of(type)), "swiglu_backward", "swiglu_backward", "SwigluConfig",
+                fmt::format(".type = FloatType::{}", name_of(type)), "SwigluBackwardParams");
+}
+
+}  // namespace phalanx::jit

@@ -1,0 +1,102 @@
+// check -> run, on the CPU or on CUDA. One kernel per dtype: there is nothing to plan.
+#include "cpu/cpu.h"
+#include "cuda/cuda.h"
+#include "jit/kernels.h"
+#include "ops/check_quantize.h"
+#include "ops/kernel.h"
+#include "ops/scaled_matrix.h"
+#include "phalanx/activation.h"
+
+namespace phalanx {
+namespace {
+
+using std::int64_t;
+
+// Where gate and up begin, and how they go on, must suit pieces of 16 bytes.
+bool gate_up_has_vectors(const Tensor& x, const Tensor& other) { return has_vectors(x, &other, x.cols() / 2); }
+
+float* floats_of(const Tensor& x) { return static_cast<float*>(x.data); }
+const float* weights_of(const SwigluOptions& options) {
+  return options.weights ? floats_of(*options.weights) : nullptr;
+}
+int64_t weight_stride_of(const SwigluOptions& options) { return options.weights ? options.weights->strides[0] : 0; }
+
+void quantize_on_cuda(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options) {
+  const int ordinal = x.device.index;
+  require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  const SwigluConfig config{float_type(x.dtype)};
+  static KernelOfDevice kernels[kNumFloatTypes];
+  const cuda::Kernel& kernel =
+      kernels[int(config.type)].get(ordinal, [&] { return jit::swiglu_quantize_source(config); });
+  const int64_t rows = x.rows(), cols = x.cols() / 2;
+  const SwigluParams params{.x = x.data,
+                            .x_stride = row_stride(x),
+                            .q = scaled_matrix(q),
+                            .weights = weights_of(options),
+                            .weight_stride = weight_stride_of(options),
+                            .rows = int(rows),
+                            .cols = int(cols),
+                            .rows_per_warp = RowTiles::rows_per_warp(config.type, rows, cols),
+                            .limit = options.limit,
+                            .interleaved = options.interleaved,
+                            .vectors = gate_up_has_vectors(x, q.data),
+                            .pow2_scales = options.pow2_scales};
+  const int num_ctas = int(RowTiles::num_ctas(config.type, rows, cols));
+  kernel.launch({.num_ctas = num_ctas, .num_threads = config.num_threads()}, &params, options.stream.handle);
+}
+
+void backward_on_cuda(const Tensor& x, const Tensor& grad, const Tensor& grad_x, const Tensor* grad_weights,
+                      const SwigluOptions& options) {
+  const int ordinal = x.device.index;
+  require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  const SwigluConfig config{float_type(x.dtype)};
+  static KernelOfDevice kernels[kNumFloatTypes];
+  const cuda::Kernel& kernel =
+      kernels[int(config.type)].get(ordinal, [&] { return jit::swiglu_backward_source(config); });
+  const int rows_per_cta = WholeRows::rows_per_cta(x.rows());
+  const SwigluBackwardParams params{
+      .x = x.data,
+      .x_stride = row_stride(x),
+      .grad = grad.data,
+      .grad_stride = row_stride(grad),
+      .grad_x = grad_x.data,
+      .grad_x_stride = row_stride(grad_x),
+      .weights = weights_of(options),
+      .weight_stride = weight_stride_of(options),
+      .grad_weights = grad_weights ? floats_of(*grad_weights) : nullptr,
+      .grad_weight_stride = grad_weights ? grad_weights->strides[0] : 0,
+      .rows = int(x.rows()),
+      .cols = int(x.cols() / 2),
+      .rows_per_cta = rows_per_cta,
+      .limit = options.limit,
+      .interleaved = options.interleaved,
+      .vectors = gate_up_has_vectors(x, grad) && rows_are_aligned(grad, 16) && rows_are_aligned(grad_x, 16)};
+  const int num_ctas = int(ceil_div<int64_t>(x.rows(), rows_per_cta));
+  kernel.launch({.num_ctas = num_ctas, .num_threads = config.num_threads()}, &params, options.stream.handle);
+}
+
+}  // namespace
+
+void swiglu_quantize(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options) {
+  check_swiglu_quantize(x, q, options);
+  if (x.rows() == 0 || x.cols() == 0) return;
+  if (x.device.type == DeviceType::cuda)
+    quantize_on_cuda(x, q, options);
+  else
+    cpu::swiglu_quantize(x, q, options);
+}
+
+void swiglu_backward(const Tensor& x, const Tensor& grad, const Tensor& grad_x,
+                     const std::optional<Tensor>& grad_weights, const SwigluOptions& options) {
+  const Tensor* wanted = grad_weights ? &*grad_weights : nullptr;
+  check_swiglu_backward(x, grad, grad_x, wanted, options);
+  if (x.rows() == 0) return;
+  if (x.device.type == DeviceType::cuda)
+    backward_on_cuda(x, grad, grad_x, wanted, options);
+  else
+    cpu::swiglu_backward(x, grad, grad_x, wanted, options);
+}
+
+}  // namespace phalanx
