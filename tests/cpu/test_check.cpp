@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops/check.h"
+#include "ops/check_quantize.h"
 #include "phalanx/gemm.h"
 #include "phalanx/quantize.h"
 #include "tests/cpu/matrix.h"
@@ -85,7 +86,7 @@ TEST_F(Check, AcceptsWhatIsRight) {
   move_to_cuda(3);
   options.c = d;
   EXPECT_NO_THROW(check_gemm_fp8(a, b, d, options));
-  EXPECT_NO_THROW(check_quantize(x, q, ScaleShape::row_1x128));
+  EXPECT_NO_THROW(check_quantize(QuantizeForm::rows, x, &q, nullptr));
   EXPECT_EQ(check_dequantize(q, x), ScaleShape::row_1x128);
 }
 
@@ -296,7 +297,7 @@ TEST_F(Check, QuantizeStridesAndMemory) {
 
 TEST_F(Check, QuantizeInputMayRepeatRows) {
   x.strides[0] = 0;
-  EXPECT_NO_THROW(check_quantize(x, q, ScaleShape::row_1x128));
+  EXPECT_NO_THROW(check_quantize(QuantizeForm::rows, x, &q, nullptr));
 }
 
 TEST_F(Check, QuantizeDevicesAndOverlap) {
