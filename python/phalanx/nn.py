@@ -19,7 +19,8 @@ class ExpertMLP(torch.nn.Module):
         y = mlp(x, topk_idx, topk_weights)
 
     hidden and intermediate are multiples of 128. The weights are parameters: `gate_up` [E, 2 * intermediate, hidden],
-    gate first, and `down` [E, hidden, intermediate]. They are quantised once, and again after they have changed.
+    gate first, and `down` [E, hidden, intermediate]. They are quantised once, and again after they have changed; under
+    torch.compile in every call that records gradients, else as they were at the last eager call.
     """
 
     def __init__(self, num_experts: int, hidden: int, intermediate: int, device=None, dtype=torch.bfloat16):
@@ -39,17 +40,25 @@ class ExpertMLP(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """y [T, hidden]. x BF16 [T, hidden]; topk_idx int32 or int64 [T, K], -1: none; topk_weights FP32 [T, K]."""
-        weights = self.quantized_weights()
+        if torch.compiler.is_compiling() and (torch.is_grad_enabled() or self._quantized is None):
+            weights = self._quantize()  # in the graph: a compiled step changes the weights, and cannot tell whether
+        elif torch.compiler.is_compiling():
+            weights = self._quantized[1]
+        else:
+            weights = self.quantized_weights()
         return _ExpertMLP.apply(x, topk_idx, topk_weights, self.gate_up, self.down, weights)
 
     def quantized_weights(self) -> tuple[torch.Tensor, ...]:
         """Data and scales of gate_up and down, then of both with rows and columns swapped, for the backward pass."""
         versions = tuple((w.data_ptr(), w._version) for w in (self.gate_up, self.down))
         if self._quantized is None or self._quantized[0] != versions:
-            pairs = [_quantize_weight(w.detach()) for w in (self.gate_up, self.down)]
-            swapped = [tuple(part.transpose(1, 2).contiguous() for part in pair) for pair in pairs]
-            self._quantized = versions, tuple(part for pair in (*pairs, *swapped) for part in pair)
+            self._quantized = versions, self._quantize()
         return self._quantized[1]
+
+    def _quantize(self) -> tuple[torch.Tensor, ...]:
+        pairs = [_quantize_weight(w.detach()) for w in (self.gate_up, self.down)]
+        swapped = [tuple(part.transpose(1, 2).contiguous() for part in pair) for pair in pairs]
+        return tuple(part for pair in (*pairs, *swapped) for part in pair)
 
 
 class _ExpertMLP(torch.autograd.Function):

@@ -67,6 +67,17 @@ def test_new_weights_are_quantised_again(layer):
     assert relative_error(mlp(x, topk_idx, topk_weights), 2 * before) < 0.01
 
 
+def test_compiled_without_a_break(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    y, grad = mlp(x, topk_idx, topk_weights), torch.randn_like(x)
+    z = compiled(x, topk_idx, topk_weights)
+    assert torch.equal(y, z)
+    inputs = x, topk_weights, mlp.gate_up, mlp.down
+    for one, other in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(z, inputs, grad), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_step_learns(layer):
     mlp, x, topk_idx, topk_weights = layer
     target = torch.randn_like(x)
