@@ -1,15 +1,17 @@
 // Combine: the rows of a token's experts, weighted and summed where they are, come home once a rank and are summed there.
 //
 //   sum_r[t] = bf16(sum over choices k of rank r, in order, of weight[t, k] * rows_r[row(t, k)])    FP32, by FMA; not rounded at home
-//   out[t]   = bf16(residual[t] + sum over ranks r in order of sum_r[t])
+//   out[t]   = bf16(sum over ranks r in order of sum_r[t], then + residual[t])
 //
 //   sending warps    rows of others' tokens --> sum --> the home's sum slots;   sum flags, one a warp
 //   receiving warps  rows of this rank's tokens and slots behind their flags --> out;   all read --> credits
 //
-// The tokens of a CTA are those of its dispatch, and so are the slots' numbers.
+// The tokens of a CTA are those of its dispatch, and so are the slots' numbers. Rows come through shared memory: every thread
+// keeps kEpDepth pieces on their way by cp.async, and reads back what it has copied itself, so that no barrier is needed.
 #pragma once
 #include "device/ep/signal.cuh"
 #include "device/ptx/convert.cuh"
+#include "device/ptx/memory.cuh"
 
 namespace phalanx {
 
@@ -60,37 +62,72 @@ __device__ __forceinline__ float ep_row_value(const EpCombineParams& p, const Ep
   return terms.row >= 0 && terms.row < p.capacity ? p.row_values[terms.row] : 0.0f;
 }
 
-constexpr int kEpStep = 32 * 8;  // columns of a warp's vectors
+// What is added up for a token: lane j has term j. Those in `mine` are rows of this rank, neighbours, and make a sum of their own.
+struct EpTermList {
+  const u8* data = nullptr;
+  float weight = 1;
+  int count = 0;
+  u32 mine = 0;
 
-// Adds the rows' columns to `sum`: in a lane, kVectors pieces of 8 columns, kEpStep apart, from `col` on, of kRows rows at
-// a time. All lanes take part.
-template <int kRows, int kVectors>
-__device__ __forceinline__ void ep_sum_rows(const EpCombineParams& p, const EpTerms& terms, int col, int end,
-                                            EpSum (&sum)[kVectors]) {
-  for (u32 left = terms.choices; left != 0;) {
-    EpVector x[kRows][kVectors];
-    float weight[kRows];
-    int count = 0;
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-      if (left == 0) continue;
+  __device__ __forceinline__ void add(const u8* term_data, float term_weight, bool is_mine) {
+    if (int(threadIdx.x) % 32 == count) {
+      data = term_data;
+      weight = term_weight;
+    }
+    if (is_mine) mine |= 1u << count;
+    ++count;
+  }
+  __device__ __forceinline__ void add_rows(const EpCombineParams& p, const EpTerms& terms) {
+    for (u32 left = terms.choices; left != 0;) {
       const int k = ep_pop(left);
       const i64 row = __shfl_sync(0xffffffffu, terms.row, k);
-      weight[j] = __shfl_sync(0xffffffffu, terms.weight, k);
-      const u16* data = static_cast<const u16*>(p.rows) + row * p.row_stride;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i)
-        if (col + i * kEpStep < end) x[j][i] = *reinterpret_cast<const EpVector*>(data + col + i * kEpStep);
-      count = j + 1;
-    }
-#pragma unroll
-    for (int j = 0; j < kRows; ++j) {
-      if (j >= count) continue;
-#pragma unroll
-      for (int i = 0; i < kVectors; ++i)
-        if (col + i * kEpStep < end) ep_add(sum[i], x[j][i], weight[j]);
+      const float row_weight = __shfl_sync(0xffffffffu, terms.weight, k);
+      add(static_cast<const u8*>(p.rows) + row * p.row_stride * 2, row_weight, true);
     }
   }
+};
+
+// Calls emit(column, sum) for every piece of 8 columns of this lane; `ring` is the thread's own shared memory, kEpDepth pieces
+// a warp's width apart. All lanes take part.
+template <class Emit>
+__device__ __forceinline__ void ep_sum_terms(const EpTermList& terms, EpRange cols, u8* ring, const Emit& emit) {
+  constexpr int kStep = 32 * 8, kPitch = 32 * 16;  // columns of a warp's pieces; bytes of them
+  const int lane_col = threadIdx.x % 32 * 8;
+  const int last_mine = terms.mine ? 31 - __clz(int(terms.mine)) : 32;
+  int ahead_col = cols.begin + lane_col, ahead_term = 0;
+  u32 ahead_slot = 0, slot = 0;
+  const auto fetch = [&] {
+    const u64 data = __shfl_sync(0xffffffffu, reinterpret_cast<u64>(terms.data), ahead_term);
+    if (ahead_col < cols.end && terms.count > 0)
+      ptx::cp_async_16(ring + ahead_slot * kPitch, reinterpret_cast<const u8*>(data) + 2 * ahead_col);
+    ptx::cp_async_commit_group();
+    ahead_slot = (ahead_slot + 1) % kEpDepth;
+    if (++ahead_term >= terms.count) {
+      ahead_term = 0;
+      ahead_col += kStep;
+    }
+  };
+  for (int i = 0; i < kEpDepth; ++i) fetch();
+  for (int first = cols.begin; first < cols.end; first += kStep) {
+    EpSum total = {}, mine = {};
+    for (int j = 0; j < terms.count; ++j) {
+      ptx::cp_async_wait_group<kEpDepth - 1>();
+      const EpVector x = *reinterpret_cast<const EpVector*>(ring + slot * kPitch);
+      slot = (slot + 1) % kEpDepth;
+      if (terms.mine >> j & 1) {
+        ep_add(mine, x, __shfl_sync(0xffffffffu, terms.weight, j));
+        if (j == last_mine) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) total.v[i] += mine.v[i];
+        }
+      } else {
+        ep_add(total, x, 1.0f);
+      }
+      fetch();
+    }
+    if (first + lane_col < cols.end) emit(first + lane_col, total);
+  }
+  ptx::cp_async_wait_group<0>();  // the ring may be used again
 }
 
 __device__ __forceinline__ EpFormat ep_sums_format(const EpCombineParams& p) {
@@ -100,7 +137,7 @@ __device__ __forceinline__ EpFormat ep_sums_format(const EpCombineParams& p) {
 // --- sending --------------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void ep_send_sums(const EpCombineParams& p, const EpOperation& op, const EpRole& role,
-                                             int source) {
+                                             int source, u8* ring) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32, parts = c.shape.parts, hidden = c.shape.hidden;
   const EpRange tokens = ep_tokens_of_cta(c.handle[c.handle_layout.num_tokens + source], blockIdx.x, c.shape.num_ctas);
@@ -114,16 +151,10 @@ __device__ __forceinline__ void ep_send_sums(const EpCombineParams& p, const EpO
     const i64 at = i64(ep_peer_idx(source, c.rank)) * c.shape.max_tokens + token;
     u8* slot = op.buffer(source, c.layout.sums) + at * c.layout.sum_slot;
     const EpRange cols = ep_columns_of_part(hidden, part, parts);
-    constexpr int kVectors = 2;
-    for (int first = cols.begin; first < cols.end; first += kVectors * kEpStep) {
-      const int col = first + lane * 8;
-      EpSum sum[kVectors] = {};
-      ep_sum_rows<4>(p, terms, col, cols.end, sum);
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j)
-        if (col + j * kEpStep < cols.end)
-          *reinterpret_cast<EpVector*>(slot + 2 * (col + j * kEpStep)) = ep_to_bf16(sum[j]);
-    }
+    EpTermList list;
+    list.add_rows(p, terms);
+    ep_sum_terms(list, cols, ring,
+                 [&](int col, const EpSum& sum) { *reinterpret_cast<EpVector*>(slot + 2 * col) = ep_to_bf16(sum); });
     if (p.values && part == 0 && lane < c.shape.topk)
       reinterpret_cast<float*>(slot + ep_bf16_bytes(hidden))[lane] = ep_row_value(p, terms);
     __syncwarp();
@@ -134,11 +165,11 @@ __device__ __forceinline__ void ep_send_sums(const EpCombineParams& p, const EpO
   }
 }
 
-__device__ __forceinline__ void ep_combine_send(const EpCombineParams& p, const EpRole& role, int* vote) {
+__device__ __forceinline__ void ep_combine_send(const EpCombineParams& p, const EpRole& role, int* vote, u8* ring) {
   const EpCommon& c = p.c;
   const EpOperation op(c, kEpCombineSend);
   if (!ep_wait_for_credits(op, role, kEpPhaseCombineCredit, c.layout.combine_credit, vote)) return;
-  for (int i = 1; i < c.shape.num_ranks; ++i) ep_send_sums(p, op, role, (c.rank + i) % c.shape.num_ranks);
+  for (int i = 1; i < c.shape.num_ranks; ++i) ep_send_sums(p, op, role, (c.rank + i) % c.shape.num_ranks, ring);
   ep_finish(op, role, 0, vote);
 }
 
@@ -164,29 +195,21 @@ __device__ __forceinline__ const u8* ep_sum_slot_of(const EpOperation& op, int r
 }
 
 __device__ __forceinline__ void ep_write_sums(const EpCombineParams& p, const EpOperation& op, const EpTerms& terms,
-                                              u64 ranks, i64 token, EpRange cols) {
-  const int lane = threadIdx.x % 32;
-  const u16* residual = p.residual ? static_cast<const u16*>(p.residual) + token * p.residual_stride : nullptr;
-  u16* out = static_cast<u16*>(p.out) + token * p.out_stride;
-  for (int first = cols.begin; first < cols.end; first += kEpStep) {
-    const int col = first + lane * 8;
-    const bool inside = col < cols.end;
-    EpSum total = {};
-    if (residual && inside) ep_add(total, *reinterpret_cast<const EpVector*>(residual + col), 1.0f);
-    for (u64 left = ranks; left != 0;) {
-      const int r = ep_pop(left);
-      if (r == op.c.rank) {
-        EpSum mine[1] = {};
-        ep_sum_rows<6>(p, terms, col, cols.end, mine);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) total.v[i] += mine[0].v[i];
-      } else if (inside) {
-        const u16* slot = reinterpret_cast<const u16*>(ep_sum_slot_of(op, r, token));
-        ep_add(total, *reinterpret_cast<const EpVector*>(slot + col), 1.0f);
-      }
-    }
-    if (inside) *reinterpret_cast<EpVector*>(out + col) = ep_to_bf16(total);
+                                              u64 ranks, i64 token, EpRange cols, u8* ring) {
+  EpTermList list;
+  for (u64 left = ranks; left != 0;) {
+    const int r = ep_pop(left);
+    if (r == op.c.rank)
+      list.add_rows(p, terms);
+    else
+      list.add(ep_sum_slot_of(op, r, token), 1.0f, false);
   }
+  const u16* residual = static_cast<const u16*>(p.residual) + token * p.residual_stride;
+  u16* out = static_cast<u16*>(p.out) + token * p.out_stride;
+  ep_sum_terms(list, cols, ring, [&](int col, EpSum sum) {
+    if (p.residual) ep_add(sum, *reinterpret_cast<const EpVector*>(residual + col), 1.0f);
+    *reinterpret_cast<EpVector*>(out + col) = ep_to_bf16(sum);
+  });
 }
 
 // Lane k: what the rank that holds its choice says of its row.
@@ -203,7 +226,8 @@ __device__ __forceinline__ void ep_write_values(const EpCombineParams& p, const 
   p.topk_values[token * c.shape.topk + lane] = value;
 }
 
-__device__ __forceinline__ bool ep_receive_sums(const EpCombineParams& p, const EpOperation& op, const EpRole& role) {
+__device__ __forceinline__ bool ep_receive_sums(const EpCombineParams& p, const EpOperation& op, const EpRole& role,
+                                                u8* ring) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32, parts = c.shape.parts;
   const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas);
@@ -214,7 +238,7 @@ __device__ __forceinline__ bool ep_receive_sums(const EpCombineParams& p, const 
     const u64 ranks = ep_ranks_of(c, expert);
     const EpTerms terms = ep_terms(p, c.rank, token);
     if (!ep_wait_for_sums(p, op, ranks, i)) return false;
-    ep_write_sums(p, op, terms, ranks, token, ep_columns_of_part(c.shape.hidden, part, parts));
+    ep_write_sums(p, op, terms, ranks, token, ep_columns_of_part(c.shape.hidden, part, parts), ring);
     if (p.values && part == 0) {
       // Values come with the first piece of a token.
       ep_write_values(p, op, terms, token, expert);
@@ -223,22 +247,25 @@ __device__ __forceinline__ bool ep_receive_sums(const EpCombineParams& p, const 
   return true;
 }
 
-__device__ __forceinline__ void ep_combine_receive(const EpCombineParams& p, const EpRole& role, int* vote) {
+__device__ __forceinline__ void ep_combine_receive(const EpCombineParams& p, const EpRole& role, int* vote, u8* ring) {
   const EpOperation op(p.c, kEpCombineRecv);
-  if (!role.all(ep_receive_sums(p, op, role), vote)) return;
+  if (!role.all(ep_receive_sums(p, op, role, ring), vote)) return;
   ep_finish(op, role, p.c.layout.combine_credit, vote);
 }
 
 __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
+  extern __shared__ __align__(16) u8 ep_rings[];
   __shared__ int votes[2];
   if (threadIdx.x < 2) votes[threadIdx.x] = 0;
   __syncthreads();
   ptx::grid_wait_dependencies();
-  const EpRole sender{1, 0, kEpCombineSendWarps}, receiver{2, kEpCombineSendWarps, kEpWarps - kEpCombineSendWarps};
+  u8* ring = ep_rings + threadIdx.x / 32 * (kEpDepth * 32 * 16) + threadIdx.x % 32 * 16;
+  const EpRole sender{1, 0, kEpCombineSendWarps},
+      receiver{2, kEpCombineSendWarps, kEpCombineWarps - kEpCombineSendWarps};
   if (threadIdx.x < kEpCombineSendWarps * 32) {
-    if (p.c.send) ep_combine_send(p, sender, &votes[0]);
+    if (p.c.send) ep_combine_send(p, sender, &votes[0], ring);
   } else {
-    if (p.c.recv) ep_combine_receive(p, receiver, &votes[1]);
+    if (p.c.recv) ep_combine_receive(p, receiver, &votes[1], ring);
   }
 }
 

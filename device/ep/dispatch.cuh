@@ -170,10 +170,10 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   }
 }
 
-__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpRole& role, int* vote) {
+__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpRole& role, int* vote, int* smem) {
   const EpOperation op(p.c, kEpDispatchSend);
   if (!ep_wait_for_credits(op, role, kEpPhaseDispatchCredit, p.c.layout.dispatch_credit, vote)) return;
-  if (p.route) ep_send_routing(p, op, role);
+  if (p.route) ep_send_routing(p, op, role, smem);
   if (p.copy) ep_send_tokens(p, op, role);
   ep_finish(op, role, 0, vote);
 }
@@ -233,7 +233,7 @@ __device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, c
                                                     int* smem) {
   const EpCommon& c = p.c;
   const EpOperation op(c, kEpDispatchRecv);
-  const EpRouteState state(smem, c.shape.num_ranks, ep_num_local_experts(c));
+  const EpRouteState state(smem, c.shape, ep_num_local_experts(c));
   if (!ep_receive_routing(p, op, role, state, vote)) return;
   if (p.copy) {
     ep_write_padding(p, role, state);
@@ -253,9 +253,10 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   if (threadIdx.x < 2) votes[threadIdx.x] = 0;
   __syncthreads();
   ptx::grid_wait_dependencies();
-  const EpRole sender{1, 0, kEpDispatchSendWarps}, receiver{2, kEpDispatchSendWarps, kEpWarps - kEpDispatchSendWarps};
+  const EpRole sender{1, 0, kEpDispatchSendWarps},
+      receiver{2, kEpDispatchSendWarps, kEpDispatchWarps - kEpDispatchSendWarps};
   if (threadIdx.x < kEpDispatchSendWarps * 32) {
-    if (p.c.send) ep_dispatch_send(p, sender, &votes[0]);
+    if (p.c.send) ep_dispatch_send(p, sender, &votes[0], ep_smem);
   } else {
     if (p.c.recv) ep_dispatch_receive(p, receiver, &votes[1], ep_smem);
   }

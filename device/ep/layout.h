@@ -5,6 +5,7 @@
 //                     headers  [R]            how many tokens source s has
 //                     experts  [R][T][K]      s's topk_idx, int32
 //                     weights  [R][T][K]      s's topk_weights, FP32
+//                     counts   [R][G][E]      where "counted": choices of this rank's experts by the tokens of s's CTA
 //                     tokens   [R - 1][T]     dispatch slots: s's token t, if it has an expert on d
 //                     sums     [R - 1][T]     combine slots: what rank s has summed for d's token t
 //
@@ -25,16 +26,21 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 
 // Roles of a CTA's warps: the first ones send, the others receive. Dispatch writes each token once a rank and then once a row;
 // combine reads as many rows for others as for itself.
-constexpr int kEpWarps = 20;
-constexpr int kEpDispatchSendWarps = 8;
-constexpr int kEpCombineSendWarps = 10;
-constexpr int kEpThreads = 32 * kEpWarps;
+constexpr int kEpDispatchWarps = 20, kEpDispatchSendWarps = 8;
+constexpr int kEpCombineWarps = 24, kEpCombineSendWarps = 12;
+
+// Combine: 16-byte pieces that each thread has on their way, in shared memory of its own.
+constexpr int kEpDepth = 16;
+constexpr int kEpCombineSmemBytes = kEpCombineWarps * 32 * 16 * kEpDepth;
 
 // What is agreed upon by all ranks.
 struct EpShape {
   int num_ranks = 1, hidden = 0, topk = 1, max_tokens = 0;
   int num_ctas = 1, parts = 1, num_buffers = 1;
+  int num_experts = 1, max_local_experts = 1;
   int wide = 0;  // slots hold BF16, not only E4M3
+  int counted =
+      0;  // senders count their CTAs' choices: with many tokens, quicker than that every receiver counts all of them
 };
 
 constexpr i64 ep_align(i64 bytes) { return (bytes + 15) / 16 * 16; }
@@ -66,9 +72,9 @@ struct EpLayout {
   i64 route_flags;                      // u64 [R][G]
   i64 token_flags, sum_flags;           // u64 [R][G][sending warps]
   i64 buffers, buffer_stride;
-  i64 headers, experts, weights, tokens, sums;  // within a buffer
-  i64 token_slot, sum_slot;                     // bytes
-  i64 bytes;                                    // of it all
+  i64 headers, experts, weights, counts, tokens, sums;  // within a buffer
+  i64 token_slot, sum_slot;                             // bytes
+  i64 bytes;                                            // of it all
 };
 
 constexpr EpLayout ep_layout(const EpShape& s) {
@@ -86,7 +92,8 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   l.headers = 0;
   l.experts = ep_align_region(ranks * 16);
   l.weights = l.experts + choices;
-  l.tokens = l.weights + choices;
+  l.counts = l.weights + choices;
+  l.tokens = l.counts + (s.counted ? ep_align_region(ranks * s.num_ctas * s.max_local_experts * 4) : 0);
   l.sums = l.tokens + ep_align_region(peers * tokens * l.token_slot);
   l.buffer_stride = l.sums + ep_align_region(peers * tokens * l.sum_slot);
   l.bytes = l.buffers + s.num_buffers * l.buffer_stride;
@@ -134,23 +141,23 @@ constexpr EpHandleLayout ep_handle_layout(const EpShape& s, int local_experts) {
 
 // --- routing in shared memory -----------------------------------------------------------------------------------------------
 
-// int32: rows of (source, expert) in all, and those before this CTA's tokens; of experts: first rows, counts; of sources: tokens.
+// int32. Of the receivers: choices of (source, expert) in all, and those before this CTA's tokens; of experts: first rows, counts;
+// of sources: tokens; rows of each warp's next choices. Of the senders: choices of every expert.
 struct EpRouteSmem {
-  int total, before, offsets, counts, num_tokens, words;
+  i64 before, offsets, counts, num_tokens, next, sent, words;
 };
-constexpr EpRouteSmem ep_route_smem(int num_ranks, int local_experts) {
+constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   EpRouteSmem l{};
-  l.before = num_ranks * local_experts;
+  l.before = i64(s.num_ranks) * local_experts;
   l.offsets = 2 * l.before;
   l.counts = l.offsets + local_experts + 1;
   l.num_tokens = l.counts + local_experts;
-  l.words = l.num_tokens + num_ranks;
+  l.next = l.num_tokens + s.num_ranks;
+  l.sent = l.next + (kEpDispatchWarps - kEpDispatchSendWarps) * i64(local_experts);
+  l.words = l.sent + (s.counted ? s.num_experts : 0);
   return l;
 }
-constexpr int kEpMaxRouteSmemBytes = 200 << 10;
-constexpr i64 ep_route_smem_bytes(i64 num_ranks, i64 local_experts) {
-  return (2 * num_ranks * local_experts + 2 * local_experts + 1 + num_ranks) * 4;
-}
+constexpr i64 kEpMaxRouteSmemBytes = 200 << 10;
 
 // --- who does what ------------------------------------------------------------------------------------------------------------
 

@@ -90,13 +90,13 @@ struct EpRole {
   }
 };
 
-// The peers have finished reading what this rank has put into the same buffer before. By one thread for each peer.
+// All ranks, this one too, have finished reading what it has put into the same buffer before. By one thread for each.
 __device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, const EpRole& role, EpPhase phase,
                                                     i64 credits, int* vote) {
   const u64 buffers = op.c.shape.num_buffers;
   bool fine = true;
   const int peer = role.thread();
-  if (peer < op.c.shape.num_ranks && peer != op.c.rank && op.epoch > buffers)
+  if (peer < op.c.shape.num_ranks && op.epoch > buffers)
     fine = ep_wait(op, phase, peer, op.word(op.c.rank, credits, peer), ep_flag(op.epoch - buffers, 0, 0));
   return role.all(fine, vote);
 }
@@ -116,7 +116,7 @@ __device__ __forceinline__ void ep_finish(const EpOperation& op, const EpRole& r
   }
   role.sync();
   const int peer = role.thread();
-  if (*reinterpret_cast<volatile int*>(vote) && credits && peer < op.c.shape.num_ranks && peer != op.c.rank) {
+  if (*reinterpret_cast<volatile int*>(vote) && credits && peer < op.c.shape.num_ranks) {
     ptx::fence_acq_rel_sys();
     ptx::store_relaxed_sys(op.word(peer, credits, op.c.rank), ep_flag(op.epoch, 0, 0));
   }

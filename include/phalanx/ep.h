@@ -24,12 +24,12 @@ struct ExpertParallelConfig {
   int max_tokens = 0;         ///< of any rank in any call
   DType dtype = DType::e4m3;  ///< the widest that dispatch sends: e4m3 (half the memory) or bf16
   bool latency = false;       ///< few tokens: two buffers in turn, tokens spread over all warps; else throughput
-  int num_sms = 0;            ///< SMs of a call; 0: 32 for throughput, 64 for latency (the CPU uses one thread a rank)
+  int num_sms = 0;            ///< SMs of a call; 0: 32 for throughput, 128 for latency (the CPU uses one thread a rank)
   int alignment = 1;          ///< each expert's rows begin at a multiple of this
   std::vector<int> experts_per_rank{};  ///< empty: as even as can be, the first ranks one more
 };
 
-/// Bytes of symmetric memory on each rank, to within 2 KB of flags per SM and rank
+/// Bytes of symmetric memory on each rank, to within 2 KB (with more than 400 experts a rank, 4 bytes for each) per SM and rank
 ///
 ///     B * ((R - 1) * T * (slot + 2 H + 4 K) + 8 R T K)
 ///
@@ -107,8 +107,8 @@ class PHALANX_API ExpertParallel {
   /// @throws Error of earlier operations (timeout, aborted, capacity_exceeded); of arguments, before anything is enqueued
   void dispatch(const EpDispatch& args);
 
-  /// out[t] = residual[t] + sum over ranks r in order of sum over its choices k in order of weight[t, k] * row. Each rank sums in
-  /// FP32 by FMA; other ranks' sums are rounded to BF16 for the way, and the total once more.
+  /// out[t] = sum over ranks r in order of sum over its choices k in order of weight[t, k] * row, + residual[t]. Each rank sums
+  /// in FP32 by FMA; other ranks' sums are rounded to BF16 for the way, and the total once more.
   void combine(const EpCombine& args);
 
   /// Throws what went wrong in operations that have finished on the device: call it after waiting for the stream.

@@ -119,7 +119,7 @@ class ExpertParallel:
     max_tokens:        of any rank in any call
     dtype:             the widest that is sent: "e4m3" (half the memory) or "bf16"
     latency:           few tokens: two buffers in turn, tokens spread over all warps
-    num_sms:           SMs of a call; 0: 32, or 64 for latency
+    num_sms:           SMs of a call; 0: 32, or 128 for latency
     alignment:         each expert's rows begin at a multiple of this
     experts_per_rank:  a number for each rank; by default as even as can be
 
@@ -253,7 +253,7 @@ class ExpertParallel:
     def combine(
         self, rows: Any, handle: Any, *, tokens: int, residual: Any = None, weighted: bool = True, out: Any = None
     ) -> Any:
-        """out[t] = residual[t] + sum over t's choices of topk_weights * its row: BF16 [T, H], back on t's rank.
+        """out[t] = sum over t's choices of topk_weights * its row + residual[t]: BF16 [T, H], back on t's rank.
 
         rows:      BF16 [R, H], as `dispatch` ordered them
         tokens:    T of the dispatch

@@ -129,7 +129,9 @@ void check_ep_config(const ExpertParallelConfig& config, int num_ranks) {
     if (sum != config.num_experts) fail_config("experts_per_rank, summed,", sum, "num_experts, {}", config.num_experts);
     largest = *std::max_element(config.experts_per_rank.begin(), config.experts_per_rank.end());
   }
-  if (ep_route_smem_bytes(num_ranks, largest) > kEpMaxRouteSmemBytes)
+  EpShape shape;
+  shape.num_ranks = num_ranks;
+  if (4 * ep_route_smem(shape, largest).words + 4 * 8192 > kEpMaxRouteSmemBytes)
     fail_config("num_experts", config.num_experts, "fewer: {} on one of {} ranks are more than a kernel can count",
                 largest, num_ranks);
   if (int64_t{num_ranks} * config.max_tokens * config.topk > 1 << 30)

@@ -21,7 +21,8 @@ namespace {
 
 using std::int64_t;
 
-constexpr int kThroughputSms = 32, kLatencySms = 64;
+constexpr int kThroughputSms = 32, kLatencySms = 128;
+constexpr int kMaxCountedExperts = 8192;  // in shared memory of the senders
 
 /// Memory of the host in which kernels leave what went wrong.
 std::shared_ptr<EpStatus> make_status(Device device) {
@@ -60,6 +61,15 @@ std::string format_name(std::uint64_t flag) {
   }
 }
 
+std::vector<int> first_experts(const ExpertParallelConfig& config, int num_ranks) {
+  std::vector<int> first(num_ranks + 1, 0);
+  for (int r = 0; r < num_ranks; ++r) {
+    const int even = config.num_experts / num_ranks + (r < config.num_experts % num_ranks);
+    first[r + 1] = first[r] + (config.experts_per_rank.empty() ? even : config.experts_per_rank[r]);
+  }
+  return first;
+}
+
 EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType type) {
   EpShape s;
   s.num_ranks = num_ranks;
@@ -68,21 +78,22 @@ EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType
   s.max_tokens = config.max_tokens;
   s.num_buffers = config.latency ? 2 : 1;
   s.wide = config.dtype == DType::bf16;
-  if (type == DeviceType::cuda) {
-    s.num_ctas = config.num_sms ? config.num_sms : config.latency ? kLatencySms : kThroughputSms;
+  s.num_experts = config.num_experts;
+  const std::vector<int> first = first_experts(config, num_ranks);
+  for (int r = 0; r < num_ranks; ++r) s.max_local_experts = std::max(s.max_local_experts, first[r + 1] - first[r]);
+  const cpu::EpStandIn* simulated = type == DeviceType::cpu ? cpu::ep_stand_in.load() : nullptr;
+  if (type == DeviceType::cuda || simulated) {
+    s.num_ctas = simulated        ? simulated->num_ctas
+                 : config.num_sms ? config.num_sms
+                 : config.latency ? kLatencySms
+                                  : kThroughputSms;
     // So that with a token or two for each CTA, every sending warp has work.
+    // Adding up the counts of all CTAs must be less work than counting all choices.
+    s.counted = int64_t{config.max_tokens} * config.topk > int64_t{4} * s.num_ctas * s.max_local_experts &&
+                config.num_experts <= kMaxCountedExperts;
     if (config.latency) s.parts = std::min(kEpDispatchSendWarps, ceil_div(config.hidden, kEpColumns));
   }
   return s;
-}
-
-std::vector<int> first_experts(const ExpertParallelConfig& config, int num_ranks) {
-  std::vector<int> first(num_ranks + 1, 0);
-  for (int r = 0; r < num_ranks; ++r) {
-    const int even = config.num_experts / num_ranks + (r < config.num_experts % num_ranks);
-    first[r + 1] = first[r] + (config.experts_per_rank.empty() ? even : config.experts_per_rank[r]);
-  }
-  return first;
 }
 
 /// What ranks compare at construction.
@@ -143,13 +154,13 @@ struct ExpertParallel::Impl {
     common.handle_layout = ep_handle_layout(shape, num_local_experts());
     common.status = status.get();
     common.timeout_ns = static_cast<u64>(g.timeout * 1e9);
-    route_smem_bytes = ep_route_smem_bytes(shape.num_ranks, num_local_experts());
+    route_smem_bytes = 4 * ep_route_smem(shape, num_local_experts()).words;
     memory = g.allocate(common.layout.bytes);
     for (int r = 0; r < g.size; ++r) common.peers[r] = static_cast<u8*>(memory->blocks[r].get());
     if (g.device.type == DeviceType::cuda) {
       const cuda::ContextGuard context(g.device.index);
       dispatch_kernel = &load_kernel(g.device.index, jit::ep_dispatch_source(), kEpMaxRouteSmemBytes);
-      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(), 0);
+      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(), kEpCombineSmemBytes);
     }
   }
 
@@ -200,16 +211,16 @@ struct ExpertParallel::Impl {
   }
 
   template <class Params>
-  void run(const Params& params, void (*on_cpu)(const Params&), const cuda::Kernel* on_cuda, int smem_bytes,
-           Stream stream) {
+  void run(const Params& params, void (*on_cpu)(const Params&), const cuda::Kernel* on_cuda, int num_warps,
+           int smem_bytes, Stream stream) {
     if (group.device().type == DeviceType::cpu) {
       on_cpu(params);
       check();
       return;
     }
     const cuda::ContextGuard context(group.device().index);
-    on_cuda->launch({.num_ctas = params.c.shape.num_ctas, .num_threads = kEpThreads, .smem_bytes = smem_bytes}, &params,
-                    stream.handle);
+    on_cuda->launch({.num_ctas = params.c.shape.num_ctas, .num_threads = 32 * num_warps, .smem_bytes = smem_bytes},
+                    &params, stream.handle);
   }
 
   void dispatch(const EpDispatch& args, bool copy) {
@@ -253,7 +264,7 @@ struct ExpertParallel::Impl {
       }
       if (args.row_weights) p.row_weights = static_cast<float*>(args.row_weights->data);
     }
-    run(p, cpu::ep_dispatch, dispatch_kernel, route_smem_bytes, args.stream);
+    run(p, cpu::ep_dispatch, dispatch_kernel, kEpDispatchWarps, route_smem_bytes, args.stream);
   }
 
   void combine(const EpCombine& args) {
@@ -274,7 +285,7 @@ struct ExpertParallel::Impl {
     p.values = args.row_values.has_value();
     if (args.row_values) p.row_values = static_cast<const float*>(args.row_values->data);
     if (args.topk_values) p.topk_values = static_cast<float*>(args.topk_values->data);
-    run(p, cpu::ep_combine, combine_kernel, 0, args.stream);
+    run(p, cpu::ep_combine, combine_kernel, kEpCombineWarps, kEpCombineSmemBytes, args.stream);
   }
 
   int64_t num_rows(const Tensor& handle, Stream stream) {

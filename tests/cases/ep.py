@@ -124,8 +124,6 @@ def expected_sums(
     config = problem.config
     t = len(problem.x[rank])
     total = np.zeros((t, config.hidden), np.float32)
-    if residual is not None:
-        total += residual.float().numpy()
     for r, theirs in enumerate(rows):
         sums = np.zeros((t, config.hidden), np.float32)
         here = np.zeros(t, bool)
@@ -140,6 +138,8 @@ def expected_sums(
         if r != rank:
             sums = torch.from_numpy(sums).bfloat16().float().numpy()
         total[here] += sums[here]
+    if residual is not None:
+        total += residual.float().numpy()
     return torch.from_numpy(total).bfloat16()
 
 

@@ -111,7 +111,7 @@ std::vector<std::uint16_t> reference_sums(const EpProblem& p, int rank, const st
   std::vector<std::uint16_t> out;
   for (int t = 0; t < p.tokens[rank]; ++t) {
     for (int h = 0; h < hidden; ++h) {
-      float total = residual ? (*residual)[t * hidden + h] : 0.0f;
+      float total = 0.0f;
       for (int r = 0; r < p.num_ranks(); ++r) {
         float sum = 0;
         bool any = false;
@@ -123,6 +123,7 @@ std::vector<std::uint16_t> reference_sums(const EpProblem& p, int rank, const st
         }
         if (any) total += r == rank ? sum : cpu::to_f32(cpu::from_f32<cpu::Bf16>(sum));
       }
+      if (residual) total += (*residual)[t * hidden + h];
       out.push_back(cpu::from_f32<cpu::Bf16>(total).bits);
     }
   }

@@ -1,0 +1,9 @@
+#pragma once
+#include "simt.h"
+
+namespace phalanx::ptx {
+
+inline void named_barrier_sync(int id, int num_threads) { simt::meet(simt::cta->barriers[id], num_threads); }
+inline void grid_wait_dependencies() {}
+
+}  // namespace phalanx::ptx

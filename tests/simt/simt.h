@@ -1,0 +1,180 @@
+// CUDA on the host, for tests of device code that moves and counts: a CTA is an OS thread, its threads are fibers of it.
+//
+// What is CUDA C++ (threadIdx, __shared__, warp intrinsics) is defined here; tests/simt/device/ptx stands in the place of
+// device/ptx, by coming before it on the include path. A warp's collectives and a CTA's barriers really meet; CTAs run side
+// by side, and so do the kernels of several ranks. Of weak memory it knows nothing: fences are whole.
+#pragma once
+
+#include <math.h>  // for the global names
+#include <ucontext.h>
+
+#include <array>
+#include <atomic>
+#include <bit>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "cpu/convert.h"
+#include "device/types.h"
+
+#define __device__
+#define __forceinline__ inline
+#define __noinline__ [[gnu::noinline]]
+#define __shared__ thread_local
+#define __align__(n)
+
+namespace simt {
+
+constexpr int kWarp = 32;
+
+/// A copy that has begun; it happens when it is waited for, the latest time that is allowed.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  std::vector<AsyncCopy> open_group;
+  std::deque<std::vector<AsyncCopy>> groups;
+};
+
+struct Barrier {
+  int arrived = 0;
+  std::uint64_t turn = 0;
+};
+
+/// Where the lanes of a warp lay down a value each, and find everyone's.
+struct Warp {
+  std::array<std::uint64_t, kWarp> given, all;
+  Barrier barrier;
+};
+
+struct Cta {
+  int index = 0, current = 0;  // current: the thread that runs
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::array<Barrier, 16> barriers;
+  ucontext_t scheduler;
+  const std::function<void()>* kernel = nullptr;
+};
+
+inline thread_local Cta* cta = nullptr;
+
+/// Lets others run.
+void yield();
+
+/// Runs a kernel of `num_ctas` CTAs to its end.
+void launch(int num_ctas, int num_threads, const std::function<void()>& kernel);
+
+inline Fiber& fiber() { return cta->fibers[cta->current]; }
+
+inline void meet(Barrier& barrier, int count) {
+  const std::uint64_t turn = barrier.turn;
+  if (++barrier.arrived == count) {
+    barrier.arrived = 0;
+    ++barrier.turn;
+  }
+  while (barrier.turn == turn) yield();
+}
+
+/// Every lane's value.
+template <class T>
+std::array<T, kWarp> exchange(T mine) {
+  Warp& warp = cta->warps[cta->current / kWarp];
+  std::memcpy(&warp.given[cta->current % kWarp], &mine, sizeof mine);
+  // The last to come publishes; nobody can give again before all have read.
+  const std::uint64_t turn = warp.barrier.turn;
+  if (++warp.barrier.arrived == kWarp) {
+    warp.all = warp.given;
+    warp.barrier.arrived = 0;
+    ++warp.barrier.turn;
+  }
+  while (warp.barrier.turn == turn) yield();
+  std::array<T, kWarp> values;
+  for (int i = 0; i < kWarp; ++i) std::memcpy(&values[i], &warp.all[i], sizeof(T));
+  return values;
+}
+
+inline int lane() { return cta->current % kWarp; }
+
+}  // namespace simt
+
+// --- the language -----------------------------------------------------------------------------------------------------------------
+
+struct SimtThreadIdx {
+  struct {
+    operator unsigned() const { return unsigned(simt::cta->current); }
+  } x;
+};
+struct SimtBlockIdx {
+  struct {
+    operator unsigned() const { return unsigned(simt::cta->index); }
+  } x;
+};
+inline constexpr SimtThreadIdx threadIdx{};
+inline constexpr SimtBlockIdx blockIdx{};
+
+struct uint2 {
+  unsigned x, y;
+};
+
+template <class T>
+T __shfl_sync(unsigned, T value, int source) {
+  return simt::exchange(value)[source % simt::kWarp];
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const int lane = simt::lane();
+  return simt::exchange(value)[lane >= distance ? lane - distance : lane];
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int distance) {
+  const int lane = simt::lane();
+  return simt::exchange(value)[lane ^ distance];
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+  unsigned bits = 0;
+  const auto all = simt::exchange(int(predicate));
+  for (int i = 0; i < simt::kWarp; ++i) bits |= unsigned(all[i]) << i;
+  return bits;
+}
+inline bool __all_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
+inline unsigned __reduce_or_sync(unsigned, unsigned value) {
+  unsigned bits = 0;
+  for (const unsigned other : simt::exchange(value)) bits |= other;
+  return bits;
+}
+inline unsigned __match_any_sync(unsigned, int value) {
+  unsigned bits = 0;
+  const auto all = simt::exchange(value);
+  for (int i = 0; i < simt::kWarp; ++i) bits |= unsigned(all[i] == value) << i;
+  return bits;
+}
+inline void __syncwarp() { simt::exchange(0); }
+inline void __syncthreads() { simt::meet(simt::cta->barriers[0], int(simt::cta->fibers.size())); }
+
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __clz(unsigned x) { return std::countl_zero(x); }
+inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
+inline int __ffsll(unsigned long long x) { return x ? std::countr_zero(x) + 1 : 0; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+
+/// Of shared memory: the threads of a CTA take turns.
+inline int atomicAdd(int* p, int value) {
+  const int old = *p;
+  *p += value;
+  return old;
+}

@@ -1,0 +1,69 @@
+// The expert-parallel kernels themselves, simulated on the host: ranks of several CTAs, every byte checked.
+#include <gtest/gtest.h>
+
+#include "cpu/ep.h"
+#include "device/ep/combine.cuh"
+#include "device/ep/dispatch.cuh"
+#include "simt.h"
+#include "tests/cpu/ep_rounds.h"
+
+namespace phalanx {
+
+// The kernels' dynamic shared memory. Of each CTA, as it is a thread.
+thread_local int ep_smem[kEpMaxRouteSmemBytes / 4];
+thread_local u8 ep_rings[kEpCombineSmemBytes];
+
+namespace test {
+namespace {
+
+void dispatch(const EpDispatchParams& p) {
+  simt::launch(p.c.shape.num_ctas, 32 * kEpDispatchWarps, [&] { ep_dispatch(p); });
+}
+void combine(const EpCombineParams& p) {
+  simt::launch(p.c.shape.num_ctas, 32 * kEpCombineWarps, [&] { ep_combine(p); });
+}
+
+class Simulated : public ::testing::TestWithParam<int> {
+ protected:
+  void SetUp() override { cpu::ep_stand_in = &stand_in_; }
+  void TearDown() override { cpu::ep_stand_in = nullptr; }
+
+ private:
+  const cpu::EpStandIn stand_in_{GetParam(), dispatch, combine};
+};
+
+TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
+  std::mt19937 rng(kSeed + GetParam());
+  for (const int n : {1, 2, 3}) {
+    for (const bool latency : {false, true}) {
+      const ExpertParallelConfig config{.hidden = int(1 + rng() % 40) * 16,
+                                        .num_experts = int(1 + rng() % 20),
+                                        .topk = int(1 + rng() % 8),
+                                        .max_tokens = latency ? 5 : 24,
+                                        .dtype = DType::bf16,
+                                        .latency = latency,
+                                        .alignment = int(1 + rng() % 8)};
+      SCOPED_TRACE(::testing::Message() << n << " ranks, hidden " << config.hidden << ", topk " << config.topk
+                                        << ", experts " << config.num_experts);
+      auto groups = Group::local(cpus(n), kPatient);
+      auto eps = make_all(groups, config);
+      for (int round = 0; round < 3; ++round) {
+        const EpProblem p = random_problem(n, config, rng, 10, round % 2 ? 40 : 0);
+        const Style style{.e4m3 = round % 2 == 0,
+                          .exact = round == 1,
+                          .split = round == 2,
+                          .residual = rng() % 2 == 0,
+                          .weighted = rng() % 2 == 0,
+                          .values = rng() % 2 == 0};
+        run_round(eps, p, style, unsigned(rng()));
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Ctas, Simulated, ::testing::Values(1, 3));
+
+}  // namespace
+}  // namespace test
+}  // namespace phalanx
