@@ -7,7 +7,6 @@ namespace phalanx {
 
 constexpr int kBlockK = 128;           // depth of a k-block: one row of the 128-byte swizzle, and one scale of A
 constexpr int kScaleBlock = 128;       // a scale of B covers 128 x 128 elements
-constexpr int kMaxScaleGroups = 4;     // see GemmConfig::scale_group
 constexpr int kPanelColumns = 64;      // BF16 columns in one 128-byte row of a staged D tile
 constexpr int kPartialPad = 8;         // floats after each row of a split-K partial tile, against bank conflicts
 constexpr int kWarpgroup = 128;        // threads
@@ -30,9 +29,9 @@ struct GemmConfig {
   constexpr int consumer_registers() const { return num_consumers == 3 ? 160 : 232; }
   constexpr int producer_registers() const { return num_consumers == 3 ? 32 : 40; }
   constexpr int num_threads() const { return kWarpgroup * (num_consumers + 1); }
-  // Columns of a tile that share a scale of B wherever the tile begins.
+  // Columns of a tile that share a scale of B wherever the tile begins, and the number of scales that a tile can meet.
   constexpr int scale_group() const { return gcd_of(block_n, kScaleBlock); }
-  constexpr int num_scale_groups() const { return block_n / scale_group(); }
+  constexpr int num_scales_b() const { return 1 + ceil_div(block_n - scale_group(), kScaleBlock); }
   constexpr int cluster_size() const { return cluster_n * cluster_m * split_k; }
   constexpr bool multicasts() const { return cluster_n * cluster_m > 1; }
   // BF16 tiles leave through shared memory by TMA; FP32, narrow and split-K tiles straight from registers.
@@ -66,8 +65,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
 // Whether the kernel can be instantiated; the planner and the tests ask, the kernel asserts.
 constexpr bool is_valid(const GemmConfig& c) {
   const bool tile = c.num_consumers >= 1 && c.num_consumers <= 3 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
-                    c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 32 &&
-                    c.num_scale_groups() <= kMaxScaleGroups;
+                    c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 32 && c.num_scales_b() <= 2;
   const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);
   const bool cluster = c.cluster_n >= 1 && c.cluster_m >= 1 && c.split_k >= 1 && one_kind <= 1 &&
                        c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0 &&

@@ -49,7 +49,7 @@ __device__ DenseTiles my_tiles(const GemmParams& p) {
 // One thread. What CTAs of a cluster share, each loads a slice of into all.
 template <GemmConfig C>
 __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) {
-  const u32 stage_bytes = (C.block_m + C.block_n) * kBlockK + (p.sfa_by_tma ? C.block_m * 4 : 0);
+  const u32 stage_bytes = (p.rows_a + C.block_n) * kBlockK + (p.sfa_by_tma ? C.block_m * 4 : 0);
   constexpr u16 kAllCtas = (1 << C.cluster_size()) - 1;
   const int rank = C.multicasts() ? ptx::cluster_ctarank() : 0;
   const int slice_a = rank % C.cluster_n * (C.block_m / C.cluster_n),
@@ -107,37 +107,54 @@ __device__ void copy_scales_a(const GemmParams& p, const SharedMemory<C>& smem) 
 
 // --- consumers ------------------------------------------------------------------------------------------------------
 
+// Of the k-block at hand: one scale of B, or two and where in the tile the second begins.
+template <GemmConfig C>
+struct TileScalesB {
+  float value[C.num_scales_b()];
+  int second;
+
+  __device__ __forceinline__ float of(int column) const {
+    if constexpr (C.num_scales_b() == 1) return value[0];
+    return column < second ? value[0] : value[C.num_scales_b() - 1];
+  }
+};
+
 // acc += scale_a * scale_b * partial, for one wave; the first k-block of a tile begins the sum.
 template <GemmConfig C, bool kFirst>
 __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float (&partial)[C.block_n / 2],
-                                        const float (&scales_a)[2], const float (&scales_b)[C.num_scale_groups()]) {
+                                        const float (&scales_a)[2], const TileScalesB<C>& scales_b) {
   constexpr int kGroupValues = C.scale_group() / 2;  // of a thread: two rows, a quarter of the columns
 #pragma unroll
-  for (int group = 0; group < C.num_scale_groups(); ++group) {
-    const float scales[2] = {scales_a[0] * scales_b[group], scales_a[1] * scales_b[group]};
+  for (int begin = 0; begin < C.block_n / 2; begin += kGroupValues) {
+    const float scale_b = scales_b.of(begin * 2);
+    const float scales[2] = {scales_a[0] * scale_b, scales_a[1] * scale_b};
 #pragma unroll
-    for (int i = group * kGroupValues; i < (group + 1) * kGroupValues; ++i)
+    for (int i = begin; i < begin + kGroupValues; ++i)
       acc[i] = kFirst ? scales[i / 2 % 2] * partial[i] : acc[i] + scales[i / 2 % 2] * partial[i];
   }
 }
 
-// B's scales of the tile's column groups: a warp fetches those of 32 k-blocks at once, one a lane, well before they are
-// needed. No __ldg: the previous kernel may have written them.
+// B's scales of a tile: a warp fetches those of 32 k-blocks at once, one a lane, well before they are needed. No __ldg: the
+// previous kernel may have written them.
 template <GemmConfig C>
 struct ScalesB {
   static constexpr int kFetched = 32;
-  float of_lane[C.num_scale_groups()];
+  float of_lane[C.num_scales_b()];
+  int second;
 
   __device__ __forceinline__ void fetch(const GemmParams& p, const Tile& t, int kb, int end) {
     const float* row = p.sfb + min_of(kb + int(threadIdx.x % 32), end - 1) * p.sfb_stride_k;
+    second = kScaleBlock - t.n % kScaleBlock;
 #pragma unroll
-    for (int group = 0; group < C.num_scale_groups(); ++group)  // clamped: a tile may begin or end past a ragged N
-      of_lane[group] = row[min_of(t.n + group * C.scale_group(), p.n - 1) / kScaleBlock * p.sfb_stride_n];
+    for (int i = 0; i < C.num_scales_b(); ++i)  // clamped: a tile may begin or end past a ragged N
+      of_lane[i] = row[min_of(t.n / kScaleBlock + i, (p.n - 1) / kScaleBlock) * p.sfb_stride_n];
   }
-  __device__ __forceinline__ void get(int position, float (&scales)[C.num_scale_groups()]) const {
+  __device__ __forceinline__ TileScalesB<C> get(int position) const {
+    TileScalesB<C> scales;
+    scales.second = second;
 #pragma unroll
-    for (int group = 0; group < C.num_scale_groups(); ++group)
-      scales[group] = __shfl_sync(0xffffffff, of_lane[group], position);
+    for (int i = 0; i < C.num_scales_b(); ++i) scales.value[i] = __shfl_sync(0xffffffff, of_lane[i], position);
+    return scales;
   }
 };
 
@@ -169,7 +186,7 @@ struct Consumer {
   // product was issued. `meanwhile` runs there.
   template <bool kFirst, class Meanwhile>
   __device__ __forceinline__ void multiply_k_block(int position, Meanwhile meanwhile) {
-    float scales_b[C.num_scale_groups()];
+    TileScalesB<C> scales_b;
     pipe.wait_full();
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
@@ -179,7 +196,7 @@ struct Consumer {
       const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;
       const float scales_a[2] = {sfa[0], sfa[8]};
       if (wave == 0) {
-        sfb.get(position, scales_b);
+        scales_b = sfb.get(position);
         meanwhile();
       }
       ptx::wgmma_wait<0>();
@@ -234,7 +251,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
     } else {
       self.template multiply_k_block<true>(0, prepare);
     }
-#pragma unroll 3
+#pragma unroll 2
     for (int kb = ks.begin + 1; kb < ks.end; ++kb) {
       const int position = (kb - ks.begin) % ScalesB<C>::kFetched;
       self.template multiply_k_block<false>(position, [&] {

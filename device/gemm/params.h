@@ -6,7 +6,7 @@ namespace phalanx {
 
 // Strides are in elements.
 struct GemmParams {
-  TensorMap a;  // box: block_m / cluster_n rows x 128
+  TensorMap a;  // box: rows_a / cluster_n rows x 128
   TensorMap b;  // box: block_n / cluster_m rows x 128
   TensorMap c;  // box: consumer_rows x 64, as D's; these two only if config.stores_by_tma()
   TensorMap d;
@@ -19,6 +19,7 @@ struct GemmParams {
   const void* c_ptr;  // null: no C
   i64 d_stride, c_stride;
   int m, n, k;
+  int rows_a;   // block_m, or less: those that a tile of few rows has
   int group_m;  // see DenseTiles
 };
 

@@ -68,7 +68,7 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   const int per_sm = c.split_k > 1 && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm && c.num_consumers == 1 ? 2 : 1;
   const double slots = usable_sms(c.cluster_size(), num_sms) * per_sm, active = std::min(num_ctas, slots);
   const double n = c.block_n;
-  const double loss = (c.num_consumers == 3 ? kMmaLoss3 : kMmaLoss) + (c.num_scale_groups() > 1 ? kGroupLoss : 0);
+  const double loss = (c.num_consumers == 3 ? kMmaLoss3 : kMmaLoss) + (c.num_scales_b() > 1 ? kGroupLoss : 0);
 
   double mma = 2.5 * n + kWaveLatency;
   if (c.num_consumers > 1) mma = std::max(mma, c.num_consumers * 2 * n * loss);
