@@ -62,41 +62,53 @@ class ExpertMLP(torch.nn.Module):
 
 
 class _ExpertMLP(torch.autograd.Function):
-    """Saves the tokens, the products' inputs in BF16, and the routing; quantises again what the backward pass needs."""
+    """Routing weights multiply between the two products, where a row has the fewest columns.
+
+    Rows of no token are not written by the products, and may hold anything. Their weight is zero, so that they raise no
+    scale of a block that they share with others; neither products nor sums read them.
+    """
 
     @staticmethod
     def forward(ctx, x, topk_idx, topk_weights, gate_up, down, quantized):
         gate_up_q, down_q = quantized[0:2], quantized[2:4]
         rows, routing = phalanx.route_and_permute(phalanx.quantize(x), topk_idx, gate_up.shape[0])
         gate_up_rows = phalanx.grouped_gemm_fp8(rows, gate_up_q, routing.offsets)
-        act = _swiglu(gate_up_rows, routing.sources)
-        out_rows = phalanx.grouped_gemm_fp8(phalanx.quantize(act), down_q, routing.offsets)
-        ctx.save_for_backward(x, topk_weights, gate_up_rows, act, out_rows, *routing[:5])
+        row_weights = _take(topk_weights, routing.sources)
+        act = phalanx.swiglu_quantize(gate_up_rows, row_weights)
+        y = phalanx.unpermute(phalanx.grouped_gemm_fp8(act, down_q, routing.offsets), routing)
+        ctx.save_for_backward(x, gate_up_rows, row_weights, *act, *routing[:5])
         ctx.quantized = quantized
         ctx.weight_dtypes = gate_up.dtype, down.dtype
-        return phalanx.unpermute(out_rows, routing, topk_weights)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, topk_weights, gate_up_rows, act, out_rows, *fields = ctx.saved_tensors
+        x, gate_up_rows, row_weights, act, act_scales, *fields = ctx.saved_tensors
         gate_up_t, down_t = ctx.quantized[4:6], ctx.quantized[6:8]
         routing = phalanx.Routing(*fields)
         offsets = routing.offsets
-        grad_out, grad_weights = phalanx.unpermute_backward(grad.contiguous(), routing, topk_weights, out_rows)
 
-        grad_act = phalanx.grouped_gemm_fp8(phalanx.quantize(grad_out), down_t, offsets)
-        grad_gate_up = _swiglu_backward(gate_up_rows, grad_act, routing.sources)
-        grad_rows = phalanx.grouped_gemm_fp8(phalanx.quantize(grad_gate_up), gate_up_t, offsets)
-        grad_x = phalanx.unpermute(grad_rows, routing)
+        grad_out, grad_out_t = phalanx.quantize_both(phalanx.permute(grad.contiguous(), routing))
+        grad_act = phalanx.grouped_gemm_fp8(grad_out, down_t, offsets)
+        grad_gate_up, grad_row_weights = phalanx.swiglu_backward(grad_act, gate_up_rows, row_weights)
+        grad_gate_up, grad_gate_up_t = phalanx.quantize_both(grad_gate_up)
+        grad_x = phalanx.unpermute(phalanx.grouped_gemm_fp8(grad_gate_up, gate_up_t, offsets), routing)
 
         grads = [None, None]
         if ctx.needs_input_grad[3]:
-            rows = phalanx.permute(x, routing)
-            grads[0] = phalanx.grouped_wgrad_fp8(_quantize_columns(grad_gate_up), _quantize_columns(rows), offsets)
+            rows_t = phalanx.quantize_transposed(phalanx.permute(x, routing))
+            grads[0] = phalanx.grouped_wgrad_fp8(grad_gate_up_t, rows_t, offsets).to(ctx.weight_dtypes[0])
         if ctx.needs_input_grad[4]:
-            grads[1] = phalanx.grouped_wgrad_fp8(_quantize_columns(grad_out), _quantize_columns(act), offsets)
-        grads = [g if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.weight_dtypes, strict=True)]
-        return grad_x, None, grad_weights, *grads, None
+            act_t = phalanx.quantize_transposed(phalanx.dequantize((act, act_scales), dtype=x.dtype))
+            grads[1] = phalanx.grouped_wgrad_fp8(grad_out_t, act_t, offsets).to(ctx.weight_dtypes[1])
+        return grad_x, None, _take(grad_row_weights, routing.slots), *grads, None
+
+
+def _take(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The flattened values at these indices, 0 where an index is -1."""
+    if values.numel() == 0:
+        return values.new_zeros(indices.shape)
+    return torch.where(indices >= 0, values.flatten()[indices.clamp(min=0)], 0)
 
 
 def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,25 +116,3 @@ def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     experts, rows, cols = weight.shape
     data, scales = phalanx.quantize(weight.reshape(experts * rows, cols), block=(128, 128))
     return data.view(experts, rows, cols), scales.view(experts, rows // 128, cols // 128)
-
-
-def _quantize_columns(rows: torch.Tensor) -> phalanx.Quantized:
-    """Transposed, one scale per 128 rows: what a weight gradient multiplies."""
-    return phalanx.quantize(rows.t().contiguous())
-
-
-def _swiglu(gate_up: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up. Rows of no token, which no product wrote, become zero: they will share blocks with others."""
-    gate, up = gate_up.float().chunk(2, 1)
-    act = torch.nn.functional.silu(gate) * up
-    return torch.where(sources[:, None] >= 0, act, 0).to(gate_up.dtype)
-
-
-def _swiglu_backward(gate_up: torch.Tensor, grad: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_up.float().chunk(2, 1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    grad = grad.float()
-    grad_gate = grad * up * (sigmoid + silu * (1 - sigmoid))
-    both = torch.cat((grad_gate, grad * silu), 1)
-    return torch.where(sources[:, None] >= 0, both, 0).to(gate_up.dtype)
