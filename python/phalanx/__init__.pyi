@@ -1,9 +1,16 @@
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 __all__ = [
+    "AbortedError",
+    "CapacityError",
     "CompilationError",
     "CudaError",
+    "Dispatched",
     "Error",
+    "ExpertParallel",
+    "Group",
+    "PeerTimeoutError",
     "Quantized",
     "Routing",
     "UnsupportedError",
@@ -46,6 +53,9 @@ class Error(RuntimeError): ...
 class UnsupportedError(Error): ...
 class CompilationError(Error): ...
 class CudaError(Error): ...
+class PeerTimeoutError(Error): ...
+class AbortedError(Error): ...
+class CapacityError(Error): ...
 
 __version__: str
 
@@ -161,3 +171,116 @@ def unpermute_backward(
     rows_dtype: Any = None,
     zero_padding: bool = True,
 ) -> tuple[ArrayT, ArrayT | None]: ...
+
+class Group:
+    rank: int
+    size: int
+    device: str
+    @staticmethod
+    def local(devices: int | Sequence[Any], timeout: float = 30.0) -> list[Group]: ...
+    @staticmethod
+    def process(
+        rank: int, size: int, device: Any, all_gather: Callable[[bytes], Sequence[bytes]], timeout: float = 30.0
+    ) -> Group: ...
+    @staticmethod
+    def from_torch(process_group: Any = None, device: Any = None, timeout: float = 30.0) -> Group: ...
+    @staticmethod
+    def nccl(id: bytes, rank: int, size: int, device: Any, timeout: float = 30.0) -> Group: ...
+    @staticmethod
+    def from_nccl(comm: int, timeout: float = 30.0) -> Group: ...
+    @staticmethod
+    def nccl_id() -> bytes: ...
+    def barrier(self) -> None: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...
+
+class Dispatched(NamedTuple, Generic[ArrayT]):
+    rows: ArrayT | Quantized[ArrayT]
+    offsets: ArrayT
+    counts: ArrayT
+    row_weights: ArrayT
+    handle: ArrayT
+
+class ExpertParallel:
+    group: Group
+    hidden: int
+    topk: int
+    first_local_expert: int
+    num_local_experts: int
+    handle_words: int
+    max_rows: int
+    def __init__(
+        self,
+        group: Group,
+        *,
+        hidden: int,
+        num_experts: int,
+        topk: int,
+        max_tokens: int,
+        dtype: str = "e4m3",
+        latency: bool = False,
+        num_sms: int = 0,
+        alignment: int = 1,
+        experts_per_rank: Sequence[int] | None = None,
+    ) -> None: ...
+    @staticmethod
+    def buffer_bytes(
+        num_ranks: int,
+        *,
+        hidden: int,
+        topk: int,
+        max_tokens: int,
+        num_experts: int = 1,
+        dtype: str = "e4m3",
+        latency: bool = False,
+        num_sms: int = 0,
+    ) -> int: ...
+    def dispatch(
+        self,
+        x: ArrayT | Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+        topk_idx: ArrayT | None = None,
+        topk_weights: ArrayT | None = None,
+        *,
+        handle: ArrayT | None = None,
+        capacity: int | None = None,
+        quantize: bool = False,
+        pow2_scales: bool = False,
+        out: Dispatched[ArrayT] | None = None,
+    ) -> Dispatched[ArrayT]: ...
+    def dispatch_send(
+        self,
+        x: ArrayT | Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+        topk_idx: ArrayT | None = None,
+        topk_weights: ArrayT | None = None,
+        *,
+        capacity: int,
+        handle: ArrayT | None = None,
+        quantize: bool = False,
+        pow2_scales: bool = False,
+        out: Dispatched[ArrayT] | None = None,
+    ) -> Callable[[], Dispatched[ArrayT]]: ...
+    def combine(
+        self,
+        rows: ArrayT,
+        handle: ArrayT,
+        *,
+        tokens: int,
+        residual: ArrayT | None = None,
+        weighted: bool = True,
+        out: ArrayT | None = None,
+    ) -> ArrayT: ...
+    def combine_send(
+        self,
+        rows: ArrayT,
+        handle: ArrayT,
+        *,
+        tokens: int,
+        residual: ArrayT | None = None,
+        weighted: bool = True,
+        out: ArrayT | None = None,
+    ) -> Callable[[], ArrayT]: ...
+    def combine_values(
+        self, rows: ArrayT, row_values: ArrayT, handle: ArrayT, *, tokens: int, weighted: bool = True
+    ) -> tuple[ArrayT, ArrayT]: ...
+    def check(self) -> None: ...
+    def close(self) -> None: ...

@@ -62,6 +62,24 @@ Json gpus() {
   return list;
 }
 
+// Which GPUs can be ranks of one group.
+Json links() {
+  Json list = Json::array();
+  const auto devices = cuda::devices();
+  for (const auto& from : devices) {
+    for (const auto& to : devices) {
+      if (from.ordinal == to.ordinal) continue;
+      const auto peer = cuda::peer_info(from.ordinal, to.ordinal);
+      list.push_back({{"from", from.ordinal},
+                      {"to", to.ordinal},
+                      {"access", peer.access},
+                      {"atomics", peer.atomics},
+                      {"performance_rank", peer.performance_rank}});
+    }
+  }
+  return list;
+}
+
 Json packs() {
   Json list = Json::array();
   for (const auto& directory : jit::pack_dirs()) {
@@ -85,6 +103,7 @@ Json collect() {
   info["cpu"] = {{"name", cpu_name()}, {"threads", std::thread::hardware_concurrency()}};
   info["driver"] = {{"available", driver.available}, {"version", driver.version}, {"error", driver.error}};
   info["gpus"] = gpus();
+  info["links"] = links();
   info["nvrtc"] = {{"available", nvrtc.available},
                    {"version", fmt::format("{}.{}", nvrtc.major, nvrtc.minor)},
                    {"path", nvrtc.path},
@@ -109,6 +128,15 @@ void print_gpus(const Json& list) {
   }
 }
 
+void print_links(const Json& list) {
+  for (const auto& link : list) {
+    print_line("link", fmt::format("GPU {} to GPU {}: {}", link["from"].get<int>(), link["to"].get<int>(),
+                                   !link["access"].get<bool>()   ? "no access"
+                                   : link["atomics"].get<bool>() ? "peer access with atomics, as over NVLink"
+                                                                 : "peer access without atomics, as over PCIe"));
+  }
+}
+
 void print_text(const Json& info) {
   print_line("phalanx", fmt::format("{}, built with g++ {}", info["version"].get<std::string>(),
                                     info["compiler"].get<std::string>()));
@@ -120,6 +148,7 @@ void print_text(const Json& info) {
                            ? fmt::format("CUDA {}.{}", driver / 1000, driver % 1000 / 10)
                            : "none: " + info["driver"]["error"].get<std::string>());
   print_gpus(info["gpus"]);
+  print_links(info["links"]);
   print_line("NVRTC", info["nvrtc"]["available"].get<bool>()
                           ? fmt::format("{}, {}", info["nvrtc"]["version"].get<std::string>(),
                                         info["nvrtc"]["path"].get<std::string>())

@@ -36,6 +36,14 @@ std::vector<DeviceInfo> devices();
 /// @throws Error unsupported (no driver), invalid_device
 const DeviceInfo& device(int ordinal);
 
+/// How one device reaches another's memory. Both exist.
+struct PeerInfo {
+  bool access = false;
+  bool atomics = false;      ///< over the link: NVLink has them, PCIe has not
+  int performance_rank = 0;  ///< lower is quicker
+};
+PeerInfo peer_info(int from, int to);
+
 /// Makes a context of the device current, the caller's own if it is one of that device, until the end of the scope.
 class ContextGuard {
  public:

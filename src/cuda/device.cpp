@@ -78,6 +78,16 @@ std::vector<DeviceInfo> devices() {
 
 const DeviceInfo& device(int ordinal) { return state_of(ordinal).info; }
 
+PeerInfo peer_info(int from, int to) {
+  const auto attribute = [&](int which) {
+    int value = 0;
+    PHALANX_CUDA(cuDeviceGetP2PAttribute(&value, which, handle_of(from), handle_of(to)));
+    return value;
+  };
+  return {attribute(kP2PAccessSupported) != 0, attribute(kP2PNativeAtomicSupported) != 0,
+          attribute(kP2PPerformanceRank)};
+}
+
 CUdevice handle_of(int ordinal) { return state_of(ordinal).handle; }
 
 CUcontext context_of(int ordinal) {

@@ -29,6 +29,7 @@ constexpr unsigned kMemHostAllocPortable = 1, kMemHostAllocDeviceMap = 2;
 // CUdevice_attribute, CUfunction_attribute
 constexpr int kAttributeClockRate = 13, kAttributeMultiprocessorCount = 16, kAttributeL2CacheSize = 38,
               kAttributeComputeCapabilityMajor = 75, kAttributeComputeCapabilityMinor = 76;
+constexpr int kP2PPerformanceRank = 1, kP2PAccessSupported = 2, kP2PNativeAtomicSupported = 3;
 constexpr int kFuncAttributeMaxDynamicSharedSizeBytes = 8;
 
 // CUlaunchAttribute, CUlaunchConfig

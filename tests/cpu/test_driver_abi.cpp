@@ -22,6 +22,9 @@ static_assert(sizeof(phalanx::TensorMap) == sizeof(CUtensorMap) && alignof(phala
 static_assert(sizeof(ours::IpcMemHandle) == sizeof(CUipcMemHandle));
 
 TEST(DriverAbi, ConstantsAreTheHeaders) {
+  EXPECT_EQ(ours::kP2PPerformanceRank, CU_DEVICE_P2P_ATTRIBUTE_PERFORMANCE_RANK);
+  EXPECT_EQ(ours::kP2PAccessSupported, CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED);
+  EXPECT_EQ(ours::kP2PNativeAtomicSupported, CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED);
   EXPECT_EQ(ours::kNotReady, CUDA_ERROR_NOT_READY);
   EXPECT_EQ(ours::kPeerAccessAlreadyEnabled, CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED);
   EXPECT_EQ(ours::kIpcMemLazyEnablePeerAccess, CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS);
