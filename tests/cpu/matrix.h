@@ -23,6 +23,7 @@ constexpr DType dtype_of(const cpu::E4m3*) { return DType::e4m3; }
 constexpr DType dtype_of(const cpu::Bf16*) { return DType::bf16; }
 constexpr DType dtype_of(const cpu::F16*) { return DType::f16; }
 constexpr DType dtype_of(const float*) { return DType::f32; }
+constexpr DType dtype_of(const std::int32_t*) { return DType::int32; }
 
 enum class Order { row_major, col_major };
 
