@@ -1,7 +1,7 @@
 // One description of a GEMM kernel, with three readers: the planner returns it, the generator prints it, the kernel is
 // instantiated with it. Shared memory is laid out here and nowhere else.
 #pragma once
-#include "device/types.h"
+#include "device/gemm/groups.h"
 
 namespace phalanx {
 
@@ -14,6 +14,10 @@ constexpr int kMaxSmemBytes = 232448;  // that one CTA of an SM90 may use
 
 enum class OutType { bf16, f32 };
 
+// What a kernel multiplies: one product; rows of A in groups, each with its own B; or columns of A and B in groups, each with
+// its own D, where B has a scale per row as A has: the gradients of weights.
+enum class Grouping { none, rows, columns };
+
 struct GemmConfig {
   int block_m = 128, block_n = 128;  // tile of D that one CTA computes
   int num_consumers = 2;             // warpgroups that multiply; each takes block_m / num_consumers rows, 64 at a time
@@ -22,6 +26,7 @@ struct GemmConfig {
   int cluster_m = 1;                 // CTAs one above the other along M that share B by multicast
   int split_k = 1;                   // CTAs of a cluster that share a tile, each with a part of K
   OutType out = OutType::bf16;
+  Grouping grouping = Grouping::none;
 
   constexpr int consumer_rows() const { return block_m / num_consumers; }
   constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
@@ -34,6 +39,12 @@ struct GemmConfig {
   constexpr int num_scales_b() const { return 1 + ceil_div(block_n - scale_group(), kScaleBlock); }
   constexpr int cluster_size() const { return cluster_n * cluster_m * split_k; }
   constexpr bool multicasts() const { return cluster_n * cluster_m > 1; }
+  constexpr bool grouped() const { return grouping != Grouping::none; }
+  constexpr bool scales_b_by_row() const { return grouping == Grouping::columns; }
+  // Scales of A that TMA brings for a stage. It wants 16-byte aligned addresses, and a group may begin at any row: it starts
+  // up to three rows early.
+  constexpr int scales_a_box() const { return block_m + (grouping == Grouping::rows ? 4 : 0); }
+  constexpr int scales_a_pitch() const { return ceil_div(scales_a_box(), 32) * 32; }  // 128 bytes, as TMA wants
   // BF16 tiles leave through shared memory by TMA; FP32, narrow and split-K tiles straight from registers.
   constexpr bool stores_by_tma() const { return out == OutType::bf16 && split_k == 1 && block_n % kPanelColumns == 0; }
 
@@ -42,7 +53,7 @@ struct GemmConfig {
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, full, empty, sfa_empty, c_full, total;
+  int a, b, d, sfa, sfb, groups, full, empty, sfa_empty, c_full, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -54,7 +65,9 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
                       : c.stores_by_tma() ? 2 * c.block_m * c.block_n
                                           : 0;
   s.sfa = s.d + d_bytes;
-  s.full = s.sfa + c.num_stages * c.block_m * 4;
+  s.sfb = s.sfa + c.num_stages * c.scales_a_pitch() * 4;
+  s.groups = s.sfb + (c.scales_b_by_row() ? c.num_stages * c.block_n * 4 : 0);
+  s.full = s.groups + (c.grouped() ? (kMaxTableGroups + 2) * int(sizeof(GroupEntry)) : 0);  // the table and its size
   s.empty = s.full + c.num_stages * 8;
   s.sfa_empty = s.empty + c.num_stages * 8;
   s.c_full = s.sfa_empty + c.num_stages * 8;

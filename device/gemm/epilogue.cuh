@@ -22,6 +22,12 @@ __device__ int fragment_row(int consumer, int wave) {
   return consumer * C.consumer_rows() + wave * 64 + warp * 16 + lane / 4;
 }
 
+// Where the rows of D end that the tile may write.
+template <GemmConfig C>
+__device__ int end_row(const GemmParams& p, const Tile& t) {
+  return C.grouped() ? t.group_end : p.m;
+}
+
 // --- pieces of a row --------------------------------------------------------------------------------------------------
 
 // Part of one row of C or D, beginning at an even column; `cols` elements are left in it. Read and written in pairs: a pair
@@ -72,7 +78,7 @@ __device__ void store_tile_direct(const GemmParams& p, const Tile& t, int consum
   for (int i = 0; i < C.num_waves() * 2; ++i) {
     const int row = t.m + fragment_row<C>(consumer, i / 2) + i % 2 * 8;
     float* x = &acc[i / 2][i % 2 * 2];
-    if (row >= p.m) continue;
+    if (row >= end_row<C>(p, t)) continue;
     if (p.c_ptr != nullptr) {
       const RowPiece<C.out> c(p.c_ptr, row * p.c_stride + col, p.n - col);
 #pragma unroll
@@ -144,8 +150,14 @@ struct StagedTile {
     });
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(1 + consumer, kWarpgroup);
-    if (p.n % 8 != 0 && t.n + C.block_n > p.n) {  // TMA writes whole 16 bytes, and so past a ragged N
-      copy_out(p, t, consumer);
+    const bool past_columns = p.n % 8 != 0 && t.n + C.block_n > p.n;  // TMA writes whole 16 bytes
+    bool past_rows = false;                                           // and whole boxes
+    if constexpr (C.grouped()) past_rows = t.m + (consumer + 1) * C.consumer_rows() > t.group_end;
+    if (past_columns || past_rows) {
+      if constexpr (C.grouped())
+        copy_rows(p, t, consumer);
+      else
+        copy_out(p, t, consumer);
       ptx::named_barrier_sync(1 + consumer, kWarpgroup);  // C of the next tile may come
     } else if (is_issuer) {
       const int row = consumer * C.consumer_rows();
@@ -168,6 +180,22 @@ struct StagedTile {
         d[col] =
             *reinterpret_cast<const u16*>(panel_row(col / kPanelColumns, row) + (chunk ^ (row % 8)) * 16 + col % 8 * 2);
       }
+    }
+  }
+
+  // Of a group's last tile, so not rare: 16 bytes a thread, eight of them a panel's row.
+  __device__ void copy_rows(const GemmParams& p, const Tile& t, int consumer) const {
+    constexpr int kChunks = C.block_n / 8;  // of a row
+    const int first = consumer * C.consumer_rows(), rows = min_of(C.consumer_rows(), end_row<C>(p, t) - t.m - first);
+#pragma unroll 1
+    for (int i = threadIdx.x % kWarpgroup; i < rows * kChunks; i += kWarpgroup) {
+      const int row = first + i / kChunks, chunk = i % kChunks, cols = p.n - t.n - chunk * 8;
+      const u8* staged = panel_row(chunk / 8, row) + ((chunk % 8) ^ (row % 8)) * 16;
+      u16* d = static_cast<u16*>(p.d_ptr) + (t.m + row) * p.d_stride + t.n + chunk * 8;
+      if (cols >= 8)
+        *reinterpret_cast<uint4*>(d) = *reinterpret_cast<const uint4*>(staged);
+      else
+        for (int col = 0; col < cols; ++col) d[col] = reinterpret_cast<const u16*>(staged)[col];
     }
   }
 };

@@ -12,6 +12,8 @@
 // makes the scaling fine-grained and the long sum accurate (docs/numerics.md).
 #pragma once
 #include "device/gemm/epilogue.cuh"
+#include "device/gemm/group_table.cuh"
+#include "device/gemm/grouped_tiles.h"
 #include "device/gemm/pipeline.cuh"
 #include "device/ptx/wgmma.cuh"
 
@@ -26,22 +28,67 @@ struct SharedMemory {
   __device__ u8* b(int stage) const { return base + kLayout.b + stage * C.block_n * kBlockK; }
   __device__ float* partial() const { return reinterpret_cast<float*>(base + kLayout.d); }
   __device__ StagedTile<C> staged() const { return {base + kLayout.d, reinterpret_cast<u64*>(base + kLayout.c_full)}; }
-  __device__ float* sfa(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.block_m; }
+  __device__ float* sfa(int stage) const {
+    return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.scales_a_pitch();
+  }
+  __device__ float* sfb(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfb) + stage * C.block_n; }
+  __device__ GroupEntry* groups() const { return reinterpret_cast<GroupEntry*>(base + kLayout.groups) + 1; }
+  __device__ int& num_tiles() const { return *reinterpret_cast<int*>(base + kLayout.groups); }
   __device__ u64* sfa_empty() const { return reinterpret_cast<u64*>(base + kLayout.sfa_empty); }
   __device__ Pipeline<C.num_stages> pipeline() const {
     return {reinterpret_cast<u64*>(base + kLayout.full), reinterpret_cast<u64*>(base + kLayout.empty)};
   }
 };
 
-// Which part of K this CTA sums.
+// Which part of K this CTA sums for a tile.
 template <GemmConfig C>
-__device__ KRange my_k_range(const GemmParams& p) {
+__device__ KRange my_k_range(const GemmParams& p, const Tile& t) {
+  if constexpr (C.grouping == Grouping::columns) return k_range(t);
   return k_range(p.k, C.split_k, C.split_k > 1 ? int(ptx::cluster_ctarank()) : 0);
 }
 
 template <GemmConfig C>
-__device__ DenseTiles my_tiles(const GemmParams& p) {
-  return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+__device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
+  if constexpr (C.grouping == Grouping::rows)
+    return GroupedTiles(C, smem.groups(), smem.num_tiles(), p.n, p.group_m, blockIdx.x, gridDim.x);
+  else if constexpr (C.grouping == Grouping::columns)
+    return ColumnGroupTiles(C, smem.groups(), p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+  else
+    return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+}
+
+// Where a tile's operands lie in the stacks that tensor maps show as one matrix.
+struct TileOrigin {
+  int a, b, d;         // rows
+  int sfa_row, sfa_k;  // of A's scales
+
+  // How many scales lie before the tile's own in a stage.
+  __device__ int sfa_shift() const { return sfa_row % 4; }
+};
+template <GemmConfig C>
+__device__ TileOrigin origin_of(const GemmParams& p, const Tile& t) {
+  const GroupParams& g = p.groups;
+  if constexpr (C.grouping == Grouping::rows)
+    return {t.m + t.group * g.a_pitch, t.n + t.group * g.b_pitch, t.m + t.group * g.d_pitch,
+            t.m + t.group * g.sfa_pitch_x, t.group * g.sfa_pitch_y};
+  else if constexpr (C.grouping == Grouping::columns)
+    return {t.m, t.n, t.m + t.group * g.d_pitch, t.m, 0};
+  else
+    return {t.m, t.n, t.m, t.m, 0};
+}
+
+// Where the tile's rows of A end.
+template <GemmConfig C>
+__device__ int end_of_rows(const GemmParams& p, const Tile& t) {
+  return C.grouping == Grouping::rows ? t.group_end : p.m;
+}
+
+// The tile in D's coordinates, its group_end the end of the rows that it may write.
+template <GemmConfig C>
+__device__ Tile output_tile(const GemmParams& p, const Tile& t) {
+  if constexpr (!C.grouped()) return t;
+  const int row = origin_of<C>(p, t).d;
+  return {row, t.n, t.group, 0, end_of_rows<C>(p, t) + row - t.m};
 }
 
 // --- producer -------------------------------------------------------------------------------------------------------
@@ -49,16 +96,18 @@ __device__ DenseTiles my_tiles(const GemmParams& p) {
 // One thread. What CTAs of a cluster share, each loads a slice of into all.
 template <GemmConfig C>
 __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) {
-  const u32 stage_bytes = (p.rows_a + C.block_n) * kBlockK + (p.sfa_by_tma ? C.block_m * 4 : 0);
+  constexpr int kScaleBytes = 4 * (C.scales_a_box() + (C.scales_b_by_row() ? C.block_n : 0));
+  const u32 stage_bytes = (p.rows_a + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
   constexpr u16 kAllCtas = (1 << C.cluster_size()) - 1;
   const int rank = C.multicasts() ? ptx::cluster_ctarank() : 0;
   const int slice_a = rank % C.cluster_n * (C.block_m / C.cluster_n),
             slice_b = rank % C.cluster_m * (C.block_n / C.cluster_m);
-  const KRange ks = my_k_range<C>(p);
 
   auto pipe = smem.pipeline();
-  auto tiles = my_tiles<C>(p);
+  auto tiles = my_tiles<C>(p, smem);
   for (Tile t; tiles.next(t);) {
+    const KRange ks = my_k_range<C>(p, t);
+    const TileOrigin at = origin_of<C>(p, t);
 #pragma unroll 1
     for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
       const int k = kb * kBlockK, stage = pipe.stage;
@@ -66,40 +115,51 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
       u64* full = &pipe.full[stage];
       ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
       if constexpr (C.cluster_n > 1)
-        ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, &p.a, full, k, t.m + slice_a, kAllCtas);
+        ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, &p.a, full, k, at.a + slice_a, kAllCtas);
       else
-        ptx::tma_load_2d(smem.a(stage), &p.a, full, k, t.m);
-      if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfa(stage), &p.sfa_map, full, t.m, kb);
+        ptx::tma_load_2d(smem.a(stage), &p.a, full, k, at.a);
+      if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfa(stage), &p.sfa_map, full, at.sfa_row - at.sfa_shift(), at.sfa_k + kb);
+      if constexpr (C.scales_b_by_row())
+        if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfb(stage), &p.sfb_map, full, t.n, kb);
       if constexpr (C.cluster_m > 1)
-        ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, t.n + slice_b, kAllCtas);
+        ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
       else
-        ptx::tma_load_2d(smem.b(stage), &p.b, full, k, t.n);
+        ptx::tma_load_2d(smem.b(stage), &p.b, full, k, at.b);
     }
   }
   if constexpr (C.multicasts())  // stay until the peers' last arrivals at our barriers have landed
     for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
 }
 
-// One warp, only where TMA cannot read A's scales: cp.async copies single floats, whatever their strides. It has barriers
-// of its own, sfa_empty[s], at which every consumer thread arrives that has read its scales of stage s.
+// One warp, only where TMA cannot read A's scales (and B's, where they are per row): cp.async copies single floats, whatever
+// their strides. It has barriers of its own, sfa_empty[s], at which every consumer thread arrives that has read its scales
+// of stage s.
 template <GemmConfig C>
-__device__ void copy_scales_a(const GemmParams& p, const SharedMemory<C>& smem) {
+__device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem) {
   const int lane = threadIdx.x % 32;
-  const KRange ks = my_k_range<C>(p);
 
   auto pipe = smem.pipeline();
   pipe.empty = smem.sfa_empty();
-  auto tiles = my_tiles<C>(p);
+  auto tiles = my_tiles<C>(p, smem);
   for (Tile t; tiles.next(t);) {
-    const int rows = min_of(p.m - t.m, C.block_m);  // rows past M keep what they hold: their results are not stored
+    const KRange ks = my_k_range<C>(p, t);
+    const int shift = origin_of<C>(p, t).sfa_shift();
+    // Rows past the end keep what they hold: their results are not stored.
+    const int rows = min_of(end_of_rows<C>(p, t) - t.m, C.block_m);
     const float* column = p.sfa + (t.m + lane) * p.sfa_stride_m + ks.begin * p.sfa_stride_k;
+    if constexpr (C.grouping == Grouping::rows) column += t.group * p.groups.sfa_stride_g;
 #pragma unroll 1
     for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance(), column += p.sfa_stride_k) {
       pipe.wait_empty();
       const float* scale = column;
 #pragma unroll 1
       for (int row = lane; row < rows; row += 32, scale += 32 * p.sfa_stride_m)
-        ptx::cp_async_4(&smem.sfa(pipe.stage)[row], scale);
+        ptx::cp_async_4(&smem.sfa(pipe.stage)[row + shift], scale);
+      if constexpr (C.scales_b_by_row()) {
+#pragma unroll 1
+        for (int row = lane; row < min_of(p.n - t.n, C.block_n); row += 32)
+          ptx::cp_async_4(&smem.sfb(pipe.stage)[row], p.sfb + (t.n + row) * p.sfb_stride_n + kb * p.sfb_stride_k);
+      }
       ptx::mbarrier_arrive_cp_async(&pipe.full[pipe.stage]);
     }
   }
@@ -144,6 +204,7 @@ struct ScalesB {
 
   __device__ __forceinline__ void fetch(const GemmParams& p, const Tile& t, int kb, int end) {
     const float* row = p.sfb + min_of(kb + int(threadIdx.x % 32), end - 1) * p.sfb_stride_k;
+    if constexpr (C.grouping == Grouping::rows) row += t.group * p.groups.sfb_stride_g;
     second = kScaleBlock - t.n % kScaleBlock;
 #pragma unroll
     for (int i = 0; i < C.num_scales_b(); ++i)  // clamped: a tile may begin or end past a ragged N
@@ -166,6 +227,7 @@ struct Consumer {
   const SharedMemory<C>& smem;
   Pipeline<C.num_stages> pipe;
   int lane, first_row;
+  int sfa_shift = 0;     // see TileOrigin
   u64 first_a, first_b;  // descriptors of its rows of A and of B in stage 0
   ScalesB<C> sfb;
   Accumulator<C> acc;
@@ -193,7 +255,7 @@ struct Consumer {
       float partial[C.block_n / 2];
       Wgmma::multiply(partial, ptx::wgmma_advance(first_a, (pipe.stage * C.block_m + wave * 64) * kBlockK),
                       ptx::wgmma_advance(first_b, pipe.stage * C.block_n * kBlockK), false);
-      const float* sfa = smem.sfa(pipe.stage) + first_row + wave * 64;
+      const float* sfa = smem.sfa(pipe.stage) + first_row + sfa_shift + wave * 64;
       const float scales_a[2] = {sfa[0], sfa[8]};
       if (wave == 0) {
         scales_b = sfb.get(position);
@@ -217,6 +279,15 @@ struct Consumer {
     if (!p.sfa_by_tma) ptx::mbarrier_arrive(&smem.sfa_empty()[pipe.stage]);
   }
 
+  // Of a tile that has no row for this warpgroup: its stages pass by.
+  __device__ void skip_k_blocks(int count) {
+#pragma unroll 1
+    for (; count > 0; --count, pipe.advance()) {
+      pipe.wait_full();
+      release_stage();
+    }
+  }
+
   __device__ void clear() {
 #pragma unroll
     for (auto& wave : acc)
@@ -228,9 +299,9 @@ struct Consumer {
 // A persistent CTA: one tile after the other, each stored while the producers already fetch the next.
 template <GemmConfig C>
 __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer) {
-  auto tiles = my_tiles<C>(p);
+  auto tiles = my_tiles<C>(p, smem);
   auto staged = smem.staged();
-  const KRange ks = my_k_range<C>(p);
+  const KRange ks = my_k_range<C>(p, {});
   Consumer<C> self(p, smem, consumer);
   ScalesB<C> next_sfb;
   Tile t, next;
@@ -245,6 +316,12 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
       more = tiles.next(next);
       if (more) next_sfb.fetch(p, next, ks.begin, ks.end);
     };
+    if (C.grouped() && t.m + consumer * C.consumer_rows() >= t.group_end) {
+      prepare();
+      self.skip_k_blocks(ks.end);
+      continue;
+    }
+    if constexpr (C.grouping == Grouping::rows) self.sfa_shift = origin_of<C>(p, t).sfa_shift();
     if (C.split_k > 1 && ks.begin == ks.end) {  // more parts than k-blocks
       self.clear();
       more = false;
@@ -258,6 +335,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
         if (position == ScalesB<C>::kFetched - 1 && kb + 1 < ks.end) self.sfb.fetch(p, t, kb + 1, ks.end);
       });
     }
+    t = output_tile<C>(p, t);
     if constexpr (C.stores_by_tma())
       staged.store(p, t, consumer, self.acc);
     else if constexpr (C.split_k == 1)
@@ -270,8 +348,9 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
 
 // --- kernel ---------------------------------------------------------------------------------------------------------
 
-template <GemmConfig C>
-__device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
+// `consume(smem, consumer)` is what a consumer warpgroup does.
+template <GemmConfig C, class Consume>
+__device__ __forceinline__ void run_roles(const GemmParams& p, const Consume& consume) {
   static_assert(is_valid(C));
   constexpr int kProducer = C.num_consumers;
 
@@ -284,7 +363,7 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   if (threadIdx.x == 0) {
     const auto pipe = smem.pipeline();
     for (int s = 0; s < C.num_stages; ++s) {
-      ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + 32);  // the producer, and the lanes of copy_scales_a
+      ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + 32);  // the producer, and the lanes of copy_scales
       ptx::mbarrier_init(&smem.sfa_empty()[s], C.num_consumers * kWarpgroup);
       ptx::mbarrier_init(&pipe.empty[s],
                          C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
@@ -301,24 +380,38 @@ __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
   else
     __syncthreads();
   ptx::grid_wait_dependencies();  // from here on we read what the previous kernel wrote, and overwrite what it read
+  if constexpr (C.grouped()) {
+    load_spans(p.groups, smem.groups());
+    if (threadIdx.x < 32) {
+      constexpr int kHeight = C.grouping == Grouping::rows ? C.block_m * C.cluster_m : 0;
+      const int num_tiles = index_groups(p.groups, smem.groups(), kHeight, ceil_div(p.n, C.block_n * C.cluster_n));
+      if (threadIdx.x == 0) smem.num_tiles() = num_tiles;
+    }
+    __syncthreads();
+  }
 
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers > 1) ptx::register_decrease<C.producer_registers()>();
     if (warp == 0 && ptx::elect_one()) load_operands<C>(p, smem);
-    if (warp == 1 && !p.sfa_by_tma) copy_scales_a<C>(p, smem);
+    if (warp == 1 && !p.sfa_by_tma) copy_scales<C>(p, smem);
   } else {
     if constexpr (C.num_consumers > 1) ptx::register_increase<C.consumer_registers()>();
-    consume_tiles<C>(p, smem, warpgroup);
+    consume(smem, warpgroup);
   }
 
   if constexpr (C.split_k > 1) {  // the grid is one cluster per tile
     __syncwarp();
     ptx::cluster_sync();  // publishes every partial tile
     Tile t;
-    my_tiles<C>(p).next(t);
+    my_tiles<C>(p, smem).next(t);
     SplitKReduction<C>{smem.partial()}.sum_and_store(p, t, ptx::cluster_ctarank());
     ptx::cluster_sync();  // our shared memory lives until the peers have read it
   }
+}
+
+template <GemmConfig C>
+__device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
+  run_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer) { consume_tiles<C>(p, smem, consumer); });
 }
 
 }  // namespace phalanx

@@ -42,21 +42,32 @@ struct GroupedTiles {
 
 // Groups of columns of K: every group has all tiles of D [M, N], and sums its own columns. The table holds every group.
 struct ColumnGroupTiles {
-  DenseTiles tiles;  // of one group
   const GroupEntry* table;
-  int num_groups;
+  int num_groups, height, width;  // of a cluster tile
+  int tiles_m, tiles_n;           // cluster tiles of one group
+  int group_m, index, step;
+  int row, column;  // of this CTA inside the cluster tile
 
-  constexpr ColumnGroupTiles(const GemmConfig& c, const GroupEntry* table_, int num_groups_, int m, int n, int group_m,
+  constexpr ColumnGroupTiles(const GemmConfig& c, const GroupEntry* table_, int num_groups_, int m, int n, int group_m_,
                              int cta, int num_ctas)
-      : tiles(c, m, n, group_m, cta, num_ctas), table(table_), num_groups(num_groups_) {}
+      : table(table_),
+        num_groups(num_groups_),
+        height(c.block_m * c.cluster_m),
+        width(c.block_n * c.cluster_n),
+        tiles_m(ceil_div(m, height)),
+        tiles_n(ceil_div(n, width)),
+        group_m(group_m_),
+        index(cta / c.cluster_size()),
+        step(num_ctas / c.cluster_size()),
+        row(cta % c.cluster_m * c.block_m),
+        column(cta % c.cluster_n * c.block_n) {}
 
   constexpr bool next(Tile& t) {
-    const int per_group = tiles.count(), index = tiles.index, group = index / per_group;
+    const int per_group = tiles_m * tiles_n, group = index / per_group;
     if (group >= num_groups) return false;
-    tiles.index = index - group * per_group;
-    tiles.next(t);
-    tiles.index = index + tiles.step;
-    t.group = group, t.group_begin = table[group].begin, t.group_end = table[group].end;
+    const TilePosition at = walk_tiles(index - group * per_group, tiles_m, tiles_n, group_m);
+    t = {at.m * height + row, at.n * width + column, group, table[group].begin, table[group].end};
+    index += step;
     return true;
   }
 };

@@ -1,5 +1,6 @@
 // What the host passes to a GEMM kernel at run time.
 #pragma once
+#include "device/gemm/groups.h"
 #include "device/ptx/tensor_map.h"
 
 namespace phalanx {
@@ -10,7 +11,8 @@ struct GemmParams {
   TensorMap b;  // box: block_n / cluster_m rows x 128
   TensorMap c;  // box: consumer_rows x 64, as D's; these two only if config.stores_by_tma()
   TensorMap d;
-  TensorMap sfa_map;  // box: block_m x 1 of the transposed scales; only if sfa_by_tma
+  TensorMap sfa_map;  // box: scales_a_box x 1 of the transposed scales; only if sfa_by_tma
+  TensorMap sfb_map;  // the same of B's, block_n x 1, if config.scales_b_by_row()
   int sfa_by_tma;     // else a warp copies `sfa` float by float
   const float* sfa;   // [m, ceil(k / 128)]
   const float* sfb;   // [ceil(n / 128), ceil(k / 128)]
@@ -19,8 +21,9 @@ struct GemmParams {
   const void* c_ptr;  // null: no C
   i64 d_stride, c_stride;
   int m, n, k;
-  int rows_a;   // block_m, or less: those that a tile of few rows has
-  int group_m;  // see DenseTiles
+  int rows_a;          // block_m, or less: those that a tile of few rows has
+  int group_m;         // see DenseTiles
+  GroupParams groups;  // only if config.grouped()
 };
 
 }  // namespace phalanx

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "plan/grouped.h"
 #include "plan/plan.h"
 
 namespace phalanx::jit {
@@ -12,21 +13,26 @@ const char* name_of(OutType type) { return type == OutType::bf16 ? "bf16" : "f32
 }  // namespace
 
 KernelSource gemm_source(const GemmConfig& config) {
+  constexpr const char *kOperations[] = {"gemm_fp8", "grouped_gemm_fp8", "wgrad_fp8"},
+                       *kGroupings[] = {"none", "rows", "columns"};
   // Names every field, so that one that is added and not printed here does not compile.
-  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out] = config;
-  return {.name = fmt::format("gemm_fp8_{}x{}_c{}x{}_s{}_st{}_w{}_{}", block_m, block_n, cluster_m, cluster_n, split_k,
-                              num_stages, num_consumers, name_of(out)),
-          .text = fmt::format(R"(#include "device/gemm/gemm_fp8.cuh"
-constexpr phalanx::GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = phalanx::OutType::{}}};
-extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), 1) {}(const __grid_constant__ phalanx::GemmParams params) {{ phalanx::gemm_fp8<kConfig>(params); }}
+  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping] = config;
+  const bool wgrad = grouping == Grouping::columns;
+  return {.name = fmt::format("{}_{}x{}_c{}x{}_s{}_st{}_w{}_{}", kOperations[int(grouping)], block_m, block_n,
+                              cluster_m, cluster_n, split_k, num_stages, num_consumers, name_of(out)),
+          .text = fmt::format(R"(#include "device/gemm/{}.cuh"
+constexpr phalanx::GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = phalanx::OutType::{}, .grouping = phalanx::Grouping::{}}};
+extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), 1) {}(const __grid_constant__ phalanx::GemmParams params) {{ phalanx::{}<kConfig>(params); }}
 )",
-                              block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, name_of(out),
-                              kEntryPoint)};
+                              wgrad ? "gemm_fp8_wgrad" : "gemm_fp8", block_m, block_n, num_consumers, num_stages,
+                              cluster_n, cluster_m, split_k, name_of(out), kGroupings[int(grouping)], kEntryPoint,
+                              wgrad ? "wgrad_fp8" : "gemm_fp8")};
 }
 
 std::vector<KernelSource> all_kernels() {
   std::vector<KernelSource> kernels;
   for (const GemmConfig& config : plan::all_gemm_configs()) kernels.push_back(gemm_source(config));
+  for (const GemmConfig& config : plan::all_grouped_configs()) kernels.push_back(gemm_source(config));
   for (const FloatType type : {FloatType::bf16, FloatType::f16, FloatType::f32}) {
     for (const QuantizeForm form :
          {QuantizeForm::rows, QuantizeForm::blocks, QuantizeForm::transposed, QuantizeForm::both})

@@ -1,50 +1,276 @@
-// check -> plan -> run, on the CPU or on CUDA.
+// check -> plan -> run, on the CPU or on CUDA: products whose groups only the device knows.
 #include "phalanx/grouped.h"
 
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string>
+
 #include "cpu/cpu.h"
+#include "cuda/cuda.h"
+#include "device/gemm/params.h"
+#include "jit/kernels.h"
 #include "ops/check.h"
+#include "ops/group_faults.h"
+#include "ops/kernel.h"
+#include "ops/plan_cache.h"
+#include "plan/grouped.h"
 
 namespace phalanx {
 namespace {
 
-[[noreturn]] void run_on_cuda() { throw Error(ErrorCode::unsupported, "grouped products are not on CUDA yet"); }
+using std::int64_t;
+
+static_assert(kMaxGroups == kMaxTableGroups);
+
+// --- plans -----------------------------------------------------------------------------------------------------------------
+
+struct PlanKey {
+  plan::GroupedProblem problem;
+  int num_sms, device;
+
+  friend bool operator==(const PlanKey&, const PlanKey&) = default;
+  std::size_t hash() const {
+    const plan::GroupedProblem& p = problem;
+    return hash_of(int(p.grouping), p.num_groups, p.m, p.n, p.k, p.expected_rows, int(p.out), num_sms, device);
+  }
+};
+
+PlannedGemm with_kernel(const plan::GemmPlan& plan, int device) {
+  return {plan, &load_kernel(device, jit::gemm_source(plan.config), smem_layout(plan.config).total)};
+}
+
+// For tuning, as in gemm_fp8: a process that starts with PHALANX_GEMM_CONFIG in its environment reads it at every call.
+std::optional<plan::GemmPlan> tuned_plan(const PlanKey& key) {
+  static const bool on = std::getenv("PHALANX_GEMM_CONFIG") != nullptr;
+  const char* text = on ? std::getenv("PHALANX_GEMM_CONFIG") : nullptr;
+  if (!text || !*text) return std::nullopt;
+  const plan::GroupedProblem& problem = key.problem;
+  const auto dense = plan::parse_plan(text, {problem.m, problem.n, problem.k, problem.out}, key.num_sms);
+  GemmConfig config = dense ? dense->config : GemmConfig{.num_stages = 0};
+  config.grouping = problem.grouping;
+  if (!is_valid(config) || config.split_k > 1)
+    throw Error(ErrorCode::invalid_argument, std::string("PHALANX_GEMM_CONFIG is not a valid configuration: ") + text);
+  return plan::plan_grouped_with(config, dense->group_m, problem, key.num_sms);
+}
+
+PlannedGemm planned(const PlanKey& key) {
+  static PlanCache<PlanKey> cache;
+  if (const auto plan = tuned_plan(key)) return with_kernel(*plan, key.device);
+  return cache.get(key, [&] { return with_kernel(plan::plan_grouped(key.problem, key.num_sms), key.device); });
+}
+
+// --- operands --------------------------------------------------------------------------------------------------------------
+
+// A matrix, or a stack of them seen as one, in which the same row of two neighbours is `pitch` rows apart.
+struct Rows {
+  Tensor matrix;
+  int pitch = 0;
+
+  explicit Rows(const Tensor& x) : matrix(x) {
+    if (x.ndim == 2) return;
+    const int64_t rows = x.shape[1], row = rows > 1 ? x.strides[1] : x.strides[0];
+    matrix = matrix_of(x, 0);
+    matrix.strides[0] = row;
+    if (x.shape[0] == 1) return;
+    pitch = int(x.strides[0] / row);
+    matrix.shape[0] = (x.shape[0] - 1) * pitch + rows;
+  }
+
+  TensorMap map(int box_rows, int box_cols) const {
+    return cuda::make_tensor_map({matrix.dtype, matrix.data, matrix.rows(), matrix.cols(),
+                                  row_stride(matrix) * size_of(matrix.dtype), box_rows, box_cols});
+  }
+};
+
+// Scales of a matrix's rows, or of each in a stack, as TMA can read them if it can: columns (one k-block each) contiguous and
+// 16-byte aligned. The tensor map shows them transposed: group g begins at column g * pitch_x and row g * pitch_y.
+struct ScaleColumns {
+  bool by_tma = false;
+  cuda::TensorMapSpec spec{};
+  int pitch_x = 0, pitch_y = 0;
+
+  ScaleColumns(const Tensor& x, int box) {
+    const bool stacked = x.ndim == 3;
+    const int64_t groups = stacked ? x.shape[0] : 1, rows = x.shape[x.ndim - 2], columns = x.shape[x.ndim - 1];
+    const int64_t group = stacked ? x.strides[0] : 0;
+    int64_t column = x.strides[x.ndim - 1];
+    if ((x.strides[x.ndim - 2] != 1 && rows > 1) || reinterpret_cast<std::uintptr_t>(x.data) % 16 != 0) return;
+    if (columns == 1) column = groups > 1 ? group : (rows + 3) / 4 * 4;
+    if (column % 4 != 0 || column < rows) return;
+    int64_t width = rows, height = columns;
+    if (groups > 1) {
+      if (group % column == 0 && group / column >= columns) {  // group after group
+        pitch_y = int(group / column);
+        height = (groups - 1) * pitch_y + columns;
+      } else if (group >= rows && (groups - 1) * group + rows <= column) {  // side by side in long columns
+        pitch_x = int(group);
+        width = (groups - 1) * group + rows;
+      } else {
+        return;
+      }
+    }
+    by_tma = true;
+    spec = {DType::f32, x.data, height, width, column * 4, 1, box};
+  }
+
+  TensorMap map() const { return by_tma ? cuda::make_tensor_map(spec) : TensorMap{}; }
+};
+
+const float* floats(const Tensor& x) { return static_cast<const float*>(x.data); }
+
+// --- launches --------------------------------------------------------------------------------------------------------------
+
+// The device, checked, and how many SMs may be used.
+struct Place {
+  int ordinal, num_sms;
+
+  Place(const Tensor& d, int limit) : ordinal(d.device.index), num_sms(require_hopper(ordinal).num_sms) {
+    if (limit > 0) num_sms = std::min(num_sms, limit);
+  }
+};
+
+void launch(const PlannedGemm& planned, GemmParams& p, Stream stream) {
+  const GemmConfig& config = planned.plan.config;
+  p.group_m = planned.plan.group_m;
+  p.rows_a = config.block_m;
+  planned.kernel->launch(
+      {planned.plan.num_ctas, config.num_threads(), config.cluster_size(), smem_layout(config).total}, &p,
+      stream.handle);
+}
+
+void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, const Tensor& d,
+              const GroupedGemmOptions& options) {
+  const Place place(d, options.num_sms);
+  throw_fault(place.ordinal);
+  const bool masked = by == GroupsBy::counts;
+  const int num_groups = int(b.data.shape[0]), n = int(b.data.shape[1]), k = int(b.data.shape[2]);
+  const int limit = int(a.data.shape[masked ? 1 : 0]);
+  const int64_t m = masked ? int64_t(limit) * num_groups : limit;
+  if (m == 0) return;
+
+  const cuda::ContextGuard context(place.ordinal);
+  const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
+  const plan::GroupedProblem problem{Grouping::rows,        num_groups, int(std::min<int64_t>(m, 1 << 30)), n, k,
+                                     options.expected_rows, out};
+  const PlannedGemm chosen = planned({problem, place.num_sms, place.ordinal});
+  const GemmConfig& config = chosen.plan.config;
+
+  const Rows a_rows(a.data), b_rows(b.data), d_rows(d);
+  const ScaleColumns sfa(a.scales, config.scales_a_box());
+  GemmParams p{};
+  p.a = a_rows.map(config.block_m / config.cluster_n, kBlockK);
+  p.b = b_rows.map(config.block_n / config.cluster_m, kBlockK);
+  if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), kPanelColumns);
+  p.sfa_by_tma = sfa.by_tma;
+  p.sfa_map = sfa.map();
+  p.sfa = floats(a.scales), p.sfb = floats(b.scales);
+  const auto& sa = a.scales.strides;
+  p.sfa_stride_m = sa[a.scales.ndim - 2], p.sfa_stride_k = sa[a.scales.ndim - 1];
+  p.sfb_stride_n = b.scales.strides[1], p.sfb_stride_k = b.scales.strides[2];
+  p.d_ptr = d.data, p.d_stride = row_stride(d_rows.matrix);
+  p.m = int(m), p.n = n, p.k = k;
+  p.groups = {.bounds = static_cast<const int*>(groups.data),
+              .fault = fault_word(place.ordinal),
+              .by = by,
+              .num_groups = num_groups,
+              .limit = limit,
+              .a_pitch = a_rows.pitch,
+              .b_pitch = b_rows.pitch,
+              .d_pitch = d_rows.pitch,
+              .sfa_pitch_x = sfa.pitch_x,
+              .sfa_pitch_y = sfa.pitch_y,
+              .sfa_stride_g = masked ? sa[0] : 0,
+              .sfb_stride_g = b.scales.strides[0]};
+  launch(chosen, p, options.stream);
+}
+
+// Without offsets: one group of all columns.
+void run_columns(const ScaledTensor& a, const ScaledTensor& b, const Tensor* offsets, const Tensor& d,
+                 const WgradOptions& options) {
+  const Place place(d, options.num_sms);
+  throw_fault(place.ordinal);
+  const int num_groups = offsets ? int(d.shape[0]) : 1;
+  const int m = int(a.data.rows()), n = int(b.data.rows()), k = int(a.data.cols());
+  if (k == 0 && options.accumulate) return;
+
+  const cuda::ContextGuard context(place.ordinal);
+  const plan::GroupedProblem problem{Grouping::columns, num_groups, m, n, k, 0, OutType::f32};
+  const PlannedGemm chosen = planned({problem, place.num_sms, place.ordinal});
+  const GemmConfig& config = chosen.plan.config;
+
+  const Rows d_rows(d);
+  const ScaleColumns sfa(a.scales, config.scales_a_box()), sfb(b.scales, config.block_n);
+  GemmParams p{};
+  if (k > 0) {  // else nothing is read
+    p.a = Rows(a.data).map(config.block_m / config.cluster_n, kBlockK);
+    p.b = Rows(b.data).map(config.block_n / config.cluster_m, kBlockK);
+    p.sfa_by_tma = sfa.by_tma && sfb.by_tma;
+    p.sfa_map = sfa.map(), p.sfb_map = sfb.map();
+  }
+  p.sfa = floats(a.scales), p.sfb = floats(b.scales);
+  p.sfa_stride_m = a.scales.strides[0], p.sfa_stride_k = a.scales.strides[1];
+  p.sfb_stride_n = b.scales.strides[0], p.sfb_stride_k = b.scales.strides[1];
+  p.d_ptr = d.data, p.d_stride = row_stride(d_rows.matrix);
+  if (options.accumulate) p.c_ptr = d.data, p.c_stride = p.d_stride;
+  p.m = m, p.n = n, p.k = k;
+  p.groups = {.bounds = offsets ? static_cast<const int*>(offsets->data) : nullptr,
+              .fault = fault_word(place.ordinal),
+              .by = GroupsBy::offsets,
+              .num_groups = num_groups,
+              .limit = k,
+              .d_pitch = d_rows.pitch};
+  launch(chosen, p, options.stream);
+}
 
 }  // namespace
 
 void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
                       const GroupedGemmOptions& options) {
   check_grouped_gemm("grouped_gemm_fp8", RowGroups::offsets, a, b, offsets, d, options);
-  if (d.device.type == DeviceType::cuda) run_on_cuda();
-  cpu::grouped_gemm_fp8(a, b, offsets, d);
+  if (d.device.type == DeviceType::cuda)
+    run_rows(GroupsBy::offsets, a, b, offsets, d, options);
+  else
+    cpu::grouped_gemm_fp8(a, b, offsets, d);
 }
 
 void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d,
                               const GroupedGemmOptions& options) {
   check_grouped_gemm("grouped_gemm_fp8_indexed", RowGroups::row_groups, a, b, row_groups, d, options);
-  if (d.device.type == DeviceType::cuda) run_on_cuda();
-  cpu::grouped_gemm_fp8_indexed(a, b, row_groups, d);
+  if (d.device.type == DeviceType::cuda)
+    run_rows(GroupsBy::row_groups, a, b, row_groups, d, options);
+  else
+    cpu::grouped_gemm_fp8_indexed(a, b, row_groups, d);
 }
 
 void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d,
                              const GroupedGemmOptions& options) {
   check_grouped_gemm("grouped_gemm_fp8_masked", RowGroups::counts, a, b, counts, d, options);
-  if (d.device.type == DeviceType::cuda) run_on_cuda();
-  cpu::grouped_gemm_fp8_masked(a, b, counts, d);
+  if (d.device.type == DeviceType::cuda)
+    run_rows(GroupsBy::counts, a, b, counts, d, options);
+  else
+    cpu::grouped_gemm_fp8_masked(a, b, counts, d);
 }
 
 void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const WgradOptions& options) {
   check_wgrad("wgrad_fp8", a, b, nullptr, d, options);
-  if (d.device.type == DeviceType::cuda) run_on_cuda();
-  cpu::wgrad_fp8(a, b, d, options.accumulate);
+  if (d.device.type == DeviceType::cuda)
+    run_columns(a, b, nullptr, d, options);
+  else
+    cpu::wgrad_fp8(a, b, d, options.accumulate);
 }
 
 void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
                        const WgradOptions& options) {
   check_wgrad("grouped_wgrad_fp8", a, b, &offsets, d, options);
-  if (d.device.type == DeviceType::cuda) run_on_cuda();
-  cpu::grouped_wgrad_fp8(a, b, offsets, d, options.accumulate);
+  if (d.device.type == DeviceType::cuda)
+    run_columns(a, b, &offsets, d, options);
+  else
+    cpu::grouped_wgrad_fp8(a, b, offsets, d, options.accumulate);
 }
 
-void check_groups(Device) {}
+void check_groups(Device device) {
+  if (device.type == DeviceType::cuda) throw_fault(device.index);
+}
 
 }  // namespace phalanx

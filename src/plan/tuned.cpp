@@ -25,7 +25,7 @@ OutType out_type(const std::string& name) {
 
 std::string format_plan(const GemmPlan& plan) {
   // Names every field, so that one that is added and not printed here does not compile. `out` is the problem's.
-  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out] = plan.config;
+  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping] = plan.config;
   return fmt::format(
       "block_m={},block_n={},num_consumers={},num_stages={},cluster_n={},cluster_m={},split_k={},group_m={}", block_m,
       block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, plan.group_m);

@@ -1,0 +1,54 @@
+// Plans and their kernels, remembered by what they were made for: a server sees the same few thousands again and again.
+#pragma once
+
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+
+#include "cuda/cuda.h"
+#include "plan/plan.h"
+
+namespace phalanx {
+
+struct PlannedGemm {
+  plan::GemmPlan plan;
+  const cuda::Kernel* kernel;
+};
+
+/// `Key` is hashed by its member hash().
+template <class Key>
+class PlanCache {
+ public:
+  template <class Make>
+  PlannedGemm get(const Key& key, const Make& make) {
+    {
+      std::shared_lock lock(mutex_);
+      if (const auto it = plans_.find(key); it != plans_.end()) return it->second;
+    }
+    const PlannedGemm planned = make();  // outside the lock: may take a compilation
+    std::unique_lock lock(mutex_);
+    if (plans_.size() >= kMaxPlans) plans_.clear();
+    plans_.emplace(key, planned);
+    return planned;
+  }
+
+ private:
+  static constexpr std::size_t kMaxPlans = 65536;
+  struct Hash {
+    std::size_t operator()(const Key& key) const { return key.hash(); }
+  };
+
+  std::shared_mutex mutex_;
+  std::unordered_map<Key, PlannedGemm, Hash> plans_;
+};
+
+/// Of some integers.
+template <class... Ints>
+std::size_t hash_of(Ints... ints) {
+  std::uint64_t h = 0;
+  for (const int x : {static_cast<int>(ints)...})
+    h = (h ^ static_cast<std::uint32_t>(x)) * 0x9e3779b97f4a7c15ull, h ^= h >> 29;
+  return h;
+}
+
+}  // namespace phalanx

@@ -1,0 +1,30 @@
+// (groups, shape, device) -> kernel configuration, for products whose groups' sizes only the device knows.
+#pragma once
+
+#include <vector>
+
+#include "plan/plan.h"
+
+namespace phalanx::plan {
+
+struct GroupedProblem {
+  Grouping grouping;  ///< rows or columns
+  int num_groups;
+  int m, n,
+      k;  ///< of rows: M of all groups together, the most that they may have; of columns: M and N of each group's D
+  int expected_rows;  ///< of a group of rows; 0: M shared out evenly
+  OutType out;
+
+  friend bool operator==(const GroupedProblem&, const GroupedProblem&) = default;
+};
+
+/// The plan on `num_sms` SMs. No choice changes a bit of the result: K is never split.
+GemmPlan plan_grouped(const GroupedProblem& problem, int num_sms);
+
+/// Every configuration that `plan_grouped` can return.
+const std::vector<GemmConfig>& all_grouped_configs();
+
+/// The plan that a given configuration makes: for tuning.
+GemmPlan plan_grouped_with(const GemmConfig& config, int group_m, const GroupedProblem& problem, int num_sms);
+
+}  // namespace phalanx::plan

@@ -1,0 +1,112 @@
+// The planner of grouped products: every plan is one of the enumerated, valid kernels, and has the CTAs for its tiles.
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <set>
+#include <sstream>
+#include <string>
+
+#include "jit/kernels.h"
+#include "plan/grouped.h"
+
+namespace phalanx {
+namespace {
+
+TEST(GroupedPlan, ConfigsAreValidAndDistinct) {
+  std::set<std::string> names;
+  for (const GemmConfig& c : plan::all_grouped_configs()) {
+    EXPECT_TRUE(is_valid(c)) << jit::gemm_source(c).name;
+    EXPECT_TRUE(c.grouped());
+    EXPECT_EQ(c.split_k, 1) << "a row's bits may not depend on the others";
+    EXPECT_LE(c.scales_a_box(), 256) << "the most that TMA copies of a row";
+    EXPECT_EQ(smem_layout(c).sfa % 128, 0) << "as TMA wants";
+    EXPECT_EQ(smem_layout(c).sfb % 128, 0);
+    EXPECT_EQ(smem_layout(c).groups % int(alignof(GroupEntry)), 0);
+    EXPECT_EQ(smem_layout(c).full % 8, 0);
+    EXPECT_TRUE(names.insert(jit::gemm_source(c).name).second) << "twice: " << jit::gemm_source(c).name;
+  }
+  EXPECT_LE(names.size(), 60u);
+}
+
+TEST(GroupedPlan, ReturnsOnlyEnumeratedConfigs) {
+  const unsigned seed = std::random_device{}();
+  SCOPED_TRACE(::testing::Message() << "seed " << seed);
+  std::mt19937 rng(seed);
+  const auto& all = plan::all_grouped_configs();
+  for (int i = 0; i < 20000; ++i) {
+    const auto size = [&] { return 1 + int(std::exp(std::uniform_real_distribution(0.0, 10.0)(rng))); };
+    const bool rows = rng() % 2;
+    const plan::GroupedProblem problem{.grouping = rows ? Grouping::rows : Grouping::columns,
+                                       .num_groups = int(1 + rng() % 512),
+                                       .m = size(),
+                                       .n = size(),
+                                       .k = size(),
+                                       .expected_rows = rng() % 2 ? 0 : size(),
+                                       .out = rows && rng() % 2 ? OutType::bf16 : OutType::f32};
+    const int num_sms = 1 + rng() % 132;
+    const plan::GemmPlan p = plan::plan_grouped(problem, num_sms);
+    ASSERT_NE(std::find(all.begin(), all.end(), p.config), all.end());
+    ASSERT_EQ(p.config.grouping, problem.grouping);
+    ASSERT_EQ(p.config.out, problem.out);
+    ASSERT_GE(p.num_ctas, p.config.cluster_size());
+    ASSERT_LE(p.num_ctas, num_sms);
+    ASSERT_EQ(p.num_ctas % p.config.cluster_size(), 0);
+    ASSERT_EQ(p, plan::plan_grouped(problem, num_sms)) << "a pure function";
+  }
+}
+
+std::string table_of_choices() {
+  std::string table = "# grouping groups M N K expected out: kernel, CTAs\n";
+  const auto add = [&](const plan::GroupedProblem& p) {
+    const plan::GemmPlan plan = plan::plan_grouped(p, 132);
+    table += fmt::format("{} {} {} {} {} {} {}: {}, {}\n", p.grouping == Grouping::rows ? "rows" : "columns",
+                         p.num_groups, p.m, p.n, p.k, p.expected_rows, p.out == OutType::bf16 ? "bf16" : "f32",
+                         jit::gemm_source(plan.config).name, plan.num_ctas);
+  };
+  for (const auto& [n, k] :
+       {std::pair{4096, 7168}, {7168, 2048}, {3072, 4096}, {4096, 1536}, {1536, 2048}, {2048, 768}})
+    for (const OutType out : {OutType::bf16, OutType::f32}) {
+      for (const auto& [groups, rows] : {std::pair{8, 4096},
+                                         {4, 8192},
+                                         {32, 2048},
+                                         {32, 512},
+                                         {32, 256},
+                                         {32, 128},
+                                         {32, 16},
+                                         {128, 1},
+                                         {1, 1024},
+                                         {2, 512},
+                                         {4, 256}})
+        add({Grouping::rows, groups, groups * rows, n, k, 0, out});
+      for (const int expected : {1, 16, 64, 100, 128, 256, 1000})
+        add({Grouping::rows, 32, 32 * 4096, n, k, expected, out});
+    }
+  for (const auto& [m, n] : {std::pair{4096, 7168}, {7168, 2048}})
+    for (const auto& [groups, tokens] : {std::pair{1, 8192}, {4, 8192}, {8, 4096}})
+      add({Grouping::columns, groups, m, n, groups * tokens, 0, OutType::f32});
+  return table;
+}
+
+// A change of the planner shows as a diff of this file. PHALANX_UPDATE_GOLDEN=1 writes it anew.
+TEST(GroupedPlan, ChoosesWhatTheGoldenTableSays) {
+  const std::filesystem::path path = std::filesystem::path(PHALANX_SOURCE_DIR) / "tests/cpu/grouped_plans.txt";
+  if (std::getenv("PHALANX_UPDATE_GOLDEN")) std::ofstream(path) << table_of_choices();
+  std::ostringstream golden;
+  golden << std::ifstream(path).rdbuf();
+  std::istringstream wanted(golden.str()), actual(table_of_choices());
+  std::string wanted_line, actual_line;
+  while (std::getline(actual, actual_line)) {
+    ASSERT_TRUE(std::getline(wanted, wanted_line)) << "missing in " << path << ": " << actual_line;
+    EXPECT_EQ(actual_line, wanted_line);
+  }
+  EXPECT_FALSE(std::getline(wanted, wanted_line)) << "no longer planned: " << wanted_line;
+}
+
+}  // namespace
+}  // namespace phalanx
