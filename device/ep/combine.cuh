@@ -7,11 +7,11 @@
 //   receiving warps  rows of this rank's tokens and slots behind their flags --> out;   all read --> credits
 //
 // The tokens of a CTA are those of its dispatch, and so are the slots' numbers. Rows come through shared memory: every thread
-// keeps kEpDepth pieces on their way by cp.async, and reads back what it has copied itself, so that no barrier is needed.
+// keeps kEpCombineDepth pieces on their way by cp.async, and reads back what it has copied itself, so that no barrier is needed.
 #pragma once
 #include "device/ep/signal.cuh"
+#include "device/ep/stream.cuh"
 #include "device/ptx/convert.cuh"
-#include "device/ptx/memory.cuh"
 
 namespace phalanx {
 
@@ -87,11 +87,11 @@ struct EpTermList {
   }
 };
 
-// Calls emit(column, sum) for every piece of 8 columns of this lane; `ring` is the thread's own shared memory, kEpDepth pieces
+// Calls emit(column, sum) for every piece of 8 columns of this lane; `ring` is the thread's own shared memory, kEpCombineDepth pieces
 // a warp's width apart. All lanes take part.
 template <class Emit>
 __device__ __forceinline__ void ep_sum_terms(const EpTermList& terms, EpRange cols, u8* ring, const Emit& emit) {
-  constexpr int kStep = 32 * 8, kPitch = 32 * 16;  // columns of a warp's pieces; bytes of them
+  constexpr int kStep = kEpPitch / 2;  // columns of a warp's pieces
   const int lane_col = threadIdx.x % 32 * 8;
   const int last_mine = terms.mine ? 31 - __clz(int(terms.mine)) : 32;
   int ahead_col = cols.begin + lane_col, ahead_term = 0;
@@ -99,21 +99,21 @@ __device__ __forceinline__ void ep_sum_terms(const EpTermList& terms, EpRange co
   const auto fetch = [&] {
     const u64 data = __shfl_sync(0xffffffffu, reinterpret_cast<u64>(terms.data), ahead_term);
     if (ahead_col < cols.end && terms.count > 0)
-      ptx::cp_async_16(ring + ahead_slot * kPitch, reinterpret_cast<const u8*>(data) + 2 * ahead_col);
+      ptx::cp_async_16(ring + ahead_slot * kEpPitch, reinterpret_cast<const u8*>(data) + 2 * ahead_col);
     ptx::cp_async_commit_group();
-    ahead_slot = (ahead_slot + 1) % kEpDepth;
+    ahead_slot = (ahead_slot + 1) % kEpCombineDepth;
     if (++ahead_term >= terms.count) {
       ahead_term = 0;
       ahead_col += kStep;
     }
   };
-  for (int i = 0; i < kEpDepth; ++i) fetch();
+  for (int i = 0; i < kEpCombineDepth; ++i) fetch();
   for (int first = cols.begin; first < cols.end; first += kStep) {
     EpSum total = {}, mine = {};
     for (int j = 0; j < terms.count; ++j) {
-      ptx::cp_async_wait_group<kEpDepth - 1>();
-      const EpVector x = *reinterpret_cast<const EpVector*>(ring + slot * kPitch);
-      slot = (slot + 1) % kEpDepth;
+      ptx::cp_async_wait_group<kEpCombineDepth - 1>();
+      const EpVector x = *reinterpret_cast<const EpVector*>(ring + slot * kEpPitch);
+      slot = (slot + 1) % kEpCombineDepth;
       if (terms.mine >> j & 1) {
         ep_add(mine, x, __shfl_sync(0xffffffffu, terms.weight, j));
         if (j == last_mine) {
@@ -254,12 +254,12 @@ __device__ __forceinline__ void ep_combine_receive(const EpCombineParams& p, con
 }
 
 __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
-  extern __shared__ __align__(16) u8 ep_rings[];
+  extern __shared__ __align__(16) u8 ep_smem[];
   __shared__ int votes[2];
   if (threadIdx.x < 2) votes[threadIdx.x] = 0;
   __syncthreads();
   ptx::grid_wait_dependencies();
-  u8* ring = ep_rings + threadIdx.x / 32 * (kEpDepth * 32 * 16) + threadIdx.x % 32 * 16;
+  u8* ring = ep_ring(ep_smem, kEpCombineDepth);
   const EpRole sender{1, 0, kEpCombineSendWarps},
       receiver{2, kEpCombineSendWarps, kEpCombineWarps - kEpCombineSendWarps};
   if (threadIdx.x < kEpCombineSendWarps * 32) {

@@ -11,6 +11,7 @@
 // A CTA handles the same tokens on both sides, so that it waits for one CTA a peer only, but for the routing.
 #pragma once
 #include "device/ep/route.cuh"
+#include "device/ep/stream.cuh"
 #include "device/ptx/convert.cuh"
 #include "device/quantize/config.h"
 
@@ -59,107 +60,128 @@ struct EpRows {
 };
 
 template <class To>
-__device__ __forceinline__ void ep_copy_bytes(const u8* from, i64 begin, i64 end, const To& to) {
-  constexpr int kUnroll = 7, kStep = 32 * 16;  // half of 7168 bytes at once
-  for (i64 first = begin; first < end; first += kUnroll * kStep) {
-    const i64 at = first + threadIdx.x % 32 * 16;
-    EpVector v[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i)
-      if (at + i * kStep < end) v[i] = *reinterpret_cast<const EpVector*>(from + at + i * kStep);
+__device__ __forceinline__ void ep_copy_bytes(const u8* from, i64 begin, i64 end, u8* ring, const To& to) {
+  ep_stream<kEpDispatchDepth>(from, begin, end, ring, [&](i64 at, bool inside, const EpVector& piece) {
     to.for_each_data([&](u8* place) {
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
-        if (at + i * kStep < end) *reinterpret_cast<EpVector*>(place + at + i * kStep) = v[i];
+      if (inside) *reinterpret_cast<EpVector*>(place + at) = piece;
     });
-  }
+  });
 }
 
-template <class To>
-__device__ __forceinline__ void ep_copy_scales(const float* from, i64 stride, int begin, int end, const To& to) {
-  for (int first = begin; first < end; first += 32) {
-    const int block = first + int(threadIdx.x) % 32;
-    const float scale = block < end ? from[block * stride] : 0.0f;
+// The scales of a part's blocks, a block a lane; asked for before the data, and used after them.
+struct EpScales {
+  static constexpr int kCount = 2;  // rounds of 32 blocks that wait in registers
+  const float* from;
+  i64 stride;
+  int begin, end;
+  float first[kCount];
+
+  __device__ __forceinline__ EpScales(const float* scales, i64 scale_stride, EpRange cols)
+      : from(scales),
+        stride(scale_stride),
+        begin(cols.begin / kQuantizeBlock),
+        end(ceil_div(cols.end, kQuantizeBlock)) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) first[i] = load(begin + i * 32);
+  }
+  __device__ __forceinline__ float load(int round) const {
+    const int block = round + int(threadIdx.x) % 32;
+    return block < end ? from[block * stride] : 0.0f;
+  }
+  template <class To>
+  __device__ __forceinline__ void store(int round, float scale, const To& to) const {
+    const int block = round + int(threadIdx.x) % 32;
     to.for_each_scales([&](float* place, i64 place_stride) {
       if (block < end) place[block * place_stride] = scale;
     });
   }
-}
+  template <class To>
+  __device__ __forceinline__ void store_all(const To& to) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (begin + i * 32 < end) store(begin + i * 32, first[i], to);
+    for (int round = begin + kCount * 32; round < end; round += 32) store(round, load(round), to);
+  }
+};
 
 // BF16 to E4M3, as quantize does: 16 neighbouring lanes share a block.
 template <class To>
-__device__ __forceinline__ void ep_quantize(const u16* from, int begin, int end, bool pow2, const To& to) {
+__device__ __forceinline__ void ep_quantize_piece(i64 byte, bool inside, const EpVector& piece, bool pow2,
+                                                  const To& to) {
   constexpr int kCount = 8, kLanesPerBlock = kQuantizeBlock / kCount;
-  const int lane = threadIdx.x % 32;
-  for (int first = begin; first < end; first += 32 * kCount) {
-    const int col = first + lane * kCount;
-    const bool inside = col < end;
-    EpVector raw = {};
-    if (inside) raw = *reinterpret_cast<const EpVector*>(from + col);
-    float x[kCount], amax = 0;
+  const int col = int(byte / 2);
+  float x[kCount], amax = 0;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      x[i] = i % 2 ? ptx::bf16_hi(raw.word[i / 2]) : ptx::bf16_lo(raw.word[i / 2]);
-      if (fabsf(x[i]) < __uint_as_float(0x7f800000u)) amax = fmaxf(amax, fabsf(x[i]));
-    }
-#pragma unroll
-    for (int distance = 1; distance < kLanesPerBlock; distance *= 2)
-      amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
-    float scale = fmaxf(__fdiv_rn(amax, kE4m3Max), kMinScale);
-    if (pow2) scale = __uint_as_float(pow2_ceil_bits(__float_as_uint(scale)));
-    const float inverse = __frcp_rn(scale);
-    uint2 packed;
-    packed.x = ptx::pack_e4m3(x[0] * inverse, x[1] * inverse) | u32(ptx::pack_e4m3(x[2] * inverse, x[3] * inverse))
-                                                                    << 16;
-    packed.y = ptx::pack_e4m3(x[4] * inverse, x[5] * inverse) | u32(ptx::pack_e4m3(x[6] * inverse, x[7] * inverse))
-                                                                    << 16;
-    to.for_each_data([&](u8* place) {
-      if (inside) *reinterpret_cast<uint2*>(place + col) = packed;
-    });
-    to.for_each_scales([&](float* place, i64 stride) {
-      if (inside && lane % kLanesPerBlock == 0) place[col / kQuantizeBlock * stride] = scale;
-    });
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = i % 2 ? ptx::bf16_hi(piece.word[i / 2]) : ptx::bf16_lo(piece.word[i / 2]);
+    if (inside && fabsf(x[i]) < __uint_as_float(0x7f800000u)) amax = fmaxf(amax, fabsf(x[i]));
   }
+#pragma unroll
+  for (int distance = 1; distance < kLanesPerBlock; distance *= 2)
+    amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
+  float scale = fmaxf(__fdiv_rn(amax, kE4m3Max), kMinScale);
+  if (pow2) scale = __uint_as_float(pow2_ceil_bits(__float_as_uint(scale)));
+  const float inverse = __frcp_rn(scale);
+  const auto encode = [&](int i) {
+    return ptx::pack_e4m3(x[i] * inverse, x[i + 1] * inverse) |
+           u32(ptx::pack_e4m3(x[i + 2] * inverse, x[i + 3] * inverse)) << 16;
+  };
+  const uint2 packed{encode(0), encode(4)};
+  to.for_each_data([&](u8* place) {
+    if (inside) *reinterpret_cast<uint2*>(place + col) = packed;
+  });
+  to.for_each_scales([&](float* place, i64 stride) {
+    if (inside && threadIdx.x % kLanesPerBlock == 0) place[col / kQuantizeBlock * stride] = scale;
+  });
 }
 
-// The columns of a token of this rank.
+// The columns of a row of data, with scales if it is E4M3.
 template <class To>
-__device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, const To& to) {
-  const int size = p.format == kEpE4m3 ? 1 : 2;
-  if (p.x_format != p.format) {
-    ep_quantize(static_cast<const u16*>(p.x) + token * p.x_stride, cols.begin, cols.end, p.pow2_scales, to);
+__device__ __forceinline__ void ep_move_row(const EpDispatchParams& p, const u8* data, const float* scales,
+                                            i64 scale_stride, EpRange cols, u8* ring, const To& to) {
+  if (p.format == kEpBf16) {
+    ep_copy_bytes(data, 2 * i64(cols.begin), 2 * i64(cols.end), ring, to);
     return;
   }
-  ep_copy_bytes(static_cast<const u8*>(p.x) + token * p.x_stride * size, i64(cols.begin) * size, i64(cols.end) * size,
-                to);
-  if (p.format == kEpE4m3)
-    ep_copy_scales(p.x_scales + token * p.x_scale_stride_row, p.x_scale_stride_col, cols.begin / kQuantizeBlock,
-                   ceil_div(cols.end, kQuantizeBlock), to);
+  const EpScales row_scales(scales, scale_stride, cols);
+  ep_copy_bytes(data, cols.begin, cols.end, ring, to);
+  row_scales.store_all(to);
 }
 
+// Of a token of this rank.
 template <class To>
-__device__ __forceinline__ void ep_move_slot(const EpDispatchParams& p, const u8* slot, EpRange cols, const To& to) {
-  const int size = p.format == kEpE4m3 ? 1 : 2;
-  ep_copy_bytes(slot, i64(cols.begin) * size, i64(cols.end) * size, to);
-  if (p.format == kEpE4m3)
-    ep_copy_scales(reinterpret_cast<const float*>(slot + ep_scales_offset(p.c.shape.hidden)), 1,
-                   cols.begin / kQuantizeBlock, ceil_div(cols.end, kQuantizeBlock), to);
+__device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, u8* ring,
+                                            const To& to) {
+  const int size = p.x_format == kEpE4m3 ? 1 : 2;
+  const u8* data = static_cast<const u8*>(p.x) + token * p.x_stride * size;
+  if (p.x_format == p.format) {
+    ep_move_row(p, data, p.x_scales + token * p.x_scale_stride_row, p.x_scale_stride_col, cols, ring, to);
+  } else {
+    ep_stream<kEpDispatchDepth>(
+        data, 2 * i64(cols.begin), 2 * i64(cols.end), ring,
+        [&](i64 at, bool inside, const EpVector& piece) { ep_quantize_piece(at, inside, piece, p.pow2_scales, to); });
+  }
 }
 
 // --- sending --------------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role) {
+__device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                               u8* ring) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32, parts = c.shape.parts;
   const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas);
   const int num_pieces = (tokens.end - tokens.begin) * parts;
   const int flag = (c.rank * c.shape.num_ctas + blockIdx.x) * kEpDispatchSendWarps + role.warp();
+  const auto expert_of = [&](int i) {
+    return i < num_pieces && lane < c.shape.topk ? ep_own_expert(p, tokens.begin + i / parts, lane) : -1;
+  };
+  int next_expert = expert_of(role.warp());
   for (int i = role.warp(); i < num_pieces; i += kEpDispatchSendWarps) {
-    const int token = tokens.begin + i / parts;
-    const int expert = lane < c.shape.topk ? ep_own_expert(p, token, lane) : -1;
+    const int token = tokens.begin + i / parts, expert = next_expert;
+    next_expert = expert_of(i + kEpDispatchSendWarps);
     const u64 peers = ep_ranks_of(c, expert) & ~(u64(1) << c.rank);
     if (peers == 0) continue;
-    ep_move_own(p, token, ep_columns_of_part(c.shape.hidden, i % parts, parts), EpSlots{op, token, peers});
+    ep_move_own(p, token, ep_columns_of_part(c.shape.hidden, i % parts, parts), ring, EpSlots{op, token, peers});
     __syncwarp();
     if (lane == 0) {
       ptx::fence_acq_rel_sys();
@@ -170,11 +192,12 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   }
 }
 
-__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpRole& role, int* vote, int* smem) {
+__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpRole& role, int* vote, u8* ring,
+                                                 int* smem) {
   const EpOperation op(p.c, kEpDispatchSend);
   if (!ep_wait_for_credits(op, role, kEpPhaseDispatchCredit, p.c.layout.dispatch_credit, vote)) return;
   if (p.route) ep_send_routing(p, op, role, smem);
-  if (p.copy) ep_send_tokens(p, op, role);
+  if (p.copy) ep_send_tokens(p, op, role, ring);
   ep_finish(op, role, 0, vote);
 }
 
@@ -197,39 +220,48 @@ __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, cons
 
 // This CTA's tokens of one source to their rows.
 __device__ __forceinline__ bool ep_receive_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                  int source, int num_tokens) {
+                                                  int source, int num_tokens, u8* ring) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32, parts = c.shape.parts, size = p.format == kEpE4m3 ? 1 : 2;
   const EpRange tokens = ep_tokens_of_cta(num_tokens, blockIdx.x, c.shape.num_ctas);
   const int num_pieces = (tokens.end - tokens.begin) * parts;
-  const int first_flag = (source * c.shape.num_ctas + blockIdx.x) * kEpDispatchSendWarps;
+  const int sender = role.warp() % kEpDispatchSendWarps;
+  const u64* flag =
+      op.word(c.rank, c.layout.token_flags, (source * c.shape.num_ctas + blockIdx.x) * kEpDispatchSendWarps + sender);
+  const auto choice_of = [&](int i) { return ep_choice(c, source, tokens.begin + i / parts) + lane; };
+  const auto row_of = [&](int i) {
+    return i < num_pieces && lane < c.shape.topk ? c.handle[c.handle_layout.rows + choice_of(i)] : kEpNotHere;
+  };
+  int next_row = row_of(role.warp());
+  u64 seen = 0;  // of the flag, by lane 0
   for (int i = role.warp(); i < num_pieces; i += role.num_warps) {
-    const int token = tokens.begin + i / parts, part = i % parts;
-    const i64 choice = ep_choice(c, source, token) + lane;
-    const int row = lane < c.shape.topk ? c.handle[c.handle_layout.rows + choice] : kEpNotHere;
+    const int token = tokens.begin + i / parts, part = i % parts, row = next_row;
+    next_row = row_of(i + role.num_warps);
     const bool has_room = row >= 0 && row < p.capacity;
     const EpRows to{p, p.row_stride * size, row, __ballot_sync(0xffffffffu, has_room)};
     if (to.choices == 0) continue;
     if (p.row_weights && part == 0 && has_room)
-      p.row_weights[row] = reinterpret_cast<const float*>(c.handle + c.handle_layout.weights)[choice];
+      p.row_weights[row] = reinterpret_cast<const float*>(c.handle + c.handle_layout.weights)[choice_of(i)];
     const EpRange cols = ep_columns_of_part(c.shape.hidden, part, parts);
     if (source == c.rank) {
-      ep_move_own(p, token, cols, to);
+      ep_move_own(p, token, cols, ring, to);
       continue;
     }
     int fine = 1;
-    if (lane == 0)
-      fine = ep_wait(op, kEpPhaseTokens, source,
-                     op.word(c.rank, c.layout.token_flags, first_flag + i % kEpDispatchSendWarps),
-                     ep_flag(op.epoch, p.format, i / kEpDispatchSendWarps + 1));
+    const u64 expected = ep_flag(op.epoch, p.format, i / kEpDispatchSendWarps + 1);
+    if (lane == 0 && seen < expected) {
+      fine = ep_wait(op, kEpPhaseTokens, source, flag, expected);
+      seen = ptx::load_acquire_sys(flag);
+    }
     if (!__shfl_sync(0xffffffffu, fine, 0)) return false;
-    const i64 slot = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
-    ep_move_slot(p, op.buffer(c.rank, c.layout.tokens) + slot * c.layout.token_slot, cols, to);
+    const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
+    const u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
+    ep_move_row(p, slot, reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)), 1, cols, ring, to);
   }
   return true;
 }
 
-__device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, const EpRole& role, int* vote,
+__device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, const EpRole& role, int* vote, u8* ring,
                                                     int* smem) {
   const EpCommon& c = p.c;
   const EpOperation op(c, kEpDispatchRecv);
@@ -240,7 +272,7 @@ __device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, c
     bool fine = true;
     for (int i = 0; fine && i < c.shape.num_ranks; ++i) {  // its own first: the others' are on their way meanwhile
       const int source = (c.rank + i) % c.shape.num_ranks;
-      fine = ep_receive_tokens(p, op, role, source, state.num_tokens[source]);
+      fine = ep_receive_tokens(p, op, role, source, state.num_tokens[source], ring);
     }
     if (!role.all(fine, vote)) return;
   }
@@ -248,17 +280,19 @@ __device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, c
 }
 
 __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
-  extern __shared__ __align__(16) int ep_smem[];
+  extern __shared__ __align__(16) u8 ep_smem[];  // rings, then what routing needs
   __shared__ int votes[2];
   if (threadIdx.x < 2) votes[threadIdx.x] = 0;
   __syncthreads();
   ptx::grid_wait_dependencies();
+  u8* ring = ep_ring(ep_smem, kEpDispatchDepth);
+  int* routing = reinterpret_cast<int*>(ep_smem + kEpDispatchRingBytes);
   const EpRole sender{1, 0, kEpDispatchSendWarps},
       receiver{2, kEpDispatchSendWarps, kEpDispatchWarps - kEpDispatchSendWarps};
   if (threadIdx.x < kEpDispatchSendWarps * 32) {
-    if (p.c.send) ep_dispatch_send(p, sender, &votes[0], ep_smem);
+    if (p.c.send) ep_dispatch_send(p, sender, &votes[0], ring, routing);
   } else {
-    if (p.c.recv) ep_dispatch_receive(p, receiver, &votes[1], ep_smem);
+    if (p.c.recv) ep_dispatch_receive(p, receiver, &votes[1], ring, routing);
   }
 }
 

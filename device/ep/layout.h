@@ -26,12 +26,15 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 
 // Roles of a CTA's warps: the first ones send, the others receive. Dispatch writes each token once a rank and then once a row;
 // combine reads as many rows for others as for itself.
-constexpr int kEpDispatchWarps = 20, kEpDispatchSendWarps = 8;
+constexpr int kEpDispatchWarps = 24, kEpDispatchSendWarps = 8;
 constexpr int kEpCombineWarps = 24, kEpCombineSendWarps = 12;
+// Then a receiving warp follows one sending warp, and need not look again at a flag that is ahead.
+static_assert((kEpDispatchWarps - kEpDispatchSendWarps) % kEpDispatchSendWarps == 0);
 
-// Combine: 16-byte pieces that each thread has on their way, in shared memory of its own.
-constexpr int kEpDepth = 16;
-constexpr int kEpCombineSmemBytes = kEpCombineWarps * 32 * 16 * kEpDepth;
+// Data pass through shared memory: 16-byte pieces that each thread has on their way, in a ring of its own.
+constexpr int kEpDispatchDepth = 14, kEpCombineDepth = 16;
+constexpr int kEpDispatchRingBytes = kEpDispatchWarps * 32 * 16 * kEpDispatchDepth;
+constexpr int kEpCombineRingBytes = kEpCombineWarps * 32 * 16 * kEpCombineDepth;
 
 // What is agreed upon by all ranks.
 struct EpShape {
@@ -157,7 +160,7 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.words = l.sent + (s.counted ? s.num_experts : 0);
   return l;
 }
-constexpr i64 kEpMaxRouteSmemBytes = 200 << 10;
+constexpr i64 kEpMaxRouteSmemBytes = 48 << 10;
 
 // --- who does what ------------------------------------------------------------------------------------------------------------
 

@@ -152,8 +152,4 @@ __device__ __forceinline__ int ep_pop(u32& bits) {
   return lowest;
 }
 
-struct alignas(16) EpVector {
-  u32 word[4];
-};
-
 }  // namespace phalanx

@@ -131,7 +131,7 @@ void check_ep_config(const ExpertParallelConfig& config, int num_ranks) {
   }
   EpShape shape;
   shape.num_ranks = num_ranks;
-  if (4 * ep_route_smem(shape, largest).words + 4 * 8192 > kEpMaxRouteSmemBytes)
+  if (4 * ep_route_smem(shape, largest).words + 4 * 2048 > kEpMaxRouteSmemBytes)
     fail_config("num_experts", config.num_experts, "fewer: {} on one of {} ranks are more than a kernel can count",
                 largest, num_ranks);
   if (int64_t{num_ranks} * config.max_tokens * config.topk > 1 << 30)

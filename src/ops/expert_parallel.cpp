@@ -22,7 +22,7 @@ namespace {
 using std::int64_t;
 
 constexpr int kThroughputSms = 32, kLatencySms = 128;
-constexpr int kMaxCountedExperts = 8192;  // in shared memory of the senders
+constexpr int kMaxCountedExperts = 2048;  // in shared memory of the senders
 
 /// Memory of the host in which kernels leave what went wrong.
 std::shared_ptr<EpStatus> make_status(Device device) {
@@ -159,8 +159,9 @@ struct ExpertParallel::Impl {
     for (int r = 0; r < g.size; ++r) common.peers[r] = static_cast<u8*>(memory->blocks[r].get());
     if (g.device.type == DeviceType::cuda) {
       const cuda::ContextGuard context(g.device.index);
-      dispatch_kernel = &load_kernel(g.device.index, jit::ep_dispatch_source(), kEpMaxRouteSmemBytes);
-      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(), kEpCombineSmemBytes);
+      dispatch_kernel =
+          &load_kernel(g.device.index, jit::ep_dispatch_source(), kEpDispatchRingBytes + kEpMaxRouteSmemBytes);
+      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(), kEpCombineRingBytes);
     }
   }
 
@@ -264,7 +265,7 @@ struct ExpertParallel::Impl {
       }
       if (args.row_weights) p.row_weights = static_cast<float*>(args.row_weights->data);
     }
-    run(p, cpu::ep_dispatch, dispatch_kernel, kEpDispatchWarps, route_smem_bytes, args.stream);
+    run(p, cpu::ep_dispatch, dispatch_kernel, kEpDispatchWarps, kEpDispatchRingBytes + route_smem_bytes, args.stream);
   }
 
   void combine(const EpCombine& args) {
@@ -285,7 +286,7 @@ struct ExpertParallel::Impl {
     p.values = args.row_values.has_value();
     if (args.row_values) p.row_values = static_cast<const float*>(args.row_values->data);
     if (args.topk_values) p.topk_values = static_cast<float*>(args.topk_values->data);
-    run(p, cpu::ep_combine, combine_kernel, kEpCombineWarps, kEpCombineSmemBytes, args.stream);
+    run(p, cpu::ep_combine, combine_kernel, kEpCombineWarps, kEpCombineRingBytes, args.stream);
   }
 
   int64_t num_rows(const Tensor& handle, Stream stream) {

@@ -10,8 +10,8 @@
 namespace phalanx {
 
 // The kernels' dynamic shared memory. Of each CTA, as it is a thread.
-thread_local int ep_smem[kEpMaxRouteSmemBytes / 4];
-thread_local u8 ep_rings[kEpCombineSmemBytes];
+alignas(16) thread_local u8 ep_smem[kEpDispatchRingBytes + kEpMaxRouteSmemBytes];
+static_assert(sizeof ep_smem >= kEpCombineRingBytes);
 
 namespace test {
 namespace {
@@ -34,7 +34,7 @@ class Simulated : public ::testing::TestWithParam<int> {
 
 TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
   std::mt19937 rng(kSeed + GetParam());
-  for (const int n : {1, 2, 3}) {
+  for (const int n : {1, 3}) {
     for (const bool latency : {false, true}) {
       const ExpertParallelConfig config{.hidden = int(1 + rng() % 40) * 16,
                                         .num_experts = int(1 + rng() % 20),
@@ -60,6 +60,15 @@ TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
       }
     }
   }
+}
+
+TEST_P(Simulated, RowsLongerThanTheRings) {
+  std::mt19937 rng(kSeed);
+  const ExpertParallelConfig config{
+      .hidden = 9 * 1024 + 16, .num_experts = 5, .topk = 3, .max_tokens = 4, .dtype = DType::bf16};
+  auto groups = Group::local(cpus(2), kPatient);
+  auto eps = make_all(groups, config);
+  for (const bool e4m3 : {false, true}) run_round(eps, random_problem(2, config, rng), {.e4m3 = e4m3}, 1);
 }
 
 INSTANTIATE_TEST_SUITE_P(Ctas, Simulated, ::testing::Values(1, 3));
