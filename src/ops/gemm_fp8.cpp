@@ -1,19 +1,14 @@
 // check -> plan -> run, on the CPU or on CUDA.
 #include <algorithm>
-#include <cstdlib>
 #include <fstream>
 #include <iterator>
-#include <mutex>
-#include <shared_mutex>
-#include <unordered_map>
 
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
 #include "device/gemm/params.h"
-#include "jit/kernels.h"
 #include "jit/log.h"
 #include "ops/check.h"
-#include "ops/kernel.h"
+#include "ops/gemm_plans.h"
 #include "phalanx/gemm.h"
 #include "plan/plan.h"
 #include "plan/tuned.h"
@@ -21,31 +16,16 @@
 namespace phalanx {
 namespace {
 
-struct PlannedGemm {
-  plan::GemmPlan plan;
-  const cuda::Kernel* kernel;
-};
-
 struct PlanKey {
   plan::GemmProblem problem;
   int num_sms, device;
 
   friend bool operator==(const PlanKey&, const PlanKey&) = default;
-};
-
-struct PlanKeyHash {
-  std::size_t operator()(const PlanKey& key) const {
-    std::uint64_t h = 0;
-    for (const int x : {key.problem.m, key.problem.n, key.problem.k, int(key.problem.out),
-                        int(key.problem.batch_invariant), key.num_sms, key.device})
-      h = (h ^ static_cast<std::uint32_t>(x)) * 0x9e3779b97f4a7c15ull, h ^= h >> 29;
-    return h;
+  std::size_t hash() const {
+    const plan::GemmProblem& p = problem;
+    return hash_of(p.m, p.n, p.k, p.out, p.batch_invariant, num_sms, device);
   }
 };
-
-PlannedGemm with_kernel(const plan::GemmPlan& plan, int device) {
-  return {plan, &load_kernel(device, jit::gemm_source(plan.config), smem_layout(plan.config).total)};
-}
 
 // What `phalanx tune` has kept. A file that cannot be read is as good as none, and named once.
 const plan::TunedGemms& tuned_gemms() {
@@ -70,31 +50,14 @@ plan::GemmPlan make_plan(const PlanKey& key) {
   return plan::plan_gemm(key.problem, key.num_sms);
 }
 
-// Plans are remembered by shape: a server sees the same few thousands again and again.
 PlannedGemm planned_gemm(const PlanKey& key) {
-  constexpr std::size_t kMaxPlans = 65536;
-  static std::shared_mutex mutex;
-  static std::unordered_map<PlanKey, PlannedGemm, PlanKeyHash> plans;
-  {
-    std::shared_lock lock(mutex);
-    if (const auto it = plans.find(key); it != plans.end()) return it->second;
-  }
-  const PlannedGemm planned = with_kernel(make_plan(key), key.device);
-  std::unique_lock lock(mutex);
-  if (plans.size() >= kMaxPlans) plans.clear();
-  plans.emplace(key, planned);
-  return planned;
-}
-
-// For tuning: a process that starts with PHALANX_GEMM_CONFIG in its environment reads it again at every call.
-bool tuning() {
-  static const bool on = std::getenv("PHALANX_GEMM_CONFIG") != nullptr;
-  return on;
+  static PlanCache<PlanKey> plans;
+  return plans.get(key, [&] { return with_kernel(make_plan(key), key.device); });
 }
 
 PlannedGemm tuned_gemm(const PlanKey& key) {
-  const char* text = std::getenv("PHALANX_GEMM_CONFIG");
-  if (!text || !*text) return planned_gemm(key);
+  const char* text = tuning_config();
+  if (!text) return planned_gemm(key);
   const auto plan = plan::parse_plan(text, key.problem, key.num_sms);
   if (!plan)
     throw Error(ErrorCode::invalid_argument, std::string("PHALANX_GEMM_CONFIG is not a valid configuration: ") + text);
@@ -116,7 +79,7 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
 
   const cuda::ContextGuard context(ordinal);
   const PlanKey key{{m, n, k, out, options.batch_invariant}, num_sms, ordinal};
-  const auto [plan, kernel] = tuning() ? tuned_gemm(key) : planned_gemm(key);
+  const auto [plan, kernel] = tuned_gemm(key);
   const GemmConfig& config = plan.config;
 
   const auto tensor_map = [](const Tensor& t, int box_rows, int box_cols) {

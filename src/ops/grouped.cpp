@@ -2,18 +2,15 @@
 #include "phalanx/grouped.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
 #include <string>
 
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
 #include "device/gemm/params.h"
-#include "jit/kernels.h"
 #include "ops/check.h"
+#include "ops/gemm_plans.h"
 #include "ops/group_faults.h"
-#include "ops/kernel.h"
-#include "ops/plan_cache.h"
 #include "plan/grouped.h"
 
 namespace phalanx {
@@ -36,15 +33,10 @@ struct PlanKey {
   }
 };
 
-PlannedGemm with_kernel(const plan::GemmPlan& plan, int device) {
-  return {plan, &load_kernel(device, jit::gemm_source(plan.config), smem_layout(plan.config).total)};
-}
-
-// For tuning, as in gemm_fp8: a process that starts with PHALANX_GEMM_CONFIG in its environment reads it at every call.
+// What PHALANX_GEMM_CONFIG says, if it says something.
 std::optional<plan::GemmPlan> tuned_plan(const PlanKey& key) {
-  static const bool on = std::getenv("PHALANX_GEMM_CONFIG") != nullptr;
-  const char* text = on ? std::getenv("PHALANX_GEMM_CONFIG") : nullptr;
-  if (!text || !*text) return std::nullopt;
+  const char* text = tuning_config();
+  if (!text) return std::nullopt;
   const plan::GroupedProblem& problem = key.problem;
   const auto dense = plan::parse_plan(text, {problem.m, problem.n, problem.k, problem.out}, key.num_sms);
   GemmConfig config = dense ? dense->config : GemmConfig{.num_stages = 0};

@@ -1,11 +1,15 @@
 // Plans and their kernels, remembered by what they were made for: a server sees the same few thousands again and again.
 #pragma once
 
+#include <cstdint>
+#include <cstdlib>
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
 
 #include "cuda/cuda.h"
+#include "jit/kernels.h"
+#include "ops/kernel.h"
 #include "plan/plan.h"
 
 namespace phalanx {
@@ -14,6 +18,18 @@ struct PlannedGemm {
   plan::GemmPlan plan;
   const cuda::Kernel* kernel;
 };
+
+inline PlannedGemm with_kernel(const plan::GemmPlan& plan, int device) {
+  return {plan, &load_kernel(device, jit::gemm_source(plan.config), smem_layout(plan.config).total)};
+}
+
+/// For tuning: a process that starts with PHALANX_GEMM_CONFIG in its environment reads it again at every call. Null if there is
+/// nothing in it.
+inline const char* tuning_config() {
+  static const bool on = std::getenv("PHALANX_GEMM_CONFIG") != nullptr;
+  const char* text = on ? std::getenv("PHALANX_GEMM_CONFIG") : nullptr;
+  return text && *text ? text : nullptr;
+}
 
 /// `Key` is hashed by its member hash().
 template <class Key>
