@@ -252,6 +252,51 @@ def nccl(rank: Rank, tokens: int) -> list[dict]:
     ]
 
 
+def overlap(rank: Rank, group, trace: Path) -> list[dict]:
+    """A product and a dispatch on streams of their own, each on its share of the SMs: alone, and together.
+
+    Writes a timeline of the last for Perfetto or chrome://tracing.
+    """
+    import phalanx
+
+    sms, tokens, repeats = 32, 4096, 8
+    x, idx, weights = rank.problem(tokens)
+    ep = make_ep(group, tokens, num_sms=sms)
+    q = phalanx.quantize(x)
+    result = ep.dispatch(q, idx, weights)
+    capacity = len(result.row_weights)
+    w = phalanx.quantize(torch.randn(4096, HIDDEN, device="cuda").bfloat16(), block=(128, 128))
+    product = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="cuda")
+    rest = torch.cuda.get_device_properties(rank.rank).multi_processor_count - sms
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+
+    def multiply():
+        for _ in range(repeats):
+            phalanx.gemm_fp8(q, w, out=product, num_sms=rest)
+
+    def dispatch():
+        for _ in range(repeats):
+            ep.dispatch(q, idx, weights, capacity=capacity, out=result)
+
+    def both():
+        for stream, work in zip(streams, (multiply, dispatch), strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                work()
+        for stream in streams:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    times = {name: rank.time(call) / repeats for name, call in (("product", multiply), ("dispatch", dispatch))}
+    times["both"] = rank.time(both) / repeats
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        both()
+        torch.cuda.synchronize()
+    if rank.rank == 0:
+        profile.export_chrome_trace(str(trace))
+    ep.check()
+    return [{"op": name, "us": us} for name, us in times.items()]
+
+
 def soak(rank: Rank, group, rounds: int) -> int:
     """Latency rounds back to back, checked now and then against the first result."""
     tokens = 16
@@ -311,6 +356,7 @@ def run_rank(rank: int, size: int, arguments: argparse.Namespace) -> None:
             note("throughput", throughput(me, group, 8192, 32))
             note("throughput", throughput(me, group, 4096, 32, hot=True))
             note("throughput", throughput(me, group, 4096, 32, empty_rank=True))
+        note("overlap", overlap(me, group, Path(arguments.out).with_suffix(".trace.json")))
         note("nccl", nccl(me, 4096) + nccl(me, 128))
         if arguments.soak:
             result["soak_rounds"] = soak(me, group, arguments.soak)

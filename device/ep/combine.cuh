@@ -1,13 +1,17 @@
-// Combine: the rows of a token's experts, weighted and summed where they are, come home once a rank and are summed there.
+// Combine: the rows of a token's experts, weighted and summed where they are, come home once a rank and are summed
+// there.
 //
-//   sum_r[t] = bf16(sum over choices k of rank r, in order, of weight[t, k] * rows_r[row(t, k)])    FP32, by FMA; not rounded at home
+//   sum_r[t] = bf16(sum over choices k of rank r, in order, of weight[t, k] * rows_r[row(t, k)])
 //   out[t]   = bf16(sum over ranks r in order of sum_r[t], then + residual[t])
+//
+// in FP32, by FMA; a rank's sum for its own tokens is not rounded.
 //
 //   sending warps    rows of others' tokens --> sum --> the home's sum slots;   sum flags, one a warp
 //   receiving warps  rows of this rank's tokens and slots behind their flags --> out;   all read --> credits
 //
-// The tokens of a CTA are those of its dispatch, and so are the slots' numbers. Rows come through shared memory: every thread
-// keeps kEpCombineDepth pieces on their way by cp.async, and reads back what it has copied itself, so that no barrier is needed.
+// The tokens of a CTA are those of its dispatch, and so are the slots' numbers. Rows come through shared memory: every
+// thread keeps kEpCombineDepth pieces on their way by cp.async, and reads back what it has copied itself, so that no
+// barrier is needed.
 #pragma once
 #include "device/ep/signal.cuh"
 #include "device/ep/stream.cuh"
@@ -62,7 +66,8 @@ __device__ __forceinline__ float ep_row_value(const EpCombineParams& p, const Ep
   return terms.row >= 0 && terms.row < p.capacity ? p.row_values[terms.row] : 0.0f;
 }
 
-// What is added up for a token: lane j has term j. Those in `mine` are rows of this rank, neighbours, and make a sum of their own.
+// What is added up for a token: lane j has term j. Those in `mine` are rows of this rank, neighbours, and make a sum of
+// their own.
 struct EpTermList {
   const u8* data = nullptr;
   float weight = 1;
@@ -87,8 +92,8 @@ struct EpTermList {
   }
 };
 
-// Calls emit(column, sum) for every piece of 8 columns of this lane; `ring` is the thread's own shared memory, kEpCombineDepth pieces
-// a warp's width apart. All lanes take part.
+// Calls emit(column, sum) for every piece of 8 columns of this lane; `ring` is the thread's own shared memory,
+// kEpCombineDepth pieces a warp's width apart. All lanes take part.
 template <class Emit>
 __device__ __forceinline__ void ep_sum_terms(const EpTermList& terms, EpRange cols, u8* ring, const Emit& emit) {
   constexpr int kStep = kEpPitch / 2;  // columns of a warp's pieces
@@ -134,7 +139,7 @@ __device__ __forceinline__ EpFormat ep_sums_format(const EpCombineParams& p) {
   return p.values ? kEpSumsAndValues : kEpSums;
 }
 
-// --- sending --------------------------------------------------------------------------------------------------------------------
+// --- sending --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void ep_send_sums(const EpCombineParams& p, const EpOperation& op, const EpRole& role,
                                              int source, u8* ring) {
@@ -173,7 +178,7 @@ __device__ __forceinline__ void ep_combine_send(const EpCombineParams& p, const 
   ep_finish(op, role, 0, vote);
 }
 
-// --- receiving ------------------------------------------------------------------------------------------------------------------
+// --- receiving ------------------------------------------------------------------------------------------------------
 
 // Until every peer in `ranks` has sent piece i. By a warp.
 __device__ __forceinline__ bool ep_wait_for_sums(const EpCombineParams& p, const EpOperation& op, u64 ranks, int i) {

@@ -17,7 +17,7 @@
 
 namespace phalanx {
 
-// --- a token on its way: read once, 16 bytes a lane, and written to every place in `to` ------------------------------------------
+// --- a token on its way: read once, 16 bytes a lane, and written to every place in `to` -----------------------------
 
 // Slots of the peers that have an expert of the token.
 struct EpSlots {
@@ -163,7 +163,7 @@ __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token
   }
 }
 
-// --- sending --------------------------------------------------------------------------------------------------------------------
+// --- sending --------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                u8* ring) {
@@ -201,7 +201,7 @@ __device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, cons
   ep_finish(op, role, 0, vote);
 }
 
-// --- receiving ------------------------------------------------------------------------------------------------------------------
+// --- receiving ------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, const EpRole& role,
                                                  const EpRouteState& state) {

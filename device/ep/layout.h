@@ -12,9 +12,9 @@
 // A slot's number is the token's number at home, in both directions: a slot needs no agreement, only a credit.
 //
 // Work is cut the same way on every rank. CTA c of G owns the tokens [c * n, (c + 1) * n) of each source s, n =
-// ceil(tokens_s / G), and cuts each into `parts` pieces of columns. Warp w of its W copying warps takes the pieces w, w + W,
-// ..., in order, and after each raises its own flag at the destination. So the only one to wait for is the same warp
-// of the same CTA on another rank.
+// ceil(tokens_s / G), and cuts each into `parts` pieces of columns. Warp w of its W copying warps takes the pieces w, w
+// + W, ..., in order, and after each raises its own flag at the destination. So the only one to wait for is the same
+// warp of the same CTA on another rank.
 #pragma once
 #include "device/types.h"
 
@@ -24,8 +24,8 @@ constexpr int kEpMaxRanks = 64;
 constexpr int kEpMaxTopk = 32;   // one lane of a warp for each choice
 constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whole block of scales
 
-// Roles of a CTA's warps: the first ones send, the others receive. Dispatch writes each token once a rank and then once a row;
-// combine reads as many rows for others as for itself.
+// Roles of a CTA's warps: the first ones send, the others receive. Dispatch writes each token once a rank and then once
+// a row; combine reads as many rows for others as for itself.
 constexpr int kEpDispatchWarps = 24, kEpDispatchSendWarps = 8;
 constexpr int kEpCombineWarps = 24, kEpCombineSendWarps = 12;
 // Then a receiving warp follows one sending warp, and need not look again at a flag that is ahead.
@@ -106,17 +106,17 @@ constexpr EpLayout ep_layout(const EpShape& s) {
 // Of rank `peer` among all but `rank`.
 constexpr int ep_peer_idx(int rank, int peer) { return peer < rank ? peer : peer - 1; }
 
-// --- flags ------------------------------------------------------------------------------------------------------------------
+// --- flags ----------------------------------------------------------------------------------------------------------
 
-// A flag grows from operation to operation and within one: epoch, then what is sent, then how many pieces. The format lies
-// below the epoch, where it does not disturb the order: all flags of one epoch should have the same.
+// A flag grows from operation to operation and within one: epoch, then what is sent, then how many pieces. The format
+// lies below the epoch, where it does not disturb the order: all flags of one epoch should have the same.
 constexpr u64 ep_flag(u64 epoch, u32 format, u32 count) { return epoch << 32 | u64(format) << 24 | count; }
 constexpr u32 ep_flag_format(u64 flag) { return u32(flag) >> 24; }
 constexpr u64 ep_flag_epoch(u64 flag) { return flag >> 32; }
 
 enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEpSumsAndValues = 5 };
 
-// --- the handle -------------------------------------------------------------------------------------------------------------
+// --- the handle -----------------------------------------------------------------------------------------------------
 
 // What dispatch leaves for those who follow, int32 words in memory of the caller.
 struct EpHandleLayout {
@@ -142,10 +142,10 @@ constexpr EpHandleLayout ep_handle_layout(const EpShape& s, int local_experts) {
   return l;
 }
 
-// --- routing in shared memory -----------------------------------------------------------------------------------------------
+// --- routing in shared memory ---------------------------------------------------------------------------------------
 
-// int32. Of the receivers: choices of (source, expert) in all, and those before this CTA's tokens; of experts: first rows, counts;
-// of sources: tokens; rows of each warp's next choices. Of the senders: choices of every expert.
+// int32. Of the receivers: choices of (source, expert) in all, and those before this CTA's tokens; of experts: first
+// rows, counts; of sources: tokens; rows of each warp's next choices. Of the senders: choices of every expert.
 struct EpRouteSmem {
   i64 before, offsets, counts, num_tokens, next, sent, words;
 };
@@ -162,7 +162,7 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
 }
 constexpr i64 kEpMaxRouteSmemBytes = 48 << 10;
 
-// --- who does what ------------------------------------------------------------------------------------------------------------
+// --- who does what --------------------------------------------------------------------------------------------------
 
 struct EpRange {
   int begin, end;

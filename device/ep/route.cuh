@@ -1,12 +1,14 @@
-// Routing: every rank sends its topk_idx to all, itself included; each CTA then counts for itself, so that CTAs of a GPU need not
-// wait for each other.
+// Routing: every rank sends its topk_idx to all, itself included; each CTA then counts for itself, so that CTAs of a
+// GPU need not wait for each other.
 //
 //   row(s, t, k) = first row of the expert + its choices by sources before s + its choices by tokens of s before t
 //
-//   whole role:    total[s][e] = choices of e by source s, before[s][e] = those by tokens before this CTA's: sums of what the
+//   whole role:    total[s][e] = choices of e by source s, before[s][e] = those by tokens before this CTA's: sums of
+//   what the
 //                  senders' CTAs have counted, or, with few tokens, counts of all choices
 //   one warp:      first rows, by a scan over the experts
-//   whole role:    each warp takes neighbouring tokens, counts them, and then gives them rows in order, one choice a lane
+//   whole role:    each warp takes neighbouring tokens, counts them, and then gives them rows in order, one choice a
+//   lane
 #pragma once
 #include "device/ep/signal.cuh"
 

@@ -1,11 +1,13 @@
 // Operations, their flags, and bounded waits.
 //
-// Who publishes: a warp stores data to a peer, meets at __syncwarp, and lane 0 makes a fence.acq_rel.sys and stores the flag.
-// Who waits: lane 0 loads the flag with ld.acquire.sys until it is there, and the warp meets at __syncwarp. So all that the
-// sending warp stored before is visible to all of the waiting warp. A CTA does the same with a barrier instead.
+// Who publishes: a warp stores data to a peer, meets at __syncwarp, and lane 0 makes a fence.acq_rel.sys and stores the
+// flag.
+// Who waits: lane 0 loads the flag with ld.acquire.sys until it is there, and the warp meets at __syncwarp. So all that
+// the sending warp stored before is visible to all of the waiting warp. A CTA does the same with a barrier instead.
 //
-// A wait ends when the flag comes, when the time is over, or when somebody has set the rank's stop word: the first wait that
-// fails sets it, so that all others of the kernel leave at once. Nothing traps: the kernel ends, and the host reads the status.
+// A wait ends when the flag comes, when the time is over, or when somebody has set the rank's stop word: the first wait
+// that fails sets it, so that all others of the kernel leave at once. Nothing traps: the kernel ends, and the host
+// reads the status.
 #pragma once
 #include "device/ep/params.h"
 #include "device/ptx/sync.cuh"
@@ -101,8 +103,8 @@ __device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, const
   return role.all(fine, vote);
 }
 
-// By the whole role of every CTA, at its end. The last CTA takes the step to the next epoch: nobody reads the words any more
-// then. If it has received, it gives the peers their credits: every CTA has read what it waited for.
+// By the whole role of every CTA, at its end. The last CTA takes the step to the next epoch: nobody reads the words any
+// more then. If it has received, it gives the peers their credits: every CTA has read what it waited for.
 __device__ __forceinline__ void ep_finish(const EpOperation& op, const EpRole& role, i64 credits, int* vote) {
   role.sync();
   EpWords* words = ep_words(op.c);
@@ -122,7 +124,7 @@ __device__ __forceinline__ void ep_finish(const EpOperation& op, const EpRole& r
   }
 }
 
-// --- the choices of a token, one a lane -----------------------------------------------------------------------------------------
+// --- the choices of a token, one a lane -----------------------------------------------------------------------------
 
 // Bits of all lanes, OR-ed.
 __device__ __forceinline__ u64 ep_or_over_lanes(u64 bits) {

@@ -1,4 +1,5 @@
-// Reading one row with many pieces on their way: cp.async into shared memory that is the thread's own, so that no barrier is needed.
+// Reading one row with many pieces on their way: cp.async into shared memory that is the thread's own, so that no
+// barrier is needed.
 #pragma once
 #include "device/ep/layout.h"
 #include "device/ptx/memory.cuh"
@@ -16,7 +17,8 @@ __device__ __forceinline__ u8* ep_ring(u8* rings, int depth) {
   return rings + threadIdx.x / 32 * (depth * kEpPitch) + threadIdx.x % 32 * 16;
 }
 
-// Calls consume(offset, inside, piece) for the pieces of [begin, end) that are this lane's; `inside` is false behind the end.
+// Calls consume(offset, inside, piece) for the pieces of [begin, end) that are this lane's; `inside` is false behind
+// the end.
 // All lanes take part.
 template <int kDepth, class Consume>
 __device__ __forceinline__ void ep_stream(const u8* from, i64 begin, i64 end, u8* ring, const Consume& consume) {

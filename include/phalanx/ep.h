@@ -1,5 +1,5 @@
-// Expert parallelism: tokens go to the ranks that hold their experts, and come back summed. docs/expert_parallel.md has the
-// protocol, docs/adr/0006-expert-parallel.md the reasons.
+// Expert parallelism: tokens go to the ranks that hold their experts, and come back summed. docs/expert_parallel.md has
+// the protocol, docs/adr/0006-expert-parallel.md the reasons.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +29,8 @@ struct ExpertParallelConfig {
   std::vector<int> experts_per_rank{};  ///< empty: as even as can be, the first ranks one more
 };
 
-/// Bytes of symmetric memory on each rank, to within 2 KB (with more than 400 experts a rank, 4 bytes for each) per SM and rank
+/// Bytes of symmetric memory on each rank, to within 2 KB (with more than 400 experts a rank, 4 bytes for each) per SM
+/// and rank
 ///
 ///     B * ((R - 1) * T * (slot + 2 H + 4 K) + 8 R T K)
 ///
@@ -71,10 +72,10 @@ struct EpCombine {
   Stream stream{};
 };
 
-/// Expert parallelism over a group. Every rank makes the same calls in the same order, on one stream at a time (or on streams
-/// that the caller orders). On CUDA all calls but `route` + `num_rows` enqueue work and return; nothing is allocated,
-/// compiled (after the first call) or waited for, so that they can be captured in CUDA graphs, replayed in any order that is
-/// the same on all ranks.
+/// Expert parallelism over a group. Every rank makes the same calls in the same order, on one stream at a time (or on
+/// streams that the caller orders). On CUDA all calls but `route` + `num_rows` enqueue work and return; nothing is
+/// allocated, compiled (after the first call) or waited for, so that they can be captured in CUDA graphs, replayed in
+/// any order that is the same on all ranks.
 ///
 /// Rows are sorted by (local expert, source rank, source token). Same routing, same bits.
 class PHALANX_API ExpertParallel {
@@ -94,21 +95,22 @@ class PHALANX_API ExpertParallel {
   /// Rows that no routing can exceed: the capacity that never overflows.
   std::int64_t max_rows() const;
 
-  /// Exchanges the routing alone, for capacities that fit exactly: fills handle, and offsets and counts where given. A dispatch
-  /// without topk_idx follows. `x`, `rows` and what belongs to them are not used.
+  /// Exchanges the routing alone, for capacities that fit exactly: fills handle, and offsets and counts where given. A
+  /// dispatch without topk_idx follows. `x`, `rows` and what belongs to them are not used.
   void route(const EpDispatch& args);
   /// Rows of a routing, padding included. Waits for the stream.
   std::int64_t num_rows(const Tensor& handle, Stream stream = {});
 
-  /// Tokens to their experts' rows. Rows that exceed the capacity are not written; the handle knows how many were needed, and on
-  /// the CPU, or at the next call on CUDA, Error capacity_exceeded says so. Padding rows are zeros with scale 1; rows
-  /// from offsets[local experts] on are left as they were.
+  /// Tokens to their experts' rows. Rows that exceed the capacity are not written; the handle knows how many were
+  /// needed, and on the CPU, or at the next call on CUDA, Error capacity_exceeded says so. Padding rows are zeros with
+  /// scale 1; rows from offsets[local experts] on are left as they were.
   ///
-  /// @throws Error of earlier operations (timeout, aborted, capacity_exceeded); of arguments, before anything is enqueued
+  /// @throws Error of earlier operations (timeout, aborted, capacity_exceeded); of arguments, before anything is
+  /// enqueued
   void dispatch(const EpDispatch& args);
 
-  /// out[t] = sum over ranks r in order of sum over its choices k in order of weight[t, k] * row, + residual[t]. Each rank sums
-  /// in FP32 by FMA; other ranks' sums are rounded to BF16 for the way, and the total once more.
+  /// out[t] = sum over ranks r in order of sum over its choices k in order of weight[t, k] * row, + residual[t]. Each
+  /// rank sums in FP32 by FMA; other ranks' sums are rounded to BF16 for the way, and the total once more.
   void combine(const EpCombine& args);
 
   /// Throws what went wrong in operations that have finished on the device: call it after waiting for the stream.

@@ -19,22 +19,23 @@ struct GroupOptions {
   double timeout = 30;  ///< seconds that a rank waits for another before it gives up with Error timeout
 };
 
-/// Called by every rank at the same point with bytes of its own; returns those of all, in the order of ranks.
+/// Called by every rank at the same point with bytes of its own; returns those of all, in the order of ranks. A peer
+/// that does not come is for it to notice: it should throw then.
 using AllGather = std::function<std::vector<std::string>(const std::string& mine)>;
 
 /// One rank's membership. Operations on a group are collective: every rank makes the same ones in the same order.
 ///
-/// Errors with code timeout name the rank, the peer that did not come, and what was awaited. They leave the CUDA context
-/// healthy; after one the group is of no use but to be closed, and a new one may be made.
+/// Errors with code timeout name the rank, the peer that did not come, and what was awaited. They leave the CUDA
+/// context healthy; after one the group is of no use but to be closed, and a new one may be made.
 class PHALANX_API Group {
  public:
-  /// Ranks that are threads of this process, one for each device named: CPUs, GPUs, or one of them several times. All are
-  /// returned at once, each for its thread.
+  /// Ranks that are threads of this process, one for each device named: CPUs, GPUs, or one of them several times. All
+  /// are returned at once, each for its thread.
   /// @throws Error invalid_argument (no rank, or CPUs and GPUs mixed), unsupported (GPUs that cannot reach each other)
   static std::vector<Group> local(const std::vector<Device>& devices, const GroupOptions& options = {});
 
-  /// One process a GPU, on one host. Memory is shared by CUDA IPC, whose handles go through `all_gather`: any means will
-  /// do, MPI, a torch process group, files.
+  /// One process a GPU, on one host. Memory is shared by CUDA IPC, whose handles go through `all_gather`: any means
+  /// will do, MPI, a torch process group, files.
   static Group process(int rank, int size, Device device, AllGather all_gather, const GroupOptions& options = {});
 
   /// The same over an `ncclComm_t`, which must outlive the group. NCCL is loaded at run time.

@@ -68,7 +68,7 @@ std::optional<Tensor> optional_tensor(const char* name, const AnyView& argument)
   return to_tensor(name, argument);
 }
 
-// --- groups: ordinals below 0 mean the CPU -----------------------------------------------------------------------------------
+// --- groups: ordinals below 0 mean the CPU --------------------------------------------------------------------------
 
 ffi::Array<std::int64_t> group_local(ffi::Shape ordinals, double timeout) {
   std::vector<std::int64_t> ids;
@@ -130,7 +130,7 @@ void group_close(std::int64_t id) {
 }
 void group_release(std::int64_t id) { groups().release(id); }
 
-// --- expert parallelism --------------------------------------------------------------------------------------------------------
+// --- expert parallelism ---------------------------------------------------------------------------------------------
 
 ExpertParallelConfig to_config(std::int64_t hidden, std::int64_t num_experts, std::int64_t topk,
                                std::int64_t max_tokens, bool bf16, bool latency, std::int64_t num_sms,

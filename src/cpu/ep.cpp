@@ -41,7 +41,8 @@ class Operation {
     std::atomic_ref(*flag).store(value, std::memory_order_release);
   }
 
-  /// Until a flag of this rank has the epoch and count of `expected`, or more. False: it failed, and the status says why.
+  /// Until a flag of this rank has the epoch and count of `expected`, or more. False: it failed, and the status says
+  /// why.
   bool wait(EpPhase phase, int peer, u64* flag, u64 expected) const {
     delay();
     constexpr u64 kOrder = ~(u64{0xff} << 24);  // all but the format
@@ -106,7 +107,7 @@ class Operation {
   const EpSequence sequence_;
 };
 
-// --- what the handle says -----------------------------------------------------------------------------------------------------
+// --- what the handle says -------------------------------------------------------------------------------------------
 
 struct Handle {
   explicit Handle(const EpCommon& common) : c(common), l(common.handle_layout) {}
@@ -152,7 +153,7 @@ u8* sum_slot(const Operation& op, const EpCommon& c, int at, int source, i64 tok
 int token_flag_idx(int source) { return source * kEpDispatchSendWarps; }
 int sum_flag_idx(int source) { return source * kEpCombineSendWarps; }
 
-// --- dispatch -------------------------------------------------------------------------------------------------------------------
+// --- dispatch -------------------------------------------------------------------------------------------------------
 
 i64 element_size(EpFormat format) { return format == kEpE4m3 ? 1 : 2; }
 
@@ -338,7 +339,7 @@ bool dispatch_receive(const EpDispatchParams& p, const Handle& handle) {
   return true;
 }
 
-// --- combine --------------------------------------------------------------------------------------------------------------------
+// --- combine --------------------------------------------------------------------------------------------------------
 
 // FMA on machines that have it; the library's, with the same bits, elsewhere.
 [[gnu::target_clones("arch=haswell", "default")]] void add_row(const Bf16* row, float weight, float* sum, int count) {

@@ -1,5 +1,5 @@
-// What a group is made of: a means to exchange a few bytes between hosts, and memory that all ranks reach. Operations put bytes
-// there and then signal; they know no more of the transport.
+// What a group is made of: a means to exchange a few bytes between hosts, and memory that all ranks reach. Operations
+// put bytes there and then signal; they know no more of the transport.
 #pragma once
 
 #include <atomic>
@@ -76,7 +76,7 @@ std::vector<std::shared_ptr<GroupState>> make_local(const std::vector<Device>& d
 std::shared_ptr<GroupState> make_process(int rank, int size, Device device, AllGather all_gather,
                                          const GroupOptions& options);
 
-// --- NCCL, loaded at run time: it only carries a few bytes between hosts ----------------------------------------------------------
+// --- NCCL, loaded at run time: it only carries a few bytes between hosts --------------------------------------------
 
 /// A communicator made here, or the caller's.
 class NcclComm {

@@ -1,5 +1,5 @@
-// Expert parallelism, obviously: every rank's tokens in one place, sorted. Exact, but for the weighted sums, which follow the
-// definition in include/phalanx/ep.h step by step.
+// Expert parallelism, obviously: every rank's tokens in one place, sorted. Exact, but for the weighted sums, which
+// follow the definition in include/phalanx/ep.h step by step.
 #pragma once
 
 #include <cmath>

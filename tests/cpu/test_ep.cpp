@@ -1,4 +1,5 @@
-// Expert parallelism with threads as ranks: every row against the reference, whatever the delays; and every way to fail.
+// Expert parallelism with threads as ranks: every row against the reference, whatever the delays; and every way to
+// fail.
 #include <gtest/gtest.h>
 
 #include <chrono>
@@ -108,7 +109,7 @@ TEST(ExpertParallel, OverflowIsReportedAndNothingWrittenBeyond) {
   });
 }
 
-// --- failures -------------------------------------------------------------------------------------------------------------------
+// --- failures -------------------------------------------------------------------------------------------------------
 
 template <class F>
 void expect_error(ErrorCode code, std::initializer_list<const char*> words, F&& f) {

@@ -16,12 +16,12 @@ def make(config, timeout=30.0, **options):
     return cases.on_ranks(groups, lambda rank: config.make(groups[rank], **options))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 5, 16])
+@pytest.mark.parametrize("num_ranks", [1, 2, 16])
 def test_rounds(num_ranks, seed):
     rng = np.random.default_rng(seed)
     config = cases.Config(num_ranks, int(rng.integers(1, 30)) * 16, int(rng.integers(1, 50)), 4, 12, alignment=4)
     eps = make(config, dtype="bf16", latency=bool(num_ranks % 2))
-    for round in range(6):
+    for round in range(4):
         problem = cases.random_problem(config, rng, hot=0.3 * (round % 2))
         cases.check_round(eps, problem, rng, round % 2 == 0, round % 3 == 0, round % 3 == 1, round % 2 == 1)
 
@@ -47,6 +47,32 @@ def test_quantized_input_and_numpy(seed):
         assert isinstance(result.rows.data, np.ndarray)
         assert np.array_equal(result.rows.scales, theirs.rows.scales.numpy())
         assert np.array_equal(result.rows.data.view(np.uint8), theirs.rows.data.contiguous().view(torch.uint8).numpy())
+
+
+def test_the_grouped_product_reads_the_rows(seed):
+    """A layer of experts over ranks: nothing is copied between dispatch, product and combine."""
+    rng = np.random.default_rng(seed)
+    config = cases.Config(2, 256, 5, 2, 8)
+    eps = make(config, dtype="bf16")
+    problem = cases.random_problem(config, rng, tokens=[8, 5])
+    first = config.first_experts()
+    matrices = [torch.from_numpy(rng.standard_normal((256, 256), dtype=np.float32)).bfloat16() for _ in range(5)]
+    quantized = [phalanx.quantize(matrix, block=(128, 128)) for matrix in matrices]
+
+    def layer(rank):
+        x, idx, weights = problem.x[rank], problem.topk_idx[rank], problem.topk_weights[rank]
+        result = eps[rank].dispatch(phalanx.quantize(x), idx, weights)
+        mine = quantized[first[rank] : first[rank + 1]]
+        stack = [torch.stack([getattr(q, name).contiguous() for q in mine]) for name in ("data", "scales")]
+        rows = phalanx.grouped_gemm_fp8(result.rows, stack, result.offsets)
+        return eps[rank].combine(rows, result.handle, tokens=len(x))
+
+    for rank, out in enumerate(cases.on_ranks([ep.group for ep in eps], layer)):
+        wanted = torch.zeros(len(out), 256)
+        for t, k in np.argwhere(problem.topk_idx[rank].numpy() >= 0):
+            product = matrices[int(problem.topk_idx[rank][t, k])].float() @ problem.x[rank][t].float()
+            wanted[t] += problem.topk_weights[rank][t, k] * product
+        assert (out.float() - wanted).norm() <= 0.06 * wanted.norm()
 
 
 def test_capacity_error_says_how_many(seed):

@@ -1,8 +1,9 @@
-// CUDA on the host, for tests of device code that moves and counts: a CTA is an OS thread, its threads are fibers of it.
+// CUDA on the host, for tests of device code that moves and counts: a CTA is an OS thread, its threads are fibers of
+// it.
 //
-// What is CUDA C++ (threadIdx, __shared__, warp intrinsics) is defined here; tests/simt/device/ptx stands in the place of
-// device/ptx, by coming before it on the include path. A warp's collectives and a CTA's barriers really meet; CTAs run side
-// by side, and so do the kernels of several ranks. Of weak memory it knows nothing: fences are whole.
+// What is CUDA C++ (threadIdx, __shared__, warp intrinsics) is defined here; tests/simt/device/ptx stands in the place
+// of device/ptx, by coming before it on the include path. A warp's collectives and a CTA's barriers really meet; CTAs
+// run side by side, and so do the kernels of several ranks. Of weak memory it knows nothing: fences are whole.
 #pragma once
 
 #include <math.h>  // for the global names
@@ -108,7 +109,7 @@ inline int lane() { return cta->current % kWarp; }
 
 }  // namespace simt
 
-// --- the language -----------------------------------------------------------------------------------------------------------------
+// --- the language ---------------------------------------------------------------------------------------------------
 
 struct SimtThreadIdx {
   struct {
