@@ -175,7 +175,7 @@ __device__ __forceinline__ void ep_combine_send(const EpCombineParams& p, const 
   const EpOperation op(c, kEpCombineSend);
   if (!ep_wait_for_credits(op, role, kEpPhaseCombineCredit, c.layout.combine_credit, vote)) return;
   for (int i = 1; i < c.shape.num_ranks; ++i) ep_send_sums(p, op, role, (c.rank + i) % c.shape.num_ranks, ring);
-  ep_finish(op, role, 0, vote);
+  ep_finish(op, role, 0);
 }
 
 // --- receiving ------------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ __device__ __forceinline__ bool ep_receive_sums(const EpCombineParams& p, const 
 __device__ __forceinline__ void ep_combine_receive(const EpCombineParams& p, const EpRole& role, int* vote, u8* ring) {
   const EpOperation op(p.c, kEpCombineRecv);
   if (!role.all(ep_receive_sums(p, op, role, ring), vote)) return;
-  ep_finish(op, role, p.c.layout.combine_credit, vote);
+  ep_finish(op, role, p.c.layout.combine_credit);
 }
 
 __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {

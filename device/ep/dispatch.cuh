@@ -198,7 +198,7 @@ __device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, cons
   if (!ep_wait_for_credits(op, role, kEpPhaseDispatchCredit, p.c.layout.dispatch_credit, vote)) return;
   if (p.route) ep_send_routing(p, op, role, smem);
   if (p.copy) ep_send_tokens(p, op, role, ring);
-  ep_finish(op, role, 0, vote);
+  ep_finish(op, role, 0);
 }
 
 // --- receiving ------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ __device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, c
     }
     if (!role.all(fine, vote)) return;
   }
-  ep_finish(op, role, c.layout.dispatch_credit, vote);
+  ep_finish(op, role, c.layout.dispatch_credit);
 }
 
 __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {

@@ -104,24 +104,20 @@ __device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, const
 }
 
 // By the whole role of every CTA, at its end. The last CTA takes the step to the next epoch: nobody reads the words any
-// more then. If it has received, it gives the peers their credits: every CTA has read what it waited for.
-__device__ __forceinline__ void ep_finish(const EpOperation& op, const EpRole& role, i64 credits, int* vote) {
+// more then. If it has received, it gives all ranks their credits: every CTA has read what it waited for.
+__device__ __forceinline__ void ep_finish(const EpOperation& op, const EpRole& role, i64 credits) {
+  const EpCommon& c = op.c;
   role.sync();
-  EpWords* words = ep_words(op.c);
-  if (role.thread() == 0) {
-    const bool last = ptx::atomic_add_acq_rel_gpu(&words->done[op.sequence], 1) + 1 == u64(op.c.shape.num_ctas);
-    if (last) {
-      words->done[op.sequence] = 0;
-      words->epoch[op.sequence] = op.epoch;
-    }
-    *vote = last;
-  }
-  role.sync();
-  const int peer = role.thread();
-  if (*reinterpret_cast<volatile int*>(vote) && credits && peer < op.c.shape.num_ranks) {
-    ptx::fence_acq_rel_sys();
-    ptx::store_relaxed_sys(op.word(peer, credits, op.c.rank), ep_flag(op.epoch, 0, 0));
-  }
+  if (role.thread() != 0) return;
+  EpWords* words = ep_words(c);
+  const u64 num_done = ptx::atomic_add_acq_rel_gpu(&words->done[op.sequence], 1) + 1;
+  if (num_done != u64(c.shape.num_ctas)) return;
+  words->done[op.sequence] = 0;
+  words->epoch[op.sequence] = op.epoch;
+  if (credits == 0) return;
+  ptx::fence_acq_rel_sys();
+  for (int r = 0; r < c.shape.num_ranks; ++r)
+    ptx::store_relaxed_sys(op.word(r, credits, c.rank), ep_flag(op.epoch, 0, 0));
 }
 
 // --- the choices of a token, one a lane -----------------------------------------------------------------------------
