@@ -35,7 +35,7 @@ std::vector<GemmConfig> make_configs() {
     add(64, 128, 1, 1);
     add(64, 64, 1, 1);
   }
-  for (const auto& [block_m, cluster_n] : {std::pair{128, 1}, {128, 2}})
+  for (const auto& [block_m, cluster_n] : {std::pair{192, 1}, {128, 1}, {128, 2}})
     list.push_back(with_stages({.block_m = block_m,
                                 .block_n = 128,
                                 .num_consumers = block_m / 64,
@@ -57,9 +57,11 @@ double expected_tiles_m(const GemmConfig& c, const GroupedProblem& p) {
 // Cycles of the whole product. It only has to put configurations in order; docs/tuning.md has the measurements.
 double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms) {
   constexpr double kMmaLoss = 1.27, kMmaLoss3 = 1.235, kWaveLatency = 236;  // as in the dense planner
-  constexpr double kRowScaleLoss = 1.25;              // two multiplications a value instead of one
-  constexpr double kDramBytes = 1770, kSmBytes = 42;  // per cycle: all SMs, one SM
+  constexpr double kRowScaleLoss = 1.6, kRowScaleLoss3 = 1.25;  // two multiplications a value; three hide more
+  constexpr double kDramBytes = 1770, kSmBytes = 52;            // per cycle: all SMs, one SM
   constexpr double kLoadLatency = 2294, kTile = 1645;
+  constexpr double kOverlap =
+      0.25;  // of the shorter of two, computing and reading weights, that the longer does not hide
 
   const double clusters = std::max(num_sms / c.cluster_size(), 1);
   const double tiles_n = ceil_div(p.n, c.block_n * c.cluster_n), tiles = expected_tiles_m(c, p) * tiles_n;
@@ -67,14 +69,17 @@ double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms
   const double k_blocks = std::ceil(columns / kBlockK), n = c.block_n;
   double mma = 2.5 * n + kWaveLatency;
   if (c.num_consumers > 1) mma = std::max(mma, c.num_consumers * 2 * n * (c.num_consumers == 3 ? kMmaLoss3 : kMmaLoss));
-  mma *= c.num_waves() * (p.grouping == Grouping::columns ? kRowScaleLoss : 1);
+  mma *= c.num_waves();
+  if (p.grouping == Grouping::columns) mma *= c.num_consumers == 3 ? kRowScaleLoss3 : kRowScaleLoss;
   const double sm = (double(c.block_m) / c.cluster_n + n / c.cluster_m) * kBlockK / kSmBytes;
   const double k_block = std::max({mma, sm, kLoadLatency / c.num_stages});
-  const double compute = std::ceil(tiles / clusters) * (k_blocks * k_block + kTile);
-  const double weights = p.grouping == Grouping::rows ? double(p.num_groups) * p.n * p.k / kDramBytes : 0;
-  // Memory-bound products are told apart by how evenly their tiles fall to the SMs.
-  const double balance = std::ceil(tiles / clusters) * clusters / tiles;
-  return std::max(compute, weights * std::min(balance, 2.0) + kTile);
+  // How many tiles a CTA gets, at the worst; groups of rows are not known so well that a step at a whole number would be true.
+  const double each = tiles / clusters;
+  const double rounds = p.grouping == Grouping::columns || each < 1 ? std::ceil(each) : (std::ceil(each) + each) / 2;
+  const double compute = rounds * (k_blocks * k_block + kTile);
+  const double weights =
+      p.grouping == Grouping::rows ? double(p.num_groups) * p.n * p.k / kDramBytes * std::min(rounds / each, 2.0) : 0;
+  return std::max(compute, weights) + kOverlap * std::min(compute, weights);
 }
 
 }  // namespace
