@@ -54,7 +54,7 @@ std::shared_ptr<SymmetricMemory> GroupState::allocate(std::size_t bytes) {
   constexpr auto kFailed = "!", kFine = "=";
   const auto attempt = [=](auto&& step) -> std::string {
     try {
-      return kFine + step();
+      return std::string(kFine).append(step());
     } catch (const Error& error) {
       return std::string(kFailed) + error.what();
     }
