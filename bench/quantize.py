@@ -120,6 +120,8 @@ def activating(phalanx, m: int, i: int) -> Operations:
                 "triton": best_triton("swiglu_quantize", out, x, *out),
             },
         ),
+        "swiglu_quantize_both": (6 * m * i, {"phalanx": lambda: phalanx.swiglu_quantize_both(x)}),
+        "swiglu_backward_both": (10 * m * i, {"phalanx": lambda: phalanx.swiglu_backward_both(grad, x)}),
         "swiglu_backward": (
             10 * m * i,
             {

@@ -47,9 +47,7 @@ struct RowTiles {
 struct SquareTiles {
   static constexpr int kRows = 8;
 
-  static constexpr int num_threads(FloatType type) {
-    return kQuantizeBlock * kQuantizeBlock / (kRows * piece_count(type));
-  }
+  static constexpr int num_threads(int count) { return kQuantizeBlock * kQuantizeBlock / (kRows * count); }
   static constexpr u32 num_ctas(i64 rows, i64 cols) {
     return u32(ceil_div<i64>(rows, kQuantizeBlock) * ceil_div<i64>(cols, kQuantizeBlock));
   }
@@ -67,11 +65,19 @@ struct QuantizeConfig {
   QuantizeForm form = QuantizeForm::rows;
 
   constexpr int num_threads() const {
-    return form == QuantizeForm::rows ? RowTiles::kThreads : SquareTiles::num_threads(type);
+    return form == QuantizeForm::rows ? RowTiles::kThreads : SquareTiles::num_threads(piece_count(type));
   }
   constexpr u32 num_ctas(i64 rows, i64 cols) const {
     return form == QuantizeForm::rows ? RowTiles::num_ctas(type, rows, cols) : SquareTiles::num_ctas(rows, cols);
   }
+};
+
+// Tiles of both ways of quantising what SwiGLU, or its gradient, gives.
+struct SwigluTilesConfig {
+  FloatType type = FloatType::bf16;  // of gate and up
+
+  constexpr int min_ctas() const { return 512 / num_threads(); }  // of an SM: leaves 128 registers to a thread
+  constexpr int num_threads() const { return SquareTiles::num_threads(piece_count(type)); }
 };
 
 struct DequantizeConfig {

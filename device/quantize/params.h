@@ -34,6 +34,7 @@ struct SwigluParams {
   const void* x;  // [rows, 2 * cols], gate and up
   i64 x_stride;
   ScaledMatrix q;        // [rows, cols]
+  ScaledMatrix q_t;      // [cols, rows]; swiglu_quantize_both only
   const float* weights;  // of rows; null: 1
   i64 weight_stride;
   int rows, cols, rows_per_warp;
@@ -55,6 +56,20 @@ struct SwigluBackwardParams {
   int rows, cols, rows_per_cta;
   float limit;  // as above
   int interleaved, vectors;
+};
+
+struct SwigluBackwardBothParams {
+  const void* x;  // [rows, 2 * cols], gate and up
+  i64 x_stride;
+  const void* grad;  // [rows, cols], of the result
+  i64 grad_stride;
+  ScaledMatrix q;        // [rows, 2 * cols], the gradient of x
+  ScaledMatrix q_t;      // [2 * cols, rows], the same
+  const float* weights;  // of rows; null: 1
+  i64 weight_stride;
+  int rows, cols;
+  float limit;  // as above
+  int interleaved, vectors, pow2_scales;
 };
 
 }  // namespace phalanx

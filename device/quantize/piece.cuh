@@ -8,6 +8,7 @@ namespace phalanx {
 
 template <FloatType T, int kElements = piece_count(T)>
 struct Piece {
+  static constexpr FloatType kType = T;
   static constexpr int kCount = kElements, kSize = T == FloatType::f32 ? 4 : 2;
   static constexpr int kBytes = kCount * kSize, kWords = kBytes / 4;
   static constexpr int kLanes = kQuantizeBlock / kCount;  // that share the columns of a block

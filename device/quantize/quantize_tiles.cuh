@@ -19,9 +19,11 @@
 
 namespace phalanx {
 
-// A thread's place in a matrix.
-template <FloatType T>
+// A thread's place in a matrix of which it holds pieces P.
+template <class P>
 struct SquareTile {
+  static constexpr int kThreads = SquareTiles::num_threads(P::kCount);
+
   i64 band;       // of 128 rows
   int block_col;  // of 128 columns
   i64 row;        // the first of this thread's rows
@@ -29,28 +31,32 @@ struct SquareTile {
   i64 rows;       // from `row` to the end
   int cols;       // from `col` to the end
 
-  __device__ __forceinline__ SquareTile(int num_rows, int num_cols) {
-    const u32 across = ceil_div(num_cols, kQuantizeBlock);
-    band = blockIdx.x / across;
-    block_col = int(blockIdx.x - u32(band) * across);
-    row = band * kQuantizeBlock + chunk() * SquareTiles::kRows;
-    col = block_col * kQuantizeBlock + int(threadIdx.x) % Piece<T>::kLanes * piece_count(T);
-    rows = num_rows - row;
-    cols = num_cols - col;
+  __device__ __forceinline__ SquareTile(i64 band, int block_col, int num_rows, int num_cols)
+      : band(band),
+        block_col(block_col),
+        row(band * kQuantizeBlock + chunk() * SquareTiles::kRows),
+        col(block_col * kQuantizeBlock + int(threadIdx.x) % P::kLanes * P::kCount),
+        rows(num_rows - row),
+        cols(num_cols - col) {}
+  // That of this CTA, row of tiles by row of tiles.
+  static __device__ __forceinline__ SquareTile of_cta(int num_rows, int num_cols) {
+    const u32 across = ceil_div(num_cols, kQuantizeBlock), band = blockIdx.x / across;
+    return {i64(band), int(blockIdx.x - band * across), num_rows, num_cols};
   }
   // Which of the tile's 16 groups of 8 rows.
-  static __device__ __forceinline__ int chunk() { return int(threadIdx.x) / Piece<T>::kLanes; }
+  static __device__ __forceinline__ int chunk() { return int(threadIdx.x) / P::kLanes; }
 };
 
 // --- 128 x 128 --------------------------------------------------------------------------------------------------------------
 
-template <FloatType T>
-__device__ __forceinline__ void quantize_block(const Piece<T> (&x)[SquareTiles::kRows], const SquareTile<T>& tile,
+template <class P>
+__device__ __forceinline__ void quantize_block(const P (&x)[SquareTiles::kRows], const SquareTile<P>& tile,
                                                const ScaledMatrix& q, bool vectors, bool pow2) {
-  using M = Magnitudes<T>;
-  constexpr int kWarps = SquareTiles::num_threads(T) / 32;
+  using M = Magnitudes<P::kType>;
+  constexpr int kWarps = SquareTile<P>::kThreads / 32;
   __shared__ u32 warp_maximum[kWarps];
-  u32 maximum = M::largest(finite_maximum<T, SquareTiles::kRows * 4>([&](int i) { return x[i / 4].word[i % 4]; }));
+  u32 maximum = M::largest(finite_maximum<P::kType, SquareTiles::kRows * P::kWords>(
+      [&](int i) { return x[i / P::kWords].word[i % P::kWords]; }));
   maximum = __reduce_max_sync(0xffffffffu, maximum);
   if (threadIdx.x % 32 == 0) warp_maximum[threadIdx.x / 32] = maximum;
   __syncthreads();
@@ -59,7 +65,7 @@ __device__ __forceinline__ void quantize_block(const Piece<T> (&x)[SquareTiles::
 
   const float scale = scale_of(M::value(maximum), pow2), inverse = __frcp_rn(scale);
   if (threadIdx.x == 0) q.scales[tile.band * q.scale_stride_row + tile.block_col * q.scale_stride_col] = scale;
-  u32 word[SquareTiles::kRows][Piece<T>::kCount / 4];
+  u32 word[SquareTiles::kRows][P::kCount / 4];
 #pragma unroll
   for (int r = 0; r < SquareTiles::kRows; ++r) encode(word[r], x[r], inverse);
   store_rows<1>(q.data + tile.row * q.stride + tile.col, word, q.stride, tile.rows, tile.cols, vectors);
@@ -68,57 +74,59 @@ __device__ __forceinline__ void quantize_block(const Piece<T> (&x)[SquareTiles::
 // --- columns ----------------------------------------------------------------------------------------------------------------
 
 // Shared memory of quantize_columns.
-template <FloatType T>
+template <class P>
 struct ColumnSmem {
-  static constexpr int kWarps = SquareTiles::num_threads(T) / 32;
+  static constexpr int kWarps = SquareTile<P>::kThreads / 32;
   // The largest magnitudes of each column, by warp; two columns to a word in 16-bit types.
-  using Magnitude = typename Conditional<T == FloatType::f32, u32, u16>::Type;
+  using Magnitude = typename Conditional<P::kType == FloatType::f32, u32, u16>::Type;
   alignas(16) Magnitude column_maxima[kWarps][kQuantizeBlock];
   alignas(16) float inverse[kQuantizeBlock];
   // 8 bytes are 8 rows of a column. Chunk k of column c lies at k ^ (c / kCount) % 16, so that neither threads that write the same
   // chunk of 16 columns, nor those that read the chunks of one, meet in a bank.
   alignas(16) uint2 tile[kQuantizeBlock][16];
 
-  static __device__ __forceinline__ int swizzle(int c) { return c / piece_count(T) % 16; }
+  static __device__ __forceinline__ int swizzle(int c) { return c / P::kCount % 16; }
 };
 
-template <FloatType T>
-__device__ __forceinline__ void store_column_maxima(ColumnSmem<T>& smem, const Piece<T> (&x)[SquareTiles::kRows]) {
-  u32 maxima[4];
+template <class P>
+__device__ __forceinline__ void store_column_maxima(ColumnSmem<P>& smem, const P (&x)[SquareTiles::kRows]) {
+  u32 maxima[P::kWords];
 #pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    maxima[w] = finite_maximum<T, SquareTiles::kRows>([&](int r) { return x[r].word[w]; });
-    if constexpr (Piece<T>::kLanes == 16)  // the other half of the warp has the next rows
-      maxima[w] = Magnitudes<T>::max(maxima[w], __shfl_xor_sync(0xffffffffu, maxima[w], 16));
+  for (int w = 0; w < P::kWords; ++w) {
+    maxima[w] = finite_maximum<P::kType, SquareTiles::kRows>([&](int r) { return x[r].word[w]; });
+    if constexpr (P::kLanes == 16)  // the other half of the warp has the next rows
+      maxima[w] = Magnitudes<P::kType>::max(maxima[w], __shfl_xor_sync(0xffffffffu, maxima[w], 16));
   }
   const int lane = threadIdx.x % 32;
-  if (lane < Piece<T>::kLanes)
-    reinterpret_cast<uint4*>(smem.column_maxima[threadIdx.x / 32])[lane] =
-        make_uint4(maxima[0], maxima[1], maxima[2], maxima[3]);
+  if (lane >= P::kLanes) return;
+  uint4* line = reinterpret_cast<uint4*>(smem.column_maxima[threadIdx.x / 32]) + lane * (P::kWords / 4);
+#pragma unroll
+  for (int w = 0; w < P::kWords; w += 4)
+    line[w / 4] = make_uint4(maxima[w], maxima[w + 1], maxima[w + 2], maxima[w + 3]);
 }
 
 // The first 128 threads turn the maxima of a column each into its scale.
-template <FloatType T>
-__device__ __forceinline__ void store_column_scales(ColumnSmem<T>& smem, const SquareTile<T>& tile,
+template <class P>
+__device__ __forceinline__ void store_column_scales(ColumnSmem<P>& smem, const SquareTile<P>& tile,
                                                     const ScaledMatrix& q_t, int cols, bool pow2) {
   const int c = int(threadIdx.x);
   if (c >= kQuantizeBlock) return;
   u32 maximum = 0;
 #pragma unroll
-  for (int warp = 0; warp < ColumnSmem<T>::kWarps; ++warp) maximum = max(maximum, u32(smem.column_maxima[warp][c]));
-  const float scale = scale_of(Magnitudes<T>::value(maximum), pow2);
+  for (int warp = 0; warp < ColumnSmem<P>::kWarps; ++warp) maximum = max(maximum, u32(smem.column_maxima[warp][c]));
+  const float scale = scale_of(Magnitudes<P::kType>::value(maximum), pow2);
   smem.inverse[c] = __frcp_rn(scale);
   const i64 col = i64(tile.block_col) * kQuantizeBlock + c;
   if (col < cols) q_t.scales[col * q_t.scale_stride_row + tile.band * q_t.scale_stride_col] = scale;
 }
 
 // Neighbouring rows of a column are packed into neighbouring bytes.
-template <FloatType T>
-__device__ __forceinline__ void encode_columns(ColumnSmem<T>& smem, const Piece<T> (&x)[SquareTiles::kRows]) {
-  const int first = int(threadIdx.x) % Piece<T>::kLanes * Piece<T>::kCount;
-  const int chunk = SquareTile<T>::chunk() ^ ColumnSmem<T>::swizzle(first);
+template <class P>
+__device__ __forceinline__ void encode_columns(ColumnSmem<P>& smem, const P (&x)[SquareTiles::kRows]) {
+  const int first = int(threadIdx.x) % P::kLanes * P::kCount;
+  const int chunk = SquareTile<P>::chunk() ^ ColumnSmem<P>::swizzle(first);
 #pragma unroll
-  for (int j = 0; j < Piece<T>::kCount; ++j) {
+  for (int j = 0; j < P::kCount; ++j) {
     const float inverse = smem.inverse[first + j];
     const auto four_rows = [&](int r) {
       return encode_4(x[r][j] * inverse, x[r + 1][j] * inverse, x[r + 2][j] * inverse, x[r + 3][j] * inverse);
@@ -128,15 +136,15 @@ __device__ __forceinline__ void encode_columns(ColumnSmem<T>& smem, const Piece<
 }
 
 // 128 bytes of a column by 8 threads.
-template <FloatType T>
-__device__ __forceinline__ void store_columns(const ColumnSmem<T>& smem, const SquareTile<T>& tile,
+template <class P>
+__device__ __forceinline__ void store_columns(const ColumnSmem<P>& smem, const SquareTile<P>& tile,
                                               const ScaledMatrix& q_t, i64 rows, int cols) {
   const bool aligned = (reinterpret_cast<u64>(q_t.data) | u64(q_t.stride)) % 16 == 0;
   const int part = int(threadIdx.x) % 8;
   const i64 first_row = tile.band * kQuantizeBlock + part * 16, left = rows - first_row;
 #pragma unroll
-  for (int i = 0; i < kQuantizeBlock * 8; i += SquareTiles::num_threads(T)) {
-    const int c = (i + int(threadIdx.x)) / 8, swizzle = ColumnSmem<T>::swizzle(c);
+  for (int i = 0; i < kQuantizeBlock * 8; i += SquareTile<P>::kThreads) {
+    const int c = (i + int(threadIdx.x)) / 8, swizzle = ColumnSmem<P>::swizzle(c);
     const i64 col = i64(tile.block_col) * kQuantizeBlock + c;
     if (col >= cols) continue;
     u8* out = q_t.data + col * q_t.stride + first_row;
@@ -152,9 +160,9 @@ __device__ __forceinline__ void store_columns(const ColumnSmem<T>& smem, const S
 }
 
 // By all threads of the CTA.
-template <FloatType T>
-__device__ __forceinline__ void quantize_columns(ColumnSmem<T>& smem, const Piece<T> (&x)[SquareTiles::kRows],
-                                                 const SquareTile<T>& tile, const ScaledMatrix& q_t, i64 rows, int cols,
+template <class P>
+__device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, const P (&x)[SquareTiles::kRows],
+                                                 const SquareTile<P>& tile, const ScaledMatrix& q_t, i64 rows, int cols,
                                                  bool pow2) {
   store_column_maxima(smem, x);
   __syncthreads();  // column_maxima are complete
@@ -170,7 +178,7 @@ __device__ __forceinline__ void quantize_columns(ColumnSmem<T>& smem, const Piec
 template <QuantizeConfig C>
 __device__ __forceinline__ void quantize_tiles(const QuantizeParams& p) {
   using P = Piece<C.type>;
-  const SquareTile<C.type> tile(p.rows, p.cols);
+  const auto tile = SquareTile<P>::of_cta(p.rows, p.cols);
   ptx::grid_wait_dependencies();
   P x[SquareTiles::kRows];
   const u8* from = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + tile.col) * P::kSize;
@@ -179,7 +187,7 @@ __device__ __forceinline__ void quantize_tiles(const QuantizeParams& p) {
   if constexpr (C.form == QuantizeForm::both)
     quantize_pieces(x, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);
   if constexpr (C.form == QuantizeForm::transposed || C.form == QuantizeForm::both) {
-    __shared__ ColumnSmem<C.type> smem;
+    __shared__ ColumnSmem<P> smem;
     quantize_columns(smem, x, tile, p.q_t, p.rows, p.cols, p.pow2_scales);
   }
 }

@@ -4,23 +4,10 @@
 //
 // Warps take 4 rows x 256 columns of h (FP32: 128) as in quantize_rows.cuh. A lane loads 16 bytes of gate and 16 of up of each row.
 #pragma once
-#include "device/quantize/device_math.cuh"
 #include "device/quantize/quantize_rows.cuh"
-#include "device/quantize/swiglu.h"
+#include "device/quantize/swiglu_pieces.cuh"
 
 namespace phalanx {
-
-// Without a limit there is nothing to compare with it.
-template <int kRows, bool kLimited, FloatType T>
-__device__ __forceinline__ void swiglu_pieces(Piece<FloatType::f32, piece_count(T)> (&h)[kRows],
-                                              const Piece<T> (&gate)[kRows], const Piece<T> (&up)[kRows], float limit,
-                                              const float (&weight)[kRows]) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int i = 0; i < piece_count(T); ++i)
-      h[r].word[i] = __float_as_uint(swiglu_value<DeviceMath, kLimited>(gate[r][i], up[r][i], limit, weight[r]));
-}
 
 template <SwigluConfig C, int kRows>
 __device__ __forceinline__ void swiglu_quantize_rows(const SwigluParams& p) {
@@ -36,9 +23,7 @@ __device__ __forceinline__ void swiglu_quantize_rows(const SwigluParams& p) {
   from += swiglu_up_distance(p.cols, p.interleaved) * P::kSize;
   load_rows(up, from, p.x_stride, tile.rows, tile.cols, p.vectors);
   float weight[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-    weight[r] = p.weights && r < tile.rows ? p.weights[(tile.row + r) * p.weight_stride] : 1.0f;
+  load_weights(weight, p.weights, p.weight_stride, tile.row, tile.rows);
   Piece<FloatType::f32, P::kCount> h[kRows];
   if (kRows > 1 && p.limit == __uint_as_float(0x7f800000u))
     swiglu_pieces<kRows, false>(h, gate, up, p.limit, weight);

@@ -8,10 +8,8 @@
 //           So their order depends on the shape alone.
 #pragma once
 #include "device/ptx/sync.cuh"
-#include "device/quantize/device_math.cuh"
 #include "device/quantize/params.h"
-#include "device/quantize/piece.cuh"
-#include "device/quantize/swiglu.h"
+#include "device/quantize/swiglu_pieces.cuh"
 
 namespace phalanx {
 
@@ -41,8 +39,7 @@ __device__ __forceinline__ void swiglu_backward_rows(const SwigluBackwardParams&
   const i64 row = i64(blockIdx.x) * kRows, rows = p.rows - row;
   ptx::grid_wait_dependencies();
   float weight[kRows], sum[kRows] = {};
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) weight[r] = p.weights && r < rows ? p.weights[(row + r) * p.weight_stride] : 1.0f;
+  load_weights(weight, p.weights, p.weight_stride, row, rows);
 
   for (int col = int(threadIdx.x) * P::kCount; col < p.cols; col += C.num_threads() * P::kCount) {
     const i64 gate_col = swiglu_gate_column(col, p.interleaved),
@@ -55,20 +52,7 @@ __device__ __forceinline__ void swiglu_backward_rows(const SwigluBackwardParams&
     load_rows(ups, x + up, p.x_stride, rows, p.cols - col, p.vectors);
     load_rows(grads, grad, p.grad_stride, rows, p.cols - col, p.vectors);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int i = 0; i < P::kCount; i += 2) {
-        const auto gradient = [&](int j) {
-          const SwigluGradient g =
-              swiglu_gradient<DeviceMath>(gates[r][j], ups[r][j], p.limit, grads[r][j] * weight[r]);
-          sum[r] += grads[r][j] * g.unweighted;
-          return g;
-        };
-        const SwigluGradient a = gradient(i), b = gradient(i + 1);
-        gates[r].set_pair(i, a.gate, b.gate);
-        ups[r].set_pair(i, a.up, b.up);
-      }
-    }
+    for (int r = 0; r < kRows; ++r) sum[r] += backward_piece(gates[r], ups[r], grads[r], p.limit, weight[r]);
     store_rows(grad_x, gates, p.grad_x_stride, rows, p.cols - col, p.vectors);
     store_rows(grad_x + up, ups, p.grad_x_stride, rows, p.cols - col, p.vectors);
   }

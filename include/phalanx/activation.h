@@ -18,7 +18,7 @@ struct SwigluOptions {
   float limit = std::numeric_limits<float>::infinity();
   /// FP32 [M], any stride: what each row is multiplied with; 1 without it.
   std::optional<Tensor> weights{};
-  bool pow2_scales = false;  ///< round scales up to powers of two; swiglu_quantize only
+  bool pow2_scales = false;  ///< round scales up to powers of two
   Stream stream{};
 };
 
@@ -31,6 +31,11 @@ struct SwigluOptions {
 /// @throws Error before anything is written
 PHALANX_API void swiglu_quantize(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options = {});
 
+/// swiglu_quantize, and in the same pass quantize_transposed of h: q_t has data E4M3 [I, M] and scales FP32 [I, ceil(M / 128)], as
+/// the gradient of the next product's weights needs them. x is BF16.
+PHALANX_API void swiglu_quantize_both(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t,
+                                      const SwigluOptions& options = {});
+
 /// The gradients of h's inputs, given that of h: grad_x, laid out as x and rounded once to its dtype, the same bits on CPU and
 /// CUDA; and, if wanted, that of each weight, an FP32 sum in an order that does not change from call to call. Gates and ups that
 /// `limit` has cut have a gradient of zero.
@@ -42,5 +47,10 @@ PHALANX_API void swiglu_quantize(const Tensor& x, const ScaledTensor& q, const S
 /// @throws Error before anything is written
 PHALANX_API void swiglu_backward(const Tensor& x, const Tensor& grad, const Tensor& grad_x,
                                  const std::optional<Tensor>& grad_weights = {}, const SwigluOptions& options = {});
+
+/// swiglu_backward, and in the same pass quantize_both of grad_x as rounded to BF16, which is not written itself: q has data
+/// E4M3 [M, 2 I], q_t [2 I, M]. x and grad are BF16; the weights have no gradient here.
+PHALANX_API void swiglu_backward_both(const Tensor& x, const Tensor& grad, const ScaledTensor& q,
+                                      const ScaledTensor& q_t, const SwigluOptions& options = {});
 
 }  // namespace phalanx

@@ -10,7 +10,7 @@ library, on the same device, computed on the library's current stream. Importing
 
 import sys as _sys
 
-from phalanx._activation import swiglu_backward, swiglu_quantize
+from phalanx._activation import swiglu_backward, swiglu_backward_both, swiglu_quantize, swiglu_quantize_both
 from phalanx._api import Quantized, dequantize, gemm_fp8, quantize, quantize_both, quantize_transposed
 from phalanx._ep import Dispatched, ExpertParallel, Group
 from phalanx._errors import (
@@ -59,7 +59,9 @@ __all__ = [
     "route",
     "route_and_permute",
     "swiglu_backward",
+    "swiglu_backward_both",
     "swiglu_quantize",
+    "swiglu_quantize_both",
     "unpermute",
     "unpermute_backward",
     "version",

@@ -28,7 +28,9 @@ __all__ = [
     "route",
     "route_and_permute",
     "swiglu_backward",
+    "swiglu_backward_both",
     "swiglu_quantize",
+    "swiglu_quantize_both",
     "unpermute",
     "unpermute_backward",
     "version",
@@ -95,6 +97,21 @@ def swiglu_backward(
     interleaved: bool = False,
     out: ArrayT | None = None,
 ) -> tuple[ArrayT, ArrayT | None]: ...
+def swiglu_quantize_both(
+    x: ArrayT,
+    weights: ArrayT | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
+    pow2_scales: bool = False,
+) -> tuple[Quantized[ArrayT], Quantized[ArrayT]]: ...
+def swiglu_backward_both(
+    grad: ArrayT,
+    x: ArrayT,
+    weights: ArrayT | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
+    pow2_scales: bool = False,
+) -> tuple[Quantized[ArrayT], Quantized[ArrayT]]: ...
 def dequantize(
     q: Quantized[ArrayT] | tuple[ArrayT, ArrayT], out: ArrayT | None = None, dtype: Any = None
 ) -> ArrayT: ...

@@ -79,6 +79,40 @@ def swiglu_backward(grad, x, weights=None, limit=None, interleaved=False, out=No
     return grad_x, grad_weights
 
 
+def swiglu_quantize_both(x, weights=None, limit=None, interleaved=False, pow2_scales=False):
+    """`swiglu_quantize`, and in the same pass `quantize_transposed` of what it quantises: E4M3 [M, I] and [I, M].
+
+    x is BF16. The second is what the gradient of the next product's weights needs.
+    """
+    framework = _frameworks.of(x, "x")
+    return _both(framework, "swiglu_quantize_both", (x, weights), (_limit(limit), interleaved, pow2_scales))
+
+
+def swiglu_backward_both(grad, x, weights=None, limit=None, interleaved=False, pow2_scales=False):
+    """`quantize_both` of `swiglu_backward`'s grad_x, in one pass: E4M3 [M, 2 I] and [2 I, M]. x and grad are BF16."""
+    framework = _frameworks.of(x, "x")
+    return _both(framework, "swiglu_backward_both", (x, grad, weights), (_limit(limit), interleaved, pow2_scales))
+
+
+def _both(framework: Framework, name: str, operands: tuple, options: tuple) -> tuple[Quantized, Quantized]:
+    """`operands` as the compiled function takes them: x first."""
+    x = operands[0]
+    if framework.is_traced(x):
+        out = framework.traced(name, operands, None, (), options)
+    else:
+        out = empty_both(framework, name, x)
+        views = [None if array is None else framework.view(array) for array in operands]
+        out_views = map(framework.writable_view, out)
+        getattr(_native, name)(*views, *out_views, *options, framework.stream(x))
+        framework.finish(x)
+    return Quantized(*out[:2]), Quantized(*out[2:])
+
+
+def empty_both(framework: Framework, name: str, x: Any) -> tuple[Any, Any, Any, Any]:
+    rows, cols = matrix_shape("x", x)
+    return framework.empty_quantized_both(rows, cols // 2 if name == "swiglu_quantize_both" else cols, x)
+
+
 def empty_activation(framework: Framework, x: Any) -> tuple[Any, Any]:
     rows, cols = matrix_shape("x", x)
     return framework.empty_quantized(rows, cols // 2, False, x)

@@ -4,6 +4,8 @@
     quantize_both(x, pow2_scales) -> (data, scales, transposed data, transposed scales)
     swiglu_quantize(x, weights, limit, interleaved, pow2_scales) -> (data, scales)
     swiglu_backward(grad, x, weights, limit, interleaved) -> (grad_x, grad_weights)        without weights, empty
+    swiglu_quantize_both(x, weights, limit, interleaved, pow2_scales) -> as quantize_both
+    swiglu_backward_both(x, grad, weights, limit, interleaved, pow2_scales) -> as quantize_both
 
 None has a gradient.
 """
@@ -28,7 +30,7 @@ def _quantize_transposed(x, pow2_scales):
 
 
 def _empty_both(x, pow2_scales):
-    return framework.empty_quantized_both(x)
+    return framework.empty_quantized_both(*matrix_shape("x", x), x)
 
 
 @define_operator("quantize_both(Tensor x, bool pow2_scales) -> (Tensor, Tensor, Tensor, Tensor)", _empty_both)
@@ -68,3 +70,33 @@ def _swiglu_backward(grad, x, weights, limit, interleaved):
         x, grad, weights, grad_x, None if weights is None else grad_weights, limit, interleaved, None
     )
     return grad_x, grad_weights
+
+
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+
+
+def _empty_activated_both(x, weights, limit, interleaved, pow2_scales):
+    return _activation.empty_both(framework, "swiglu_quantize_both", x)
+
+
+@define_operator(
+    f"swiglu_quantize_both(Tensor x, Tensor? weights, {_SWIGLU}, bool pow2_scales) -> {_FOUR}", _empty_activated_both
+)
+def _swiglu_quantize_both(x, weights, *options):
+    out = _empty_activated_both(x, weights, *options)
+    _native.swiglu_quantize_both(x, weights, *out, *options, None)
+    return out
+
+
+def _empty_gradients_both(x, grad, weights, limit, interleaved, pow2_scales):
+    return _activation.empty_both(framework, "swiglu_backward_both", x)
+
+
+@define_operator(
+    f"swiglu_backward_both(Tensor x, Tensor grad, Tensor? weights, {_SWIGLU}, bool pow2_scales) -> {_FOUR}",
+    _empty_gradients_both,
+)
+def _swiglu_backward_both(x, grad, weights, *options):
+    out = _empty_gradients_both(x, grad, weights, *options)
+    _native.swiglu_backward_both(x, grad, weights, *out, *options, None)
+    return out

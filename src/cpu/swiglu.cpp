@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "cpu/cpu.h"
 #include "cpu/encode.h"
@@ -78,19 +79,27 @@ void for_each_row(const Tensor& x, const F& f) {
   });
 }
 
+/// Calls f(col, count, h) for every block of 128 columns of a row of the result.
+template <class T, class F>
+void for_each_block(const Tensor& x, int64_t row, const SwigluOptions& options, const F& f) {
+  const auto in = gate_up<const T>(x, row, options.interleaved);
+  for (int64_t col = 0; col < in.cols; col += kQuantizeBlock) {
+    const int64_t count = std::min<int64_t>(kQuantizeBlock, in.cols - col);
+    Row gate, up, h;
+    for (int64_t i = 0; i < count; ++i) gate[i] = to_f32(*in.gate(col + i)), up[i] = to_f32(*in.up(col + i));
+    swiglu_row(gate, up, options.limit, weight_of(options, row), count, h);
+    f(col, count, h);
+  }
+}
+
 template <class T>
 void swiglu_quantize_as(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options) {
   for_each_row(x, [&](int64_t row) {
-    const auto in = gate_up<const T>(x, row, options.interleaved);
     E4m3* out = static_cast<E4m3*>(q.data.data) + row * q.data.strides[0];
     float* scales = static_cast<float*>(q.scales.data) + row * q.scales.strides[0];
-    for (int64_t col = 0; col < in.cols; col += kQuantizeBlock) {
-      const int64_t count = std::min<int64_t>(kQuantizeBlock, in.cols - col);
-      Row gate, up, h;
-      for (int64_t i = 0; i < count; ++i) gate[i] = to_f32(*in.gate(col + i)), up[i] = to_f32(*in.up(col + i));
-      swiglu_row(gate, up, options.limit, weight_of(options, row), count, h);
+    for_each_block<T>(x, row, options, [&](int64_t col, int64_t count, const Row& h) {
       scales[col / kQuantizeBlock * q.scales.strides[1]] = quantize_row(h, count, options.pow2_scales, out + col);
-    }
+    });
   });
 }
 
@@ -140,6 +149,29 @@ void swiglu_backward(const Tensor& x, const Tensor& grad, const Tensor& grad_x, 
     default:
       return swiglu_backward_as<float>(x, grad, grad_x, grad_weights, options);
   }
+}
+
+void swiglu_quantize_both(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t,
+                          const SwigluOptions& options) {
+  const int64_t rows = x.rows(), cols = x.cols() / 2;
+  std::vector<float> h(rows * cols);
+  for_each_row(x, [&](int64_t row) {
+    for_each_block<Bf16>(x, row, options, [&](int64_t col, int64_t count, const Row& block) {
+      std::copy_n(block.begin(), count, h.begin() + row * cols + col);
+    });
+  });
+  const Tensor all = row_major(h.data(), DType::f32, rows, cols);
+  quantize(all, q, ScaleShape::row_1x128, options.pow2_scales);
+  quantize_transposed(all, q_t, options.pow2_scales);
+}
+
+void swiglu_backward_both(const Tensor& x, const Tensor& grad, const ScaledTensor& q, const ScaledTensor& q_t,
+                          const SwigluOptions& options) {
+  std::vector<Bf16> gradient(x.rows() * x.cols());
+  const Tensor all = row_major(gradient.data(), DType::bf16, x.rows(), x.cols());
+  swiglu_backward(x, grad, all, nullptr, options);
+  quantize(all, q, ScaleShape::row_1x128, options.pow2_scales);
+  quantize_transposed(all, q_t, options.pow2_scales);
 }
 
 }  // namespace phalanx::cpu

@@ -42,6 +42,7 @@ std::vector<KernelSource> all_kernels() {
     kernels.push_back(swiglu_quantize_source({type}));
     kernels.push_back(swiglu_backward_source({type}));
   }
+  kernels.insert(kernels.end(), {swiglu_quantize_both_source(), swiglu_backward_both_source()});
   kernels.insert(kernels.end(), {route_source(), permute_source(), route_and_permute_source()});
   for (const bool rows_f32 : {false, true}) {
     for (const bool tokens_f32 : {false, true}) {

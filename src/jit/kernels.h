@@ -15,6 +15,8 @@ KernelSource quantize_source(const QuantizeConfig& config);
 KernelSource dequantize_source(const DequantizeConfig& config);
 KernelSource swiglu_quantize_source(const SwigluConfig& config);
 KernelSource swiglu_backward_source(const SwigluConfig& config);
+KernelSource swiglu_quantize_both_source();
+KernelSource swiglu_backward_both_source();
 KernelSource route_source();
 KernelSource permute_source();
 KernelSource route_and_permute_source();

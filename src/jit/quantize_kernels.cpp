@@ -34,16 +34,16 @@ const char* name_of(QuantizeForm form) {
   return "both";
 }
 
-// `config` initialises a `Config`; `function` takes it as its template argument, and a `Params`.
+// `config` initialises a `config_type`; `function` takes it as its template argument, and `params`.
 KernelSource kernel(std::string name, const char* function, const char* header, const char* config_type,
-                    const std::string& config, const char* params) {
+                    const std::string& config, const char* params, const char* more_bounds = "") {
   return {.name = std::move(name),
           .text = fmt::format(R"(#include "device/quantize/{}.cuh"
 using namespace phalanx;
 constexpr {} kConfig{{{}}};
-extern "C" __global__ void __launch_bounds__(kConfig.num_threads()) {}(const __grid_constant__ {} params) {{ {}<kConfig>(params); }}
+extern "C" __global__ void __launch_bounds__(kConfig.num_threads(){}) {}(const __grid_constant__ {} params) {{ {}<kConfig>(params); }}
 )",
-                              header, config_type, config, kEntryPoint, params, function)};
+                              header, config_type, config, more_bounds, kEntryPoint, params, function)};
 }
 
 }  // namespace
@@ -72,6 +72,16 @@ KernelSource swiglu_backward_source(const SwigluConfig& config) {
   const auto& [type] = config;
   return kernel(fmt::format("swiglu_backward_{}", name_of(type)), "swiglu_backward", "swiglu_backward", "SwigluConfig",
                 fmt::format(".type = FloatType::{}", name_of(type)), "SwigluBackwardParams");
+}
+
+KernelSource swiglu_quantize_both_source() {
+  return kernel("swiglu_quantize_both_bf16", "swiglu_quantize_both", "swiglu_tiles", "SwigluTilesConfig",
+                ".type = FloatType::bf16", "SwigluParams", ", kConfig.min_ctas()");
+}
+
+KernelSource swiglu_backward_both_source() {
+  return kernel("swiglu_backward_both_bf16", "swiglu_backward_both", "swiglu_tiles", "SwigluTilesConfig",
+                ".type = FloatType::bf16", "SwigluBackwardBothParams", ", kConfig.min_ctas()");
 }
 
 }  // namespace phalanx::jit

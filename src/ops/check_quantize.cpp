@@ -73,26 +73,38 @@ void check_gate_up(const Arg& x, const SwigluOptions& options) {
   if (options.weights) check_weights({x.op, "options.weights", *options.weights}, x, Access::read);
 }
 
+/// Two outputs, [rows, cols] and its transpose, of an operation that reads `in` and may read `options.weights`.
+void check_quantized_both(const char* op, const ScaledTensor& q, const ScaledTensor& q_t, const Arg& in, int64_t rows,
+                          int64_t cols, const char* meaning, const char* transposed, const SwigluOptions* options) {
+  const Arg outputs[] = {{op, "q.data", q.data}, {op, "q.scales", q.scales}};
+  const Arg outputs_t[] = {{op, "q_t.data", q_t.data}, {op, "q_t.scales", q_t.scales}};
+  check_quantized(outputs[0], outputs[1], in, rows, cols, meaning, false);
+  check_quantized(outputs_t[0], outputs_t[1], in, cols, rows, transposed, false);
+  for (const Arg& output : outputs) {
+    for (const Arg& other : outputs_t) check_disjoint(other, output);
+  }
+  if (!options || !options->weights) return;
+  const Arg weights{op, "options.weights", *options->weights};
+  for (const auto& pair : {outputs, outputs_t}) {
+    check_disjoint(pair[0], weights);
+    check_disjoint(pair[1], weights);
+  }
+}
+
 }  // namespace
 
 void check_quantize(QuantizeForm form, const Tensor& x, const ScaledTensor* q, const ScaledTensor* q_t) {
   const char* op = name_of(form);
   const Arg in{op, "x", x};
+  constexpr const char *kMeaning = "the shape of x", *kTransposed = "the shape of x, transposed";
   check_float_matrix(in, Access::read);
+  if (q && q_t) return check_quantized_both(op, *q, *q_t, in, x.rows(), x.cols(), kMeaning, kTransposed, nullptr);
+  const ScaledTensor& out = q ? *q : *q_t;
+  const Arg data{op, "q.data", out.data}, scales{op, "q.scales", out.scales};
   if (q)
-    check_quantized({op, "q.data", q->data}, {op, "q.scales", q->scales}, in, x.rows(), x.cols(), "the shape of x",
-                    form == QuantizeForm::blocks);
-  if (!q_t) return;
-  const char* data_name = q ? "q_t.data" : "q.data";
-  const char* scales_name = q ? "q_t.scales" : "q.scales";
-  const Arg data{op, data_name, q_t->data}, scales{op, scales_name, q_t->scales};
-  check_quantized(data, scales, in, x.cols(), x.rows(), "the shape of x, transposed", false);
-  if (!q) return;
-  const Arg others[] = {{op, "q.data", q->data}, {op, "q.scales", q->scales}};
-  for (const Arg& other : others) {
-    check_disjoint(data, other);
-    check_disjoint(scales, other);
-  }
+    check_quantized(data, scales, in, x.rows(), x.cols(), kMeaning, form == QuantizeForm::blocks);
+  else
+    check_quantized(data, scales, in, x.cols(), x.rows(), kTransposed, false);
 }
 
 ScaleShape check_dequantize(const ScaledTensor& q, const Tensor& x) {
@@ -154,6 +166,30 @@ void check_swiglu_backward(const Tensor& x, const Tensor& grad, const Tensor& gr
   check_weights(sums, in, Access::write);
   for (const Arg* other : {&in, &grad_in, &out}) check_disjoint(sums, *other);
   if (options.weights) check_disjoint(sums, {kOp, "options.weights", *options.weights});
+}
+
+void check_swiglu_quantize_both(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t,
+                                const SwigluOptions& options) {
+  constexpr const char* kOp = "swiglu_quantize_both";
+  const Arg in{kOp, "x", x};
+  check_gate_up(in, options);
+  check_dtype(in, DType::bf16);
+  check_quantized_both(kOp, q, q_t, in, x.rows(), x.cols() / 2, "[M, I], half the columns of x", "[I, M]", &options);
+}
+
+void check_swiglu_backward_both(const Tensor& x, const Tensor& grad, const ScaledTensor& q, const ScaledTensor& q_t,
+                                const SwigluOptions& options) {
+  constexpr const char* kOp = "swiglu_backward_both";
+  const Arg in{kOp, "x", x}, grad_in{kOp, "grad", grad};
+  check_gate_up(in, options);
+  check_dtype(in, DType::bf16);
+  check_float_matrix(grad_in, Access::read);
+  check_device(grad_in, in);
+  check_dtype(grad_in, DType::bf16);
+  check_shape(grad_in, {x.rows(), x.cols() / 2}, "[M, I], half the columns of x");
+  check_quantized_both(kOp, q, q_t, in, x.rows(), x.cols(), "the shape of x", "the shape of x, transposed", &options);
+  check_quantized_both(kOp, q, q_t, grad_in, x.rows(), x.cols(), "the shape of x", "the shape of x, transposed",
+                       nullptr);
 }
 
 }  // namespace phalanx

@@ -33,6 +33,7 @@ void quantize_on_cuda(const Tensor& x, const ScaledTensor& q, const SwigluOption
   const SwigluParams params{.x = x.data,
                             .x_stride = row_stride(x),
                             .q = scaled_matrix(q),
+                            .q_t = {},
                             .weights = weights_of(options),
                             .weight_stride = weight_stride_of(options),
                             .rows = int(rows),
@@ -77,6 +78,58 @@ void backward_on_cuda(const Tensor& x, const Tensor& grad, const Tensor& grad_x,
   kernel.launch({.num_ctas = num_ctas, .num_threads = config.num_threads()}, &params, options.stream.handle);
 }
 
+void quantize_both_on_cuda(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t,
+                           const SwigluOptions& options) {
+  const int ordinal = x.device.index;
+  require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  constexpr SwigluTilesConfig kConfig{FloatType::bf16};
+  static KernelOfDevice kernels;
+  const cuda::Kernel& kernel = kernels.get(ordinal, jit::swiglu_quantize_both_source);
+  const int64_t rows = x.rows(), cols = x.cols() / 2;
+  const SwigluParams params{.x = x.data,
+                            .x_stride = row_stride(x),
+                            .q = scaled_matrix(q),
+                            .q_t = scaled_matrix(q_t),
+                            .weights = weights_of(options),
+                            .weight_stride = weight_stride_of(options),
+                            .rows = int(rows),
+                            .cols = int(cols),
+                            .rows_per_warp = 0,
+                            .limit = options.limit,
+                            .interleaved = options.interleaved,
+                            .vectors = gate_up_has_vectors(x, q.data),
+                            .pow2_scales = options.pow2_scales};
+  const int num_ctas = int(SquareTiles::num_ctas(rows, cols));
+  kernel.launch({.num_ctas = num_ctas, .num_threads = kConfig.num_threads()}, &params, options.stream.handle);
+}
+
+void backward_both_on_cuda(const Tensor& x, const Tensor& grad, const ScaledTensor& q, const ScaledTensor& q_t,
+                           const SwigluOptions& options) {
+  const int ordinal = x.device.index;
+  require_hopper(ordinal);
+  const cuda::ContextGuard context(ordinal);
+  constexpr SwigluTilesConfig kConfig{FloatType::bf16};
+  static KernelOfDevice kernels;
+  const cuda::Kernel& kernel = kernels.get(ordinal, jit::swiglu_backward_both_source);
+  const SwigluBackwardBothParams params{.x = x.data,
+                                        .x_stride = row_stride(x),
+                                        .grad = grad.data,
+                                        .grad_stride = row_stride(grad),
+                                        .q = scaled_matrix(q),
+                                        .q_t = scaled_matrix(q_t),
+                                        .weights = weights_of(options),
+                                        .weight_stride = weight_stride_of(options),
+                                        .rows = int(x.rows()),
+                                        .cols = int(x.cols() / 2),
+                                        .limit = options.limit,
+                                        .interleaved = options.interleaved,
+                                        .vectors = gate_up_has_vectors(x, q.data) && rows_are_aligned(grad, 16),
+                                        .pow2_scales = options.pow2_scales};
+  const int num_ctas = int(SquareTiles::num_ctas(x.rows(), x.cols()));
+  kernel.launch({.num_ctas = num_ctas, .num_threads = kConfig.num_threads()}, &params, options.stream.handle);
+}
+
 }  // namespace
 
 void swiglu_quantize(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options) {
@@ -97,6 +150,26 @@ void swiglu_backward(const Tensor& x, const Tensor& grad, const Tensor& grad_x,
     backward_on_cuda(x, grad, grad_x, wanted, options);
   else
     cpu::swiglu_backward(x, grad, grad_x, wanted, options);
+}
+
+void swiglu_quantize_both(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t,
+                          const SwigluOptions& options) {
+  check_swiglu_quantize_both(x, q, q_t, options);
+  if (x.rows() == 0 || x.cols() == 0) return;
+  if (x.device.type == DeviceType::cuda)
+    quantize_both_on_cuda(x, q, q_t, options);
+  else
+    cpu::swiglu_quantize_both(x, q, q_t, options);
+}
+
+void swiglu_backward_both(const Tensor& x, const Tensor& grad, const ScaledTensor& q, const ScaledTensor& q_t,
+                          const SwigluOptions& options) {
+  check_swiglu_backward_both(x, grad, q, q_t, options);
+  if (x.rows() == 0 || x.cols() == 0) return;
+  if (x.device.type == DeviceType::cuda)
+    backward_both_on_cuda(x, grad, q, q_t, options);
+  else
+    cpu::swiglu_backward_both(x, grad, q, q_t, options);
 }
 
 }  // namespace phalanx

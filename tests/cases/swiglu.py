@@ -9,7 +9,7 @@ import numpy as np
 import phalanx
 
 from cases.arrays import NUMPY_DTYPES, Guarded, NumPyArrays
-from cases.quantize import expand, make_floats
+from cases.quantize import expand, make_floats, same_bytes
 from cases.shapes import num_blocks
 
 HALF_ULP = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-24}
@@ -112,6 +112,29 @@ class SwigluCase:
         phalanx.swiglu_quantize(inputs.x.array, *options, self.pow2_scales, out=out)
         return phalanx.swiglu_backward(inputs.grad.array, inputs.x.array, *options, out=inputs.grad_x.array)[1]
 
+    def check_both(self, inputs: SwigluInputs) -> None:
+        """swiglu_quantize_both and swiglu_backward_both give what their parts give. After `run`; BF16 only."""
+        weights = None if inputs.weights is None else inputs.weights.array[0]
+        options = (weights, self.limit, self.interleaved, self.pow2_scales)
+        to_numpy = inputs.arrays.to_numpy
+        rows, transposed = phalanx.swiglu_quantize_both(inputs.x.array, *options)
+        same_bytes(f"{self}: rows", to_numpy(rows.data), to_numpy(inputs.data.array))
+        same_bytes(f"{self}: scales of rows", to_numpy(rows.scales), to_numpy(inputs.scales.array))
+        if self.values == "normal":
+            values = to_numpy(phalanx.dequantize(transposed)).astype(np.float64).T
+            scales = to_numpy(transposed.scales).astype(np.float64).T
+            each = expand(np.ascontiguousarray(scales.T), self.cols, self.rows, 1).T
+            h = self.parts(inputs).h
+            bound = np.maximum(np.abs(h) * 2.0**-4, each * 2.0**-10) * (1 + 2.0**-12) + np.abs(h) * 3e-6 + 2.0**-120
+            within(f"{self}: transposed", values, h, bound)
+        pairs = (
+            phalanx.swiglu_backward_both(inputs.grad.array, inputs.x.array, *options),
+            phalanx.quantize_both(inputs.grad_x.array, self.pow2_scales),
+        )
+        for actual, expected in zip(*pairs, strict=True):
+            for a, b in zip(actual, expected, strict=True):
+                same_bytes(f"{self}: gradients", to_numpy(a), to_numpy(b))
+
     def split(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gate and up."""
         if not self.interleaved:
@@ -143,7 +166,9 @@ class SwigluCase:
         h, slack = parts.h, np.abs(parts.h) * (parts.error + 3e-7) + 2.0**-125
         padded = np.zeros((self.rows, num_blocks(self.cols) * 128, 2))
         padded[:, : self.cols] = np.stack([np.abs(h) - slack, np.abs(h) + slack], 2)
-        least, most = np.moveaxis(padded.reshape(self.rows, num_blocks(self.cols), 128, 2).max(2, initial=0), 2, 0) / 448
+        least, most = (
+            np.moveaxis(padded.reshape(self.rows, num_blocks(self.cols), 128, 2).max(2, initial=0), 2, 0) / 448
+        )
         least, most = np.maximum(least, 2.0**-126) * (1 - 2.0**-23), np.maximum(most, 2.0**-126) * (1 + 2.0**-23)
         if self.pow2_scales:
             least, most = (np.exp2(np.ceil(np.log2(x))) for x in (least, most))

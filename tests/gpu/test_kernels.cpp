@@ -228,6 +228,49 @@ void check_swiglu(int m, int n, bool interleaved, float limit, std::mt19937& rng
   for (int i = 0; i < m; ++i) ASSERT_NEAR(sums.at(0, i), grad_weights.at(0, i), 1e-3 * n) << i;
 }
 
+/// E4M3 and its transpose with their scales, on the CPU and on the GPU.
+struct QuantizedBoth {
+  QuantizedBoth(int m, int n)
+      : q(m, n, 1),
+        q_t(n, m, 1),
+        scales(m, (n + 127) / 128, 0, Order::col_major),
+        scales_t(n, (m + 127) / 128, 0, Order::col_major) {}
+  void expect_same_bytes() const {
+    ASSERT_TRUE(q_gpu.download().same_bytes(q));
+    ASSERT_TRUE(q_t_gpu.download().same_bytes(q_t));
+    ASSERT_TRUE(scales_gpu.download().same_bytes(scales));
+    ASSERT_TRUE(scales_t_gpu.download().same_bytes(scales_t));
+  }
+  ScaledTensor rows(bool gpu) {
+    return gpu ? ScaledTensor{q_gpu.tensor(), scales_gpu.tensor()} : ScaledTensor{q.tensor(), scales.tensor()};
+  }
+  ScaledTensor transposed(bool gpu) {
+    return gpu ? ScaledTensor{q_t_gpu.tensor(), scales_t_gpu.tensor()} : ScaledTensor{q_t.tensor(), scales_t.tensor()};
+  }
+
+  Matrix<cpu::E4m3> q, q_t;
+  Matrix<float> scales, scales_t;
+  const DeviceCopy<cpu::E4m3> q_gpu{q}, q_t_gpu{q_t};
+  const DeviceCopy<float> scales_gpu{scales}, scales_t_gpu{scales_t};
+};
+
+void check_swiglu_both(int m, int n, bool interleaved, float limit, std::mt19937& rng) {
+  std::normal_distribution<float> normal(0, 4);
+  const auto random = [&](auto, auto) { return cpu::from_f32<cpu::Bf16>(normal(rng)); };
+  Matrix<cpu::Bf16> x(m, 2 * n, 1), grad(m, n, 1);
+  x.fill(random), grad.fill(random);
+  const DeviceCopy<cpu::Bf16> x_gpu(x), grad_gpu(grad);
+  QuantizedBoth activation(m, n), gradient(m, 2 * n);
+  const SwigluOptions options{.interleaved = interleaved, .limit = limit, .weights = {}, .stream = {}};
+  for (const bool gpu : {false, true}) {
+    const Tensor in = gpu ? x_gpu.tensor() : x.tensor(), dh = gpu ? grad_gpu.tensor() : grad.tensor();
+    swiglu_quantize_both(in, activation.rows(gpu), activation.transposed(gpu), options);
+    swiglu_backward_both(in, dh, gradient.rows(gpu), gradient.transposed(gpu), options);
+  }
+  activation.expect_same_bytes();
+  gradient.expect_same_bytes();
+}
+
 TEST_F(OnGpu, EverySwigluKernelGivesTheBytesOfTheCpu) {
   std::mt19937 rng(kSeed);
   for (const auto& [m, n] : {std::pair{1, 8}, {5, 304}, {13, 2056}, {2050, 264}}) {  // the last by several rows at once
@@ -237,6 +280,7 @@ TEST_F(OnGpu, EverySwigluKernelGivesTheBytesOfTheCpu) {
         check_swiglu<cpu::Bf16>(m, n, interleaved, limit, rng);
         check_swiglu<cpu::F16>(m, n, interleaved, limit, rng);
         check_swiglu<float>(m, n, interleaved, limit, rng);
+        check_swiglu_both(m, n, interleaved, limit, rng);
         if (HasFatalFailure()) return;
       }
     }

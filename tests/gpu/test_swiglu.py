@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import phalanx
 import pytest
 from cases import NumPyArrays, SwigluCase
 from cases.quantize import same_bytes
@@ -11,6 +12,17 @@ from cases.swiglu import random_swiglu_case, swiglu_cases
 torch = pytest.importorskip("torch")
 
 SIZES = [(0, 128), (1, 1), (3, 128), (130, 300), (33, 1030), (1, 2048), (2500, 768), (1000, 2048)]
+
+
+def check_transposed(case, inputs, cpu):
+    """The bytes of the CPU, which are only bounded by FP64."""
+    results = []
+    for each in (inputs, cpu):
+        weights = None if each.weights is None else each.weights.array[0]
+        options = (weights, case.limit, case.interleaved, case.pow2_scales)
+        results.append([each.arrays.to_numpy(t) for t in phalanx.swiglu_quantize_both(each.x.array, *options)[1]])
+    for actual, expected in zip(*results, strict=True):
+        same_bytes(f"{case}: transposed", actual, expected)
 
 
 def run(case, arrays):
@@ -23,6 +35,9 @@ def run(case, arrays):
         actual, expected = getattr(inputs, name), getattr(cpu, name)
         same_bytes(f"{case}: {name}", arrays.to_numpy(actual.array), np.asarray(expected.array))
         actual.check_guard()
+    if case.dtype == "bf16":
+        case.check_both(inputs)
+        check_transposed(case, inputs, cpu)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
@@ -45,8 +60,6 @@ def test_every_bf16_gate(arrays):
     generator = torch.Generator().manual_seed(0)
     ups = (torch.randn(512, 128, generator=generator) * torch.exp2(torch.arange(512.0)[:, None] % 64 - 32)).bfloat16()
     x, grad = torch.cat([gates, ups], 1), torch.randn(512, 128, generator=generator).bfloat16()
-    import phalanx
-
     for limit in (None, 10.0):
         cpu, gpu = (phalanx.swiglu_quantize(t, limit=limit) for t in (x, x.cuda()))
         for actual, expected in zip(gpu, cpu, strict=True):

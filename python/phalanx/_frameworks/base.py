@@ -90,9 +90,8 @@ class Framework:
             scales = self.empty((rows, num_blocks(cols)), (1, padded(rows, 4)), self.f32, like)
         return data, scales
 
-    def empty_quantized_both(self, x: Any) -> tuple[Any, Any, Any, Any]:
-        rows, cols = matrix_shape("x", x)
-        return *self.empty_quantized(rows, cols, False, x), *self.empty_quantized(cols, rows, False, x)
+    def empty_quantized_both(self, rows: int, cols: int, like: Any) -> tuple[Any, Any, Any, Any]:
+        return *self.empty_quantized(rows, cols, False, like), *self.empty_quantized(cols, rows, False, like)
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
@@ -135,7 +134,7 @@ class Framework:
     def quantize_both(self, x, pow2_scales):
         if self.is_traced(x):
             return self.traced("quantize_both", (x,), None, (), (pow2_scales,))
-        out = self.empty_quantized_both(x)
+        out = self.empty_quantized_both(*matrix_shape("x", x), x)
         _native.quantize_both(self.view(x), *map(self.writable_view, out), pow2_scales, self.stream(x))
         self.finish(x)
         return out

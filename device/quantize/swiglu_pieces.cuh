@@ -1,0 +1,60 @@
+// device/quantize/swiglu.h on pieces of rows.
+#pragma once
+#include "device/quantize/piece.cuh"
+#include "device/quantize/swiglu.h"
+
+namespace phalanx {
+
+// The operations that it asks for.
+struct DeviceMath {
+  static __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+  static __device__ __forceinline__ float min(float a, float b) { return ptx::min_nan(a, b); }
+  static __device__ __forceinline__ float max(float a, float b) { return ptx::max_nan(a, b); }
+  static __device__ __forceinline__ u32 bits_of(float x) { return __float_as_uint(x); }
+  static __device__ __forceinline__ float float_of(u32 bits) { return __uint_as_float(bits); }
+  // __frcp_rn without the way out for numbers that cannot occur. One Newton step makes it exact.
+  static __device__ __forceinline__ float reciprocal(float d) {
+    const float y = ptx::rcp_approx_ftz(d);
+    return __fmaf_rn(y, __fmaf_rn(-d, y, 1.0f), y);
+  }
+};
+
+// Of kRows rows from `row` on, of which `rows` exist.
+template <int kRows>
+__device__ __forceinline__ void load_weights(float (&weight)[kRows], const float* weights, i64 stride, i64 row,
+                                             i64 rows) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) weight[r] = weights && r < rows ? weights[(row + r) * stride] : 1.0f;
+}
+
+// Without a limit there is nothing to compare with it.
+template <int kRows, bool kLimited, FloatType T>
+__device__ __forceinline__ void swiglu_pieces(Piece<FloatType::f32, piece_count(T)> (&h)[kRows],
+                                              const Piece<T> (&gate)[kRows], const Piece<T> (&up)[kRows], float limit,
+                                              const float (&weight)[kRows]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int i = 0; i < piece_count(T); ++i)
+      h[r].word[i] = __float_as_uint(swiglu_value<DeviceMath, kLimited>(gate[r][i], up[r][i], limit, weight[r]));
+}
+
+// Turns gate and up into their gradients. Returns the sum of grad times the unweighted result.
+template <class P>
+__device__ __forceinline__ float backward_piece(P& gate, P& up, const P& grad, float limit, float weight) {
+  float sum = 0;
+  const auto gradient = [&](int i) {
+    const SwigluGradient g = swiglu_gradient<DeviceMath>(gate[i], up[i], limit, grad[i] * weight);
+    sum += grad[i] * g.unweighted;
+    return g;
+  };
+#pragma unroll
+  for (int i = 0; i < P::kCount; i += 2) {
+    const SwigluGradient a = gradient(i), b = gradient(i + 1);
+    gate.set_pair(i, a.gate, b.gate);
+    up.set_pair(i, a.up, b.up);
+  }
+  return sum;
+}
+
+}  // namespace phalanx
