@@ -29,7 +29,7 @@ constexpr int piece_count(FloatType type) { return type == FloatType::f32 ? 4 : 
 // Kernels whose warps each take 32 pieces of some rows: of kMany, so that many bytes are in flight, or where these would be too
 // few warps for the GPU, of one.
 struct RowTiles {
-  static constexpr int kThreads = 256, kMany = 4, kEnoughWarps = 2048;
+  static constexpr int kThreads = 256, kMany = 4, kEnoughWarps = 400;
 
   static constexpr int warp_cols(FloatType type) { return 32 * piece_count(type); }
   static constexpr i64 num_warps(FloatType type, i64 rows, i64 cols, int rows_per_warp) {
