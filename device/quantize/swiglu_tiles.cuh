@@ -35,7 +35,7 @@ __device__ __forceinline__ void swiglu_quantize_both(const SwigluParams& p) {
   quantize_columns(smem, h, tile, p.q_t, p.rows, p.cols, p.pow2_scales);
 }
 
-// Which of gate and up a column of x is, and of which column of the result.
+// Which of gate and up a piece of x is, and of which columns of the result: the host has seen to it that it is not both.
 struct GateOrUp {
   bool is_up;
   int col;

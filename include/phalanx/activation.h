@@ -49,7 +49,7 @@ PHALANX_API void swiglu_backward(const Tensor& x, const Tensor& grad, const Tens
                                  const std::optional<Tensor>& grad_weights = {}, const SwigluOptions& options = {});
 
 /// swiglu_backward, and in the same pass quantize_both of grad_x as rounded to BF16, which is not written itself: q has data
-/// E4M3 [M, 2 I], q_t [2 I, M]. x and grad are BF16; the weights have no gradient here.
+/// E4M3 [M, 2 I], q_t [2 I, M]. x and grad are BF16, I is a multiple of 8; the weights have no gradient here.
 PHALANX_API void swiglu_backward_both(const Tensor& x, const Tensor& grad, const ScaledTensor& q,
                                       const ScaledTensor& q_t, const SwigluOptions& options = {});
 

@@ -89,7 +89,10 @@ def swiglu_quantize_both(x, weights=None, limit=None, interleaved=False, pow2_sc
 
 
 def swiglu_backward_both(grad, x, weights=None, limit=None, interleaved=False, pow2_scales=False):
-    """`quantize_both` of `swiglu_backward`'s grad_x, in one pass: E4M3 [M, 2 I] and [2 I, M]. x and grad are BF16."""
+    """`quantize_both` of `swiglu_backward`'s grad_x, in one pass: E4M3 [M, 2 I] and [2 I, M].
+
+    x and grad are BF16, I is a multiple of 8.
+    """
     framework = _frameworks.of(x, "x")
     return _both(framework, "swiglu_backward_both", (x, grad, weights), (_limit(limit), interleaved, pow2_scales))
 

@@ -183,6 +183,8 @@ void check_swiglu_backward_both(const Tensor& x, const Tensor& grad, const Scale
   const Arg in{kOp, "x", x}, grad_in{kOp, "grad", grad};
   check_gate_up(in, options);
   check_dtype(in, DType::bf16);
+  if (x.cols() % 16 != 0) [[unlikely]]
+    fail(ErrorCode::invalid_argument, in, "it has {} columns, expected a multiple of 16", x.cols());
   check_float_matrix(grad_in, Access::read);
   check_device(grad_in, in);
   check_dtype(grad_in, DType::bf16);

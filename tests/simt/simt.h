@@ -124,13 +124,23 @@ struct SimtBlockIdx {
 inline constexpr SimtThreadIdx threadIdx{};
 inline constexpr SimtBlockIdx blockIdx{};
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 
 template <class T>
-T __shfl_sync(unsigned, T value, int source) {
-  return simt::exchange(value)[source % simt::kWarp];
+T __shfl_sync(unsigned, T value, int source, int width = simt::kWarp) {
+  const int first = simt::lane() / width * width;
+  return simt::exchange(value)[first + source % width];
 }
 template <class T>
 T __shfl_up_sync(unsigned, T value, int distance) {
@@ -154,6 +164,11 @@ inline unsigned __reduce_or_sync(unsigned, unsigned value) {
   for (const unsigned other : simt::exchange(value)) bits |= other;
   return bits;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  unsigned largest = 0;
+  for (const unsigned other : simt::exchange(value)) largest = other > largest ? other : largest;
+  return largest;
+}
 inline unsigned __match_any_sync(unsigned, int value) {
   unsigned bits = 0;
   const auto all = simt::exchange(value);
@@ -163,6 +178,10 @@ inline unsigned __match_any_sync(unsigned, int value) {
 inline void __syncwarp() { simt::exchange(0); }
 inline void __syncthreads() { simt::meet(simt::cta->barriers[0], int(simt::cta->fibers.size())); }
 
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned shift) {
+  return unsigned((std::uint64_t(hi) << 32 | lo) >> (shift % 32));
+}
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(unsigned x) { return std::countl_zero(x); }
 inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
