@@ -94,3 +94,42 @@ def test_errors_of_the_gradient():
         with pytest.raises(error) as caught:
             phalanx.swiglu_backward(grad, x, out=x)
         assert message in str(caught.value)
+
+
+def test_torch_operators():
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(5, n, generator=generator).bfloat16() for n in (64, 32))
+    weights = torch.rand(5, generator=generator)
+    operators = torch.ops.phalanx
+    for operator, arguments in (
+        (operators.quantize_transposed, (x, False)),
+        (operators.quantize_both, (x, True)),
+        (operators.swiglu_quantize, (x, weights, 2.0, False, False)),
+        (operators.swiglu_quantize_both, (x, None, 2.0, True, False)),
+        (operators.swiglu_backward, (grad, x, weights, 2.0, False)),
+        (operators.swiglu_backward, (grad, x, None, 2.0, False)),
+        (operators.swiglu_backward_both, (x, grad, None, 2.0, True, False)),
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_traced_calls_are_operators():
+    torch = pytest.importorskip("torch")
+
+    def chain(x, grad, weights):
+        q = phalanx.swiglu_quantize(x, weights, limit=2.0)
+        rows, transposed = phalanx.swiglu_quantize_both(x)
+        grad_x, grad_weights = phalanx.swiglu_backward(grad, x, weights)
+        both = phalanx.swiglu_backward_both(grad, x)
+        wide = phalanx.quantize_both(grad_x), phalanx.quantize_transposed(grad_x)
+        return (*q, *rows, *transposed, grad_x, grad_weights, *both[0], *both[1], *wide[0][0], *wide[0][1], *wide[1])
+
+    x, grad, weights = torch.randn(5, 64).bfloat16(), torch.randn(5, 32).bfloat16(), torch.rand(5)
+    traced = torch.compile(chain, backend="eager", fullgraph=True)(x, grad, weights)
+    for actual, expected in zip(traced, chain(x, grad, weights), strict=True):
+        assert (
+            torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
+            if actual.element_size() == 1
+            else (torch.equal(actual, expected))
+        )
