@@ -1,5 +1,5 @@
-// One description of each kernel of this room: the generator prints it, the kernel is instantiated with it, and the host asks
-// it how many CTAs to launch.
+// One description of each kernel of this room: the generator prints it, the kernel is instantiated with it, and the
+// host asks it how many CTAs to launch.
 #pragma once
 #include "device/types.h"
 
@@ -26,8 +26,8 @@ enum class QuantizeForm {
 // A thread holds pieces of 16 bytes, of several rows; kQuantizeBlock / kCount lanes share the 128 columns of a block.
 constexpr int piece_count(FloatType type) { return type == FloatType::f32 ? 4 : 8; }
 
-// Kernels whose warps each take 32 pieces of some rows: of kMany, so that many bytes are in flight, or where these would be too
-// few warps for the GPU, of one.
+// Kernels whose warps each take 32 pieces of some rows: of kMany, so that many bytes are in flight, or where these
+// would be too few warps for the GPU, of one.
 struct RowTiles {
   static constexpr int kThreads = 256, kMany = 4, kEnoughWarps = 400;
 
@@ -43,7 +43,8 @@ struct RowTiles {
   }
 };
 
-// Kernels whose CTAs each take a tile of 128 x 128, of which a thread holds one piece of each of kRows neighbouring rows.
+// Kernels whose CTAs each take a tile of 128 x 128, of which a thread holds one piece of each of kRows neighbouring
+// rows.
 struct SquareTiles {
   static constexpr int kRows = 8;
 

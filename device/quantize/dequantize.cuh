@@ -1,5 +1,5 @@
-// From E4M3 back to floats: x = q * scale, rounded once to x's type. A warp takes 4 rows x 256 columns (FP32: 128) as in
-// quantize_rows.cuh; a lane reads 8 bytes of each row (FP32: 4) and writes 16.
+// From E4M3 back to floats: x = q * scale, rounded once to x's type. A warp takes 4 rows x 256 columns (FP32: 128) as
+// in quantize_rows.cuh; a lane reads 8 bytes of each row (FP32: 4) and writes 16.
 #pragma once
 #include "device/quantize/quantize_rows.cuh"
 

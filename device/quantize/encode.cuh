@@ -1,4 +1,5 @@
-// From values to E4M3 and scales, in FP32 with IEEE rounding, as src/cpu/quantize.cpp does: the two give the same bytes.
+// From values to E4M3 and scales, in FP32 with IEEE rounding, as src/cpu/quantize.cpp does: the two give the same
+// bytes.
 //
 //   scale = max(amax / 448, 2^-126), amax over a block's finite elements; rounded up to a power of two on request
 //   q = e4m3(x * (1 / scale))
@@ -24,8 +25,8 @@ __device__ __forceinline__ void encode(u32 (&word)[P::kCount / 4], const P& x, f
     word[i / 4] = encode_4(x[i] * inverse, x[i + 1] * inverse, x[i + 2] * inverse, x[i + 3] * inverse);
 }
 
-// Reduces kRows values over kLanes neighbouring lanes; each lane is left with the maximum of value[lane % kRows]. At each of the
-// first steps a lane keeps half of its values, and gives the other half to a lane that keeps those.
+// Reduces kRows values over kLanes neighbouring lanes; each lane is left with the maximum of value[lane % kRows]. At
+// each of the first steps a lane keeps half of its values, and gives the other half to a lane that keeps those.
 template <int kLanes, int kRows>
 __device__ __forceinline__ u32 max_over_lanes(u32 (&value)[kRows]) {
 #pragma unroll
@@ -43,8 +44,8 @@ __device__ __forceinline__ u32 max_over_lanes(u32 (&value)[kRows]) {
   return value[0];
 }
 
-// 1 x 128: a warp writes its pieces of kRows rows from [row, col] on, of which `rows` and `cols` (from this thread's col) exist.
-// All lanes take part.
+// 1 x 128: a warp writes its pieces of kRows rows from [row, col] on, of which `rows` and `cols` (from this thread's
+// col) exist. All lanes take part.
 template <FloatType T, int kCount, int kRows>
 __device__ __forceinline__ void quantize_pieces(const Piece<T, kCount> (&x)[kRows], const ScaledMatrix& q, i64 row,
                                                 int col, i64 rows, int cols, bool vectors, bool pow2) {

@@ -1,5 +1,6 @@
-// What the host passes to the kernels of this room at run time. Strides are in elements. `vectors`: bases, strides and columns
-// are such that every 16-byte piece of x, and what it becomes in q, lies wholly inside and is aligned to its size.
+// What the host passes to the kernels of this room at run time. Strides are in elements. `vectors`: bases, strides and
+// columns are such that every 16-byte piece of x, and what it becomes in q, lies wholly inside and is aligned to its
+// size.
 #pragma once
 #include "device/types.h"
 

@@ -28,7 +28,7 @@ struct Piece {
   }
 };
 
-// --- memory -----------------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------------------
 
 // kBytes, at a multiple of that.
 template <int kBytes>
@@ -61,8 +61,9 @@ __device__ __forceinline__ void shift_in(u32 (&word)[kWords], u32 element) {
 template <int kSize>
 using Element = typename Conditional<kSize == 4, u32, typename Conditional<kSize == 2, u16, u8>::Type>::Type;
 
-// A thread's words of kRows neighbouring rows, of which `rows` exist, and `cols` elements of kSize bytes (both may be more, or
-// negative). What does not exist is zero, or not stored. Without `vectors`, element by element: in loops, to be short.
+// A thread's words of kRows neighbouring rows, of which `rows` exist, and `cols` elements of kSize bytes (both may be
+// more, or negative). What does not exist is zero, or not stored. Without `vectors`, element by element: in loops, to
+// be short.
 template <int kSize, int kRows, int kWords>
 __device__ __forceinline__ void load_rows(u32 (&word)[kRows][kWords], const void* data, i64 stride, i64 rows, int cols,
                                           bool vectors) {
@@ -128,9 +129,10 @@ __device__ __forceinline__ void store_rows(void* data, const P (&x)[kRows], i64 
   store_rows<P::kSize>(data, word, stride, rows, cols, vectors);
 }
 
-// --- magnitudes -------------------------------------------------------------------------------------------------------------
+// --- magnitudes ------------------------------------------------------------------------------------------------------
 
-// |x| of the elements in a word, as integers that sort like them: the bits without the sign, two to a word in 16-bit types.
+// |x| of the elements in a word, as integers that sort like them: the bits without the sign, two to a word in 16-bit
+// types.
 template <FloatType T>
 struct Magnitudes {
   static constexpr u32 kInfinity = T == FloatType::f16 ? 0x7c00 : T == FloatType::bf16 ? 0x7f80 : 0x7f800000;
@@ -158,8 +160,8 @@ struct Magnitudes {
   }
 };
 
-// The largest finite magnitudes among kCount words, zero if there is none. Words that hold no finite number are rare, and each
-// thread looks again only if it has met one.
+// The largest finite magnitudes among kCount words, zero if there is none. Words that hold no finite number are rare,
+// and each thread looks again only if it has met one.
 template <FloatType T, int kCount, class Word>
 __device__ __forceinline__ u32 finite_maximum(const Word& word) {
   using M = Magnitudes<T>;

@@ -47,7 +47,7 @@ struct SquareTile {
   static __device__ __forceinline__ int chunk() { return int(threadIdx.x) / P::kLanes; }
 };
 
-// --- 128 x 128 --------------------------------------------------------------------------------------------------------------
+// --- 128 x 128 -------------------------------------------------------------------------------------------------------
 
 template <class P>
 __device__ __forceinline__ void quantize_block(const P (&x)[SquareTiles::kRows], const SquareTile<P>& tile,
@@ -71,7 +71,7 @@ __device__ __forceinline__ void quantize_block(const P (&x)[SquareTiles::kRows],
   store_rows<1>(q.data + tile.row * q.stride + tile.col, word, q.stride, tile.rows, tile.cols, vectors);
 }
 
-// --- columns ----------------------------------------------------------------------------------------------------------------
+// --- columns ---------------------------------------------------------------------------------------------------------
 
 // Shared memory of quantize_columns.
 template <class P>
@@ -81,8 +81,8 @@ struct ColumnSmem {
   using Magnitude = typename Conditional<P::kType == FloatType::f32, u32, u16>::Type;
   alignas(16) Magnitude column_maxima[kWarps][kQuantizeBlock];
   alignas(16) float inverse[kQuantizeBlock];
-  // 8 bytes are 8 rows of a column. Chunk k of column c lies at k ^ (c / kCount) % 16, so that neither threads that write the same
-  // chunk of 16 columns, nor those that read the chunks of one, meet in a bank.
+  // 8 bytes are 8 rows of a column. Chunk k of column c lies at k ^ (c / kCount) % 16, so that neither threads that
+  // write the same chunk of 16 columns, nor those that read the chunks of one, meet in a bank.
   alignas(16) uint2 tile[kQuantizeBlock][16];
 
   static __device__ __forceinline__ int swizzle(int c) { return c / P::kCount % 16; }
@@ -173,7 +173,7 @@ __device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, const P (&
   store_columns(smem, tile, q_t, rows, cols);
 }
 
-// --- kernel -----------------------------------------------------------------------------------------------------------------
+// --- kernel ----------------------------------------------------------------------------------------------------------
 
 template <QuantizeConfig C>
 __device__ __forceinline__ void quantize_tiles(const QuantizeParams& p) {

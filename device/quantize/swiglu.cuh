@@ -2,7 +2,8 @@
 //
 //   q = e4m3(h / scale),  h = silu(gate) * up * weight
 //
-// Warps take 4 rows x 256 columns of h (FP32: 128) as in quantize_rows.cuh. A lane loads 16 bytes of gate and 16 of up of each row.
+// Warps take 4 rows x 256 columns of h (FP32: 128) as in quantize_rows.cuh. A lane loads 16 bytes of gate and 16 of up
+// of each row.
 #pragma once
 #include "device/quantize/quantize_rows.cuh"
 #include "device/quantize/swiglu_pieces.cuh"

@@ -1,11 +1,12 @@
-// SwiGLU in FP32, written once for CPU and GPU: every step is one IEEE operation, in this order, so that both compute the same bits.
-// docs/numerics.md has the bounds.
+// SwiGLU in FP32, written once for CPU and GPU: every step is one IEEE operation, in this order, so that both compute
+// the same bits. docs/numerics.md has the bounds.
 //
 //   g = max(min(gate, limit), -80),  u = max(min(up, limit), -limit)     NaN stays NaN
 //   s = 1 / (1 + e^-g),  h = ((g * s) * u) * weight
 //
-// `Math` supplies the operations: fma(a, b, c), rounded once; reciprocal(d), rounded to nearest, for 1 <= d < 2^125; min and max,
-// which keep NaN; bits_of(float), float_of(u32). No product here is added to anything but in an fma: there is nothing to contract.
+// `Math` supplies the operations: fma(a, b, c), rounded once; reciprocal(d), rounded to nearest, for 1 <= d < 2^125;
+// min and max, which keep NaN; bits_of(float), float_of(u32). No product here is added to anything but in an fma: there
+// is nothing to contract.
 #pragma once
 #include "device/types.h"
 
@@ -14,8 +15,8 @@ namespace phalanx {
 // Below, e^-g would leave the range of `reciprocal`; silu is less than 2e-33 in magnitude there.
 constexpr float kSwigluMinGate = -80.0f;
 
-// e^-x for |x| <= 80. With y = -x * log2(e), n the integer nearest to y and f the rest: 2^n * 2^f. 2^f is a polynomial on [-1/2, 1/2],
-// off by less than 1.7e-7 of it.
+// e^-x for |x| <= 80. With y = -x * log2(e), n the integer nearest to y and f the rest: 2^n * 2^f. 2^f is a polynomial
+// on [-1/2, 1/2], off by less than 1.7e-7 of it.
 template <class Math>
 constexpr float exp_minus(float x) {
   constexpr float kMinusLog2E = -0x1.715476p+0f;
@@ -60,7 +61,8 @@ constexpr SwigluGradient swiglu_gradient(float gate, float up, float limit, floa
   return {.gate = gate > limit ? 0.0f : dh * u * slope, .up = up_cut ? 0.0f : dh * silu, .unweighted = silu * u};
 }
 
-// Where the gate of output column c lies in a row of x, and how far behind it the up: halves [gate | up], or 8 and 8 in turn.
+// Where the gate of output column c lies in a row of x, and how far behind it the up: halves [gate | up], or 8 and 8 in
+// turn.
 constexpr i64 swiglu_gate_column(i64 c, bool interleaved) { return interleaved ? 2 * c - c % 8 : c; }
 constexpr i64 swiglu_up_distance(i64 cols, bool interleaved) { return interleaved ? 8 : cols; }
 

@@ -3,9 +3,10 @@
 //   grad_gate = (dh * up) * silu'(gate),  grad_up = dh * silu(gate)      dh = grad * weight
 //   grad_weight = sum over the row of grad * silu(gate) * up
 //
-//   CTA:    4 whole rows (where there are few, one); in each step, 256 threads take 16 bytes of gate, up and grad of each row
-//   sums:   thread, step after step ──> lanes of a warp, as a tree ──> shared: warp_sums ──> thread r: the warps of row r in order.
-//           So their order depends on the shape alone.
+//   CTA:    4 whole rows (where there are few, one); in each step, 256 threads take 16 bytes of gate, up and grad of
+//           each row
+//   sums:   thread, step after step ──> lanes of a warp, as a tree ──> shared: warp_sums
+//           ──> thread r: the warps of row r in order. So their order depends on the shape alone.
 #pragma once
 #include "device/ptx/sync.cuh"
 #include "device/quantize/params.h"

@@ -1,10 +1,10 @@
-// SwiGLU, and its gradients, quantised both ways: by rows for the next product, transposed for the gradient of its weights. Each
-// CTA computes tiles of 128 x 128 into registers and hands them to quantize_tiles.cuh:
+// SwiGLU, and its gradients, quantised both ways: by rows for the next product, transposed for the gradient of its
+// weights. Each CTA computes tiles of 128 x 128 into registers and hands them to quantize_tiles.cuh:
 //
 //   swiglu_quantize_both   one tile of h = silu(gate) * up * weight, in FP32
-//   swiglu_backward_both   one tile of x's gradient, rounded to x's type. Each thread computes the gradient of 8 gates or of their 8 ups
-//                          from both and from the result's gradient. The tile with the others, which reads the same, runs at
-//                          about the same time: once from memory, once from L2
+//   swiglu_backward_both   one tile of x's gradient, rounded to x's type. Each thread computes the gradient of 8 gates
+//                          or of their 8 ups from both and from the result's gradient. The tile with the others, which
+//                          reads the same, runs at about the same time: once from memory, once from L2
 #pragma once
 #include "device/quantize/quantize_tiles.cuh"
 #include "device/quantize/swiglu_pieces.cuh"
@@ -35,7 +35,8 @@ __device__ __forceinline__ void swiglu_quantize_both(const SwigluParams& p) {
   quantize_columns(smem, h, tile, p.q_t, p.rows, p.cols, p.pow2_scales);
 }
 
-// Which of gate and up a piece of x is, and of which columns of the result: the host has seen to it that it is not both.
+// Which of gate and up a piece of x is, and of which columns of the result: the host has seen to it that it is not
+// both.
 struct GateOrUp {
   bool is_up;
   int col;

@@ -1,4 +1,5 @@
-// SwiGLU between two FP8 products: from what the gate-up product wrote to what the down product reads, and its gradients.
+// SwiGLU between two FP8 products: from what the gate-up product wrote to what the down product reads, and its
+// gradients.
 #pragma once
 
 #include <limits>
@@ -22,7 +23,8 @@ struct SwigluOptions {
   Stream stream{};
 };
 
-/// q.data = round(h / q.scales) with h = silu(gate) * up * weight in FP32, one scale per 1 x 128 as quantize_rows makes them.
+/// q.data = round(h / q.scales) with h = silu(gate) * up * weight in FP32, one scale per 1 x 128 as quantize_rows makes
+/// them.
 ///
 /// docs/numerics.md defines every step; CPU and CUDA give the same bytes. A gate below -80 counts as -80.
 ///
@@ -31,14 +33,14 @@ struct SwigluOptions {
 /// @throws Error before anything is written
 PHALANX_API void swiglu_quantize(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options = {});
 
-/// swiglu_quantize, and in the same pass quantize_transposed of h: q_t has data E4M3 [I, M] and scales FP32 [I, ceil(M / 128)], as
-/// the gradient of the next product's weights needs them. x is BF16.
+/// swiglu_quantize, and in the same pass quantize_transposed of h: q_t has data E4M3 [I, M] and scales FP32
+/// [I, ceil(M / 128)], as the gradient of the next product's weights needs them. x is BF16.
 PHALANX_API void swiglu_quantize_both(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t,
                                       const SwigluOptions& options = {});
 
-/// The gradients of h's inputs, given that of h: grad_x, laid out as x and rounded once to its dtype, the same bits on CPU and
-/// CUDA; and, if wanted, that of each weight, an FP32 sum in an order that does not change from call to call. Gates and ups that
-/// `limit` has cut have a gradient of zero.
+/// The gradients of h's inputs, given that of h: grad_x, laid out as x and rounded once to its dtype, the same bits on
+/// CPU and CUDA; and, if wanted, that of each weight, an FP32 sum in an order that does not change from call to call.
+/// Gates and ups that `limit` has cut have a gradient of zero.
 ///
 /// @param x             as above
 /// @param grad          of x's dtype, [M, I], rows contiguous
@@ -48,8 +50,8 @@ PHALANX_API void swiglu_quantize_both(const Tensor& x, const ScaledTensor& q, co
 PHALANX_API void swiglu_backward(const Tensor& x, const Tensor& grad, const Tensor& grad_x,
                                  const std::optional<Tensor>& grad_weights = {}, const SwigluOptions& options = {});
 
-/// swiglu_backward, and in the same pass quantize_both of grad_x as rounded to BF16, which is not written itself: q has data
-/// E4M3 [M, 2 I], q_t [2 I, M]. x and grad are BF16, I is a multiple of 8; the weights have no gradient here.
+/// swiglu_backward, and in the same pass quantize_both of grad_x as rounded to BF16, which is not written itself: q has
+/// data E4M3 [M, 2 I], q_t [2 I, M]. x and grad are BF16, I is a multiple of 8; the weights have no gradient here.
 PHALANX_API void swiglu_backward_both(const Tensor& x, const Tensor& grad, const ScaledTensor& q,
                                       const ScaledTensor& q_t, const SwigluOptions& options = {});
 

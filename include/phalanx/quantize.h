@@ -24,11 +24,12 @@ struct QuantizeOptions {
 /// @throws Error before anything is written
 PHALANX_API void quantize_rows(const Tensor& x, const ScaledTensor& q, const QuantizeOptions& options = {});
 
-/// The same with one scale per 128 x 128 block: the weights' format. Scales FP32 [ceil(N / 128), ceil(K / 128)], any strides.
+/// The same with one scale per 128 x 128 block: the weights' format. Scales FP32 [ceil(N / 128), ceil(K / 128)], any
+/// strides.
 PHALANX_API void quantize_blocks(const Tensor& x, const ScaledTensor& q, const QuantizeOptions& options = {});
 
-/// q = quantize_rows of x's transpose: x [M, K] gives data E4M3 [K, M] and scales FP32 [K, ceil(M / 128)], one per 128 rows of a
-/// column of x. That is the operand of a product over x's rows, as the weights' gradient is.
+/// q = quantize_rows of x's transpose: x [M, K] gives data E4M3 [K, M] and scales FP32 [K, ceil(M / 128)], one per 128
+/// rows of a column of x. That is the operand of a product over x's rows, as the weights' gradient is.
 PHALANX_API void quantize_transposed(const Tensor& x, const ScaledTensor& q, const QuantizeOptions& options = {});
 
 /// quantize_rows and quantize_transposed, reading x once.

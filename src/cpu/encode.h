@@ -1,5 +1,5 @@
-// From FP32 values to E4M3 and scales: the steps of docs/numerics.md. Simple loops over a row of a block, each of which the compiler
-// vectorises.
+// From FP32 values to E4M3 and scales: the steps of docs/numerics.md. Simple loops over a row of a block, each of which
+// the compiler vectorises.
 #pragma once
 
 #include <algorithm>

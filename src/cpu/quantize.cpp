@@ -26,8 +26,8 @@ T* row_of(const Tensor& x, const Block& block, int64_t i) {
   return static_cast<T*>(x.data) + (block.row + i) * x.strides[0] + block.col;
 }
 
-/// Calls f(block) for every block of the matrix `data`, on all cores. A task is a band of rows, so that threads write lines
-/// of their own.
+/// Calls f(block) for every block of the matrix `data`, on all cores. A task is a band of rows, so that threads write
+/// lines of their own.
 template <class F>
 void for_each_block(const Tensor& data, ScaleShape shape, const F& f) {
   const int64_t rows = data.rows(), cols = data.cols();

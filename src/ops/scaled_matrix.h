@@ -28,8 +28,8 @@ inline bool rows_are_aligned(const Tensor& x, int bytes) {
   return (reinterpret_cast<std::uintptr_t>(x.data) | std::uintptr_t(row_stride(x) * size_of(x.dtype))) % bytes == 0;
 }
 
-/// Whether `cols` columns, from the start of x and of q (if there is one), consist of pieces of 16 bytes of x and of what these are
-/// in q, all aligned to their sizes.
+/// Whether `cols` columns, from the start of x and of q (if there is one), consist of pieces of 16 bytes of x and of
+/// what these are in q, all aligned to their sizes.
 inline bool has_vectors(const Tensor& x, const Tensor* q, std::int64_t cols) {
   const int count = piece_count(float_type(x.dtype));
   return cols % count == 0 && rows_are_aligned(x, 16) && (!q || rows_are_aligned(*q, count));

@@ -1,4 +1,5 @@
-// The kernels of quantisation and SwiGLU, simulated on the host: the bytes of the CPU backend, and nothing written beside them.
+// The kernels of quantisation and SwiGLU, simulated on the host: the bytes of the CPU backend, and nothing written
+// beside them.
 #include <gtest/gtest.h>
 
 #include <random>
@@ -101,7 +102,7 @@ TYPED_TEST(Simulated, QuantisesToTheBytesOfTheCpu) {
   }
 }
 
-// --- SwiGLU ---------------------------------------------------------------------------------------------------------------
+// --- SwiGLU ----------------------------------------------------------------------------------------------------------
 
 template <class T>
 struct Problem {
