@@ -14,6 +14,7 @@
 #include "device/gemm/epilogue.cuh"
 #include "device/gemm/group_table.cuh"
 #include "device/gemm/grouped_tiles.h"
+#include "device/gemm/origin.cuh"
 #include "device/gemm/pipeline.cuh"
 #include "device/ptx/wgmma.cuh"
 
@@ -55,40 +56,6 @@ __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
     return ColumnGroupTiles(C, smem.groups(), p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
   else
     return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
-}
-
-// Where a tile's operands lie in the stacks that tensor maps show as one matrix.
-struct TileOrigin {
-  int a, b, d;         // rows
-  int sfa_row, sfa_k;  // of A's scales
-
-  // How many scales lie before the tile's own in a stage.
-  __device__ int sfa_shift() const { return sfa_row % 4; }
-};
-template <GemmConfig C>
-__device__ TileOrigin origin_of(const GemmParams& p, const Tile& t) {
-  const GroupParams& g = p.groups;
-  if constexpr (C.grouping == Grouping::rows)
-    return {t.m + t.group * g.a_pitch, t.n + t.group * g.b_pitch, t.m + t.group * g.d_pitch,
-            t.m + t.group * g.sfa_pitch_x, t.group * g.sfa_pitch_y};
-  else if constexpr (C.grouping == Grouping::columns)
-    return {t.m, t.n, t.m + t.group * g.d_pitch, t.m, 0};
-  else
-    return {t.m, t.n, t.m, t.m, 0};
-}
-
-// Where the tile's rows of A end.
-template <GemmConfig C>
-__device__ int end_of_rows(const GemmParams& p, const Tile& t) {
-  return C.grouping == Grouping::rows ? t.group_end : p.m;
-}
-
-// The tile in D's coordinates, its group_end the end of the rows that it may write.
-template <GemmConfig C>
-__device__ Tile output_tile(const GemmParams& p, const Tile& t) {
-  if constexpr (!C.grouped()) return t;
-  const int row = origin_of<C>(p, t).d;
-  return {row, t.n, t.group, 0, end_of_rows<C>(p, t) + row - t.m};
 }
 
 // --- producer -------------------------------------------------------------------------------------------------------

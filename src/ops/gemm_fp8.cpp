@@ -8,7 +8,7 @@
 #include "device/gemm/params.h"
 #include "jit/log.h"
 #include "ops/check.h"
-#include "ops/gemm_plans.h"
+#include "ops/plan_cache.h"
 #include "phalanx/gemm.h"
 #include "plan/plan.h"
 #include "plan/tuned.h"

@@ -9,8 +9,8 @@
 #include "cuda/cuda.h"
 #include "device/gemm/params.h"
 #include "ops/check.h"
-#include "ops/gemm_plans.h"
 #include "ops/group_faults.h"
+#include "ops/plan_cache.h"
 #include "plan/grouped.h"
 
 namespace phalanx {
