@@ -31,9 +31,9 @@ struct SquareTile {
   i64 rows;       // from `row` to the end
   int cols;       // from `col` to the end
 
-  __device__ __forceinline__ SquareTile(i64 band, int block_col, int num_rows, int num_cols)
-      : band(band),
-        block_col(block_col),
+  __device__ __forceinline__ SquareTile(i64 tile_row, int tile_col, int num_rows, int num_cols)
+      : band(tile_row),
+        block_col(tile_col),
         row(band * kQuantizeBlock + chunk() * SquareTiles::kRows),
         col(block_col * kQuantizeBlock + int(threadIdx.x) % P::kLanes * P::kCount),
         rows(num_rows - row),
