@@ -23,7 +23,8 @@ void quantize_transposed(const Tensor& x, const ScaledTensor& q, bool pow2_scale
 void dequantize(const ScaledTensor& q, const Tensor& x, ScaleShape shape);
 
 void swiglu_quantize(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options);
-void swiglu_quantize_both(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t, const SwigluOptions& options);
+void swiglu_quantize_both(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t,
+                          const SwigluOptions& options);
 void swiglu_backward_both(const Tensor& x, const Tensor& grad, const ScaledTensor& q, const ScaledTensor& q_t,
                           const SwigluOptions& options);
 /// `grad_weights`: null if not wanted.
