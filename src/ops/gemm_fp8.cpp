@@ -87,8 +87,8 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
         {t.dtype, t.data, t.rows(), t.cols(), row_stride(t) * size_of(t.dtype), box_rows, box_cols});
   };
   GemmParams p{};
-  // TMA is slow at filling rows that A does not have: for few rows, a box of those alone. What shared memory holds in the
-  // others' place only reaches rows of D that are not stored.
+  // For few rows, a box of those alone: with full boxes, 1 and 16 rows took longer than 64 (docs/tuning.md). What shared
+  // memory holds in the others' place only reaches rows of D that are not stored.
   p.rows_a = config.cluster_n > 1 ? config.block_m : std::min(config.block_m, m);
   p.a = tensor_map(a.data, p.rows_a / config.cluster_n, kBlockK);
   p.b = tensor_map(b.data, config.block_n / config.cluster_m, kBlockK);
