@@ -39,6 +39,8 @@ struct EpCommon {
   int send, recv;  // which halves
 };
 
+constexpr int ep_num_local_experts(const EpCommon& c) { return c.first_expert[c.rank + 1] - c.first_expert[c.rank]; }
+
 struct EpDispatchParams {
   EpCommon c;
   int route;  // exchange topk_idx and fill the handle; else the handle is given

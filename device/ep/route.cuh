@@ -28,10 +28,6 @@ struct EpRouteState {
   }
 };
 
-__device__ __forceinline__ int ep_num_local_experts(const EpCommon& c) {
-  return c.first_expert[c.rank + 1] - c.first_expert[c.rank];
-}
-
 // This rank's choice, -1 if it is none.
 __device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 token, int k) {
   if (!p.route) return p.c.handle[p.c.handle_layout.experts + token * p.c.shape.topk + k];

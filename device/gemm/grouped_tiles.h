@@ -9,64 +9,42 @@ namespace phalanx {
 // Groups of rows. The table holds those that have any, in ascending order of `first_tile`, and one more entry whose
 // first_tile is the number of all cluster tiles. A tile begins at its group's first row or a multiple of the tile's height
 // after it; the last of a group may reach past the group's end.
-struct GroupedTiles {
+struct GroupedTiles : ClusterTiles {
   const GroupEntry* entry;  // the group of the last tile
-  int height, width;        // of a cluster tile
-  int tiles_n;              // cluster tiles along N
-  int group_m, index, step, count;
-  int row, column;  // of this CTA inside the cluster tile
+  int count;
 
   constexpr GroupedTiles(const GemmConfig& c, const GroupEntry* table, int count_, int n, int group_m_, int cta,
                          int num_ctas)
-      : entry(table),
-        height(c.block_m * c.cluster_m),
-        width(c.block_n * c.cluster_n),
-        tiles_n(ceil_div(n, width)),
-        group_m(group_m_),
-        index(cta / c.cluster_size()),
-        step(num_ctas / c.cluster_size()),
-        count(count_),
-        row(cta % c.cluster_m * c.block_m),
-        column(cta % c.cluster_n * c.block_n) {}
+      : ClusterTiles(c, n, group_m_, cta, num_ctas), entry(table), count(count_) {}
 
   constexpr bool next(Tile& t) {
     if (index >= count) return false;
     while (index >= entry[1].first_tile) ++entry;
-    const TilePosition at =
-        walk_tiles(index - entry->first_tile, ceil_div(entry->end - entry->begin, height), tiles_n, group_m);
-    t = {entry->begin + at.m * height + row, at.n * width + column, entry->group, entry->begin, entry->end};
+    t = tile_at(walk_tiles(index - entry->first_tile, ceil_div(entry->end - entry->begin, height), tiles_n, group_m));
+    t.m += entry->begin;
+    t.group = entry->group, t.group_begin = entry->begin, t.group_end = entry->end;
     index += step;
     return true;
   }
 };
 
 // Groups of columns of K: every group has all tiles of D [M, N], and sums its own columns. The table holds every group.
-struct ColumnGroupTiles {
+struct ColumnGroupTiles : ClusterTiles {
   const GroupEntry* table;
-  int num_groups, height, width;  // of a cluster tile
-  int tiles_m, tiles_n;           // cluster tiles of one group
-  int group_m, index, step;
-  int row, column;  // of this CTA inside the cluster tile
+  int num_groups, tiles_m;  // cluster tiles along M
 
   constexpr ColumnGroupTiles(const GemmConfig& c, const GroupEntry* table_, int num_groups_, int m, int n, int group_m_,
                              int cta, int num_ctas)
-      : table(table_),
+      : ClusterTiles(c, n, group_m_, cta, num_ctas),
+        table(table_),
         num_groups(num_groups_),
-        height(c.block_m * c.cluster_m),
-        width(c.block_n * c.cluster_n),
-        tiles_m(ceil_div(m, height)),
-        tiles_n(ceil_div(n, width)),
-        group_m(group_m_),
-        index(cta / c.cluster_size()),
-        step(num_ctas / c.cluster_size()),
-        row(cta % c.cluster_m * c.block_m),
-        column(cta % c.cluster_n * c.block_n) {}
+        tiles_m(ceil_div(m, height)) {}
 
   constexpr bool next(Tile& t) {
     const int per_group = tiles_m * tiles_n, group = index / per_group;
     if (group >= num_groups) return false;
-    const TilePosition at = walk_tiles(index - group * per_group, tiles_m, tiles_n, group_m);
-    t = {at.m * height + row, at.n * width + column, group, table[group].begin, table[group].end};
+    t = tile_at(walk_tiles(index - group * per_group, tiles_m, tiles_n, group_m));
+    t.group = group, t.group_begin = table[group].begin, t.group_end = table[group].end;
     index += step;
     return true;
   }

@@ -22,30 +22,41 @@ constexpr TilePosition walk_tiles(int index, int tiles_m, int tiles_n, int group
   return {first_m + i % rows, i / rows};
 }
 
-// CTAs of a cluster walk the same sequence of cluster tiles. They differ in their column (cluster_n), their row (cluster_m) or
-// their part of K (split_k), so they always agree on what they share by multicast. The cluster tile may reach past M or N.
-//
+// What all schedulers share: the cluster tile, and this CTA's place in it. CTAs of a cluster walk the same sequence of cluster
+// tiles. They differ in their column (cluster_n), their row (cluster_m) or their part of K (split_k), so they always agree on
+// what they share by multicast. The cluster tile may reach past M or N.
+struct ClusterTiles {
+  int height, width;  // of a cluster tile
+  int tiles_n;        // cluster tiles along N
+  int group_m;
+  int index, step;  // the next tile of this cluster, and from there to the one after it
+  int row, column;  // of this CTA inside the cluster tile
+
+  constexpr ClusterTiles(const GemmConfig& c, int n, int group_m_, int cta, int num_ctas)
+      : height(c.block_m * c.cluster_m),
+        width(c.block_n * c.cluster_n),
+        tiles_n(ceil_div(n, width)),
+        group_m(group_m_),
+        index(cta / c.cluster_size()),
+        step(num_ctas / c.cluster_size()),
+        row(cta % c.cluster_m * c.block_m),
+        column(cta % c.cluster_n * c.block_n) {}
+
+  // This CTA's tile of a cluster tile.
+  constexpr Tile tile_at(const TilePosition& at) const { return {at.m * height + row, at.n * width + column}; }
+};
+
 // A division costs a tile's worth of a product of few k-blocks; hence the running position, and shifts in whole bands.
-struct DenseTiles {
-  int height, width;     // of a cluster tile
-  int tiles_m, tiles_n;  // cluster tiles
-  int group_m, group_shift, step;
-  int first_m, index;  // the present band's first row of tiles, the next tile's place in the band
-  int row, column;     // of this CTA inside the cluster tile
+struct DenseTiles : ClusterTiles {  // `index` counts from the band's first tile
+  int tiles_m, first_m;             // cluster tiles along M, and of those the present band's first
+  int group_shift;
 
   // `group_m` is a power of two.
   constexpr DenseTiles(const GemmConfig& c, int m, int n, int group_m_, int cta, int num_ctas)
-      : height(c.block_m * c.cluster_m),
-        width(c.block_n * c.cluster_n),
+      : ClusterTiles(c, n, group_m_, cta, num_ctas),
         tiles_m(ceil_div(m, height)),
-        tiles_n(ceil_div(n, width)),
-        group_m(group_m_),
-        group_shift(log2_of(group_m_)),
-        step(num_ctas / c.cluster_size()),
         first_m(0),
-        index(cta / c.cluster_size()),
-        row(cta % c.cluster_m * c.block_m),
-        column(cta % c.cluster_n * c.block_n) {}
+        group_shift(log2_of(group_m_)) {}
 
   constexpr int count() const { return tiles_m * tiles_n; }
 
@@ -58,7 +69,7 @@ struct DenseTiles {
     }
     if (rows <= 0) return false;
     const int n = rows == group_m ? index >> group_shift : int(unsigned(index) / unsigned(rows));
-    t = {(first_m + index - n * rows) * height + row, n * width + column};
+    t = tile_at({first_m + index - n * rows, n});
     index += step;
     return true;
   }

@@ -17,14 +17,9 @@ __device__ __forceinline__ void swiglu_quantize_rows(const SwigluParams& p) {
   if (tile.rows <= 0) return;
   ptx::grid_wait_dependencies();
 
-  const i64 gate_col = swiglu_gate_column(tile.col, p.interleaved);
-  const u8* from = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + gate_col) * P::kSize;
   P gate[kRows], up[kRows];
-  load_rows(gate, from, p.x_stride, tile.rows, tile.cols, p.vectors);
-  from += swiglu_up_distance(p.cols, p.interleaved) * P::kSize;
-  load_rows(up, from, p.x_stride, tile.rows, tile.cols, p.vectors);
   float weight[kRows];
-  load_weights(weight, p.weights, p.weight_stride, tile.row, tile.rows);
+  load_swiglu(gate, up, weight, p, tile);
   Piece<FloatType::f32, P::kCount> h[kRows];
   if (kRows > 1 && p.limit == __uint_as_float(0x7f800000u))
     swiglu_pieces<kRows, false>(h, gate, up, p.limit, weight);

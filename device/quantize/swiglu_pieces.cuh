@@ -1,5 +1,6 @@
 // device/quantize/swiglu.h on pieces of rows.
 #pragma once
+#include "device/quantize/params.h"
 #include "device/quantize/piece.cuh"
 #include "device/quantize/swiglu.h"
 
@@ -25,6 +26,18 @@ __device__ __forceinline__ void load_weights(float (&weight)[kRows], const float
                                              i64 rows) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) weight[r] = weights && r < rows ? weights[(row + r) * stride] : 1.0f;
+}
+
+// What a tile's rows of the result are made of. `tile`: row, rows that exist, and column and columns of the result.
+template <int kRows, class P, class Tile>
+__device__ __forceinline__ void load_swiglu(P (&gate)[kRows], P (&up)[kRows], float (&weight)[kRows],
+                                            const SwigluParams& p, const Tile& tile) {
+  const i64 gate_col = swiglu_gate_column(tile.col, p.interleaved);
+  const u8* from = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + gate_col) * P::kSize;
+  load_rows(gate, from, p.x_stride, tile.rows, tile.cols, p.vectors);
+  from += swiglu_up_distance(p.cols, p.interleaved) * P::kSize;
+  load_rows(up, from, p.x_stride, tile.rows, tile.cols, p.vectors);
+  load_weights(weight, p.weights, p.weight_stride, tile.row, tile.rows);
 }
 
 // Without a limit there is nothing to compare with it.

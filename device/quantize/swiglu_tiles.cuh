@@ -21,14 +21,9 @@ __device__ __forceinline__ void swiglu_quantize_both(const SwigluParams& p) {
   const auto tile = SquareTile<H>::of_cta(p.rows, p.cols);
   ptx::grid_wait_dependencies();
 
-  const i64 gate_col = swiglu_gate_column(tile.col, p.interleaved);
-  const u8* from = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + gate_col) * P::kSize;
   P gate[kRows], up[kRows];
-  load_rows(gate, from, p.x_stride, tile.rows, tile.cols, p.vectors);
-  from += swiglu_up_distance(p.cols, p.interleaved) * P::kSize;
-  load_rows(up, from, p.x_stride, tile.rows, tile.cols, p.vectors);
   float weight[kRows];
-  load_weights(weight, p.weights, p.weight_stride, tile.row, tile.rows);
+  load_swiglu(gate, up, weight, p, tile);
   H h[kRows];
   swiglu_pieces<kRows, true>(h, gate, up, p.limit, weight);
   quantize_pieces(h, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "device/gemm/groups.h"
 #include "phalanx/gemm.h"
 #include "phalanx/grouped.h"
 
@@ -23,10 +24,9 @@ inline std::int64_t row_stride(const Tensor& matrix) {
 /// The same rules on CPU and CUDA, whether a tensor lies in either.
 void check_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const GemmOptions& options);
 
-/// Which rows belong to which group: int32 [G + 1], [M] or [G].
-enum class RowGroups { offsets, row_groups, counts };
-void check_grouped_gemm(const char* op, RowGroups kind, const ScaledTensor& a, const ScaledTensor& b,
-                        const Tensor& groups, const Tensor& d, const GroupedGemmOptions& options);
+/// `groups`: int32 [G + 1], [M] or [G], as `by` says.
+void check_grouped_gemm(const char* op, GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups,
+                        const Tensor& d, const GroupedGemmOptions& options);
 
 /// `offsets`: null without groups.
 void check_wgrad(const char* op, const ScaledTensor& a, const ScaledTensor& b, const Tensor* offsets, const Tensor& d,

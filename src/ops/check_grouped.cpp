@@ -75,13 +75,13 @@ struct Operands {
 
 }  // namespace
 
-void check_grouped_gemm(const char* op, RowGroups kind, const ScaledTensor& a, const ScaledTensor& b,
-                        const Tensor& groups, const Tensor& d, const GroupedGemmOptions& options) {
+void check_grouped_gemm(const char* op, GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups,
+                        const Tensor& d, const GroupedGemmOptions& options) {
   constexpr const char* kNames[] = {"offsets", "row_groups", "counts"};
   const Arg a_data{op, "a.data", a.data}, a_scales{op, "a.scales", a.scales}, b_data{op, "b.data", b.data},
-      b_scales{op, "b.scales", b.scales}, of_groups{op, kNames[int(kind)], groups}, out{op, "d", d};
+      b_scales{op, "b.scales", b.scales}, of_groups{op, kNames[int(by)], groups}, out{op, "d", d};
   const Operands all{a_data, a_scales, b_data, b_scales, of_groups, out};
-  const bool masked = kind == RowGroups::counts;
+  const bool masked = by == GroupsBy::counts;
   all.check_ranks(masked ? 3 : 2, 3, masked ? 3 : 2);
   check_dtype(out, {DType::bf16, DType::f32});
 
@@ -104,7 +104,7 @@ void check_grouped_gemm(const char* op, RowGroups kind, const ScaledTensor& a, c
     check_shape(a_data, {rows, k}, "[M, K] with the K of b.data");
     check_shape(a_scales, {rows, k_blocks}, "[M, ceil(K / 128)]");
     check_shape(out, {rows, n}, "[M, N]");
-    if (kind == RowGroups::offsets)
+    if (by == GroupsBy::offsets)
       check_groups_vector(of_groups, g + 1, "[G + 1]");
     else
       check_groups_vector(of_groups, rows, "[M]");

@@ -87,10 +87,10 @@ EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType
                  : config.num_sms ? config.num_sms
                  : config.latency ? kLatencySms
                                   : kThroughputSms;
-    // So that with a token or two for each CTA, every sending warp has work.
     // Adding up the counts of all CTAs must be less work than counting all choices.
     s.counted = int64_t{config.max_tokens} * config.topk > int64_t{4} * s.num_ctas * s.max_local_experts &&
                 config.num_experts <= kMaxCountedExperts;
+    // So that with a token or two for each CTA, every sending warp has work.
     if (config.latency) s.parts = std::min(kEpDispatchSendWarps, ceil_div(config.hidden, kEpColumns));
   }
   return s;
@@ -165,7 +165,7 @@ struct ExpertParallel::Impl {
     }
   }
 
-  int num_local_experts() const { return common.first_expert[common.rank + 1] - common.first_expert[common.rank]; }
+  int num_local_experts() const { return ep_num_local_experts(common); }
 
   std::string where() const { return fmt::format("rank {} of {}", common.rank, common.shape.num_ranks); }
 

@@ -74,7 +74,7 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   const int ordinal = d.device.index;
   const cuda::DeviceInfo& device = require_hopper(ordinal);
   const int m = int(d.rows()), n = int(d.cols()), k = int(a.data.cols());
-  const int num_sms = options.num_sms > 0 ? std::min(options.num_sms, device.num_sms) : device.num_sms;
+  const int num_sms = usable_sms(device, options.num_sms);
   const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
 
   const cuda::ContextGuard context(ordinal);

@@ -117,9 +117,7 @@ const float* floats(const Tensor& x) { return static_cast<const float*>(x.data);
 struct Place {
   int ordinal, num_sms;
 
-  Place(const Tensor& d, int limit) : ordinal(d.device.index), num_sms(require_hopper(ordinal).num_sms) {
-    if (limit > 0) num_sms = std::min(num_sms, limit);
-  }
+  Place(const Tensor& d, int limit) : ordinal(d.device.index), num_sms(usable_sms(require_hopper(ordinal), limit)) {}
 };
 
 void launch(const PlannedGemm& planned, GemmParams& p, Stream stream) {
@@ -215,33 +213,33 @@ void run_columns(const ScaledTensor& a, const ScaledTensor& b, const Tensor* off
   launch(chosen, p, options.stream);
 }
 
+using RowsOnCpu = void(const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, const Tensor& d);
+
+void multiply_rows(const char* op, GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups,
+                   const Tensor& d, const GroupedGemmOptions& options, RowsOnCpu* on_cpu) {
+  check_grouped_gemm(op, by, a, b, groups, d, options);
+  if (d.device.type == DeviceType::cuda)
+    run_rows(by, a, b, groups, d, options);
+  else
+    on_cpu(a, b, groups, d);
+}
+
 }  // namespace
 
 void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
                       const GroupedGemmOptions& options) {
-  check_grouped_gemm("grouped_gemm_fp8", RowGroups::offsets, a, b, offsets, d, options);
-  if (d.device.type == DeviceType::cuda)
-    run_rows(GroupsBy::offsets, a, b, offsets, d, options);
-  else
-    cpu::grouped_gemm_fp8(a, b, offsets, d);
+  multiply_rows("grouped_gemm_fp8", GroupsBy::offsets, a, b, offsets, d, options, cpu::grouped_gemm_fp8);
 }
 
 void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d,
                               const GroupedGemmOptions& options) {
-  check_grouped_gemm("grouped_gemm_fp8_indexed", RowGroups::row_groups, a, b, row_groups, d, options);
-  if (d.device.type == DeviceType::cuda)
-    run_rows(GroupsBy::row_groups, a, b, row_groups, d, options);
-  else
-    cpu::grouped_gemm_fp8_indexed(a, b, row_groups, d);
+  multiply_rows("grouped_gemm_fp8_indexed", GroupsBy::row_groups, a, b, row_groups, d, options,
+                cpu::grouped_gemm_fp8_indexed);
 }
 
 void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d,
                              const GroupedGemmOptions& options) {
-  check_grouped_gemm("grouped_gemm_fp8_masked", RowGroups::counts, a, b, counts, d, options);
-  if (d.device.type == DeviceType::cuda)
-    run_rows(GroupsBy::counts, a, b, counts, d, options);
-  else
-    cpu::grouped_gemm_fp8_masked(a, b, counts, d);
+  multiply_rows("grouped_gemm_fp8_masked", GroupsBy::counts, a, b, counts, d, options, cpu::grouped_gemm_fp8_masked);
 }
 
 void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const WgradOptions& options) {

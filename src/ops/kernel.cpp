@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "phalanx/status.h"
 
 namespace phalanx {
@@ -17,6 +19,10 @@ const cuda::DeviceInfo& require_hopper(int ordinal) {
   const cuda::DeviceInfo& device = cuda::device(ordinal);
   check_supported(device);
   return device;
+}
+
+int usable_sms(const cuda::DeviceInfo& device, int num_sms) {
+  return num_sms > 0 ? std::min(num_sms, device.num_sms) : device.num_sms;
 }
 
 const cuda::Kernel& load_kernel(int ordinal, const jit::KernelSource& source, int smem_bytes) {

@@ -15,6 +15,9 @@ void check_supported(const cuda::DeviceInfo& device);
 /// @throws Error unsupported, invalid_device
 const cuda::DeviceInfo& require_hopper(int ordinal);
 
+/// SMs that a caller's `num_sms` leaves: all if it is 0.
+int usable_sms(const cuda::DeviceInfo& device, int num_sms);
+
 /// The kernel made from `source`, compiled or fetched from a cache at the first call. The device's context is current.
 const cuda::Kernel& load_kernel(int ordinal, const jit::KernelSource& source, int smem_bytes);
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,6 +167,23 @@ class WgradCase(GemmFp8Case):
     accumulate: bool = False
     sizes: tuple[int, ...] | None = None
     gap: int = 0
+
+    @classmethod
+    def random(cls, rng: Random, sizes: tuple[int, ...], limit: int, seed: int) -> "WgradCase":
+        """Of these groups, M and N up to `limit`, and all else as it comes."""
+        gap = rng.choice((0, 9))
+        return cls(
+            rng.randint(1, limit),
+            rng.randint(1, limit),
+            sum(sizes) + 2 * gap + rng.randint(1, 100),
+            sizes=sizes,
+            gap=gap,
+            accumulate=rng.random() < 0.5,
+            values=rng.choice(("normal", "exact", "bits")),
+            sfa_layout=rng.choice(("mn", "k")),
+            pad=rng.randint(0, 3),
+            seed=seed,
+        )
 
     def __str__(self) -> str:
         groups = "" if self.sizes is None else f"-groups{'+'.join(map(str, self.sizes))}"

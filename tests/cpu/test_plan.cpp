@@ -4,16 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <random>
 #include <set>
-#include <sstream>
 #include <string>
 
 #include "jit/kernels.h"
 #include "plan/plan.h"
+#include "tests/cpu/golden.h"
 
 namespace phalanx {
 namespace {
@@ -57,20 +54,7 @@ std::string table_of_choices() {
   return table;
 }
 
-// A change of the planner shows as a diff of this file. PHALANX_UPDATE_GOLDEN=1 writes it anew.
-TEST(Plan, ChoosesWhatTheGoldenTableSays) {
-  const std::filesystem::path path = std::filesystem::path(PHALANX_SOURCE_DIR) / "tests/cpu/plans.txt";
-  if (std::getenv("PHALANX_UPDATE_GOLDEN")) std::ofstream(path) << table_of_choices();
-  std::ostringstream golden;
-  golden << std::ifstream(path).rdbuf();
-  std::istringstream wanted(golden.str()), actual(table_of_choices());
-  std::string wanted_line, actual_line;
-  while (std::getline(actual, actual_line)) {
-    ASSERT_TRUE(std::getline(wanted, wanted_line)) << "missing in " << path << ": " << actual_line;
-    EXPECT_EQ(actual_line, wanted_line);
-  }
-  EXPECT_FALSE(std::getline(wanted, wanted_line)) << "no longer planned: " << wanted_line;
-}
+TEST(Plan, ChoosesWhatTheGoldenTableSays) { test::check_golden("plans.txt", table_of_choices()); }
 
 TEST(Plan, ParsesOverrides) {
   const plan::GemmProblem problem{4096, 4096, 4096, OutType::bf16};

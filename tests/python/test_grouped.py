@@ -91,20 +91,7 @@ def test_grouped_wgrad(arrays, accumulate, sizes):
 def test_random_gradients(arrays, seed):
     rng = random.Random(seed)
     for _ in range(12):
-        sizes, gap = random_sizes(rng, rng.randint(1, 6), 300), rng.choice((0, 9))
-        case = WgradCase(
-            rng.randint(1, 200),
-            rng.randint(1, 200),
-            sum(sizes) + 2 * gap + rng.randint(1, 100),
-            sizes=sizes,
-            gap=gap,
-            accumulate=rng.random() < 0.5,
-            values=rng.choice(("normal", "exact", "bits")),
-            sfa_layout=rng.choice(("mn", "k")),
-            pad=rng.randint(0, 3),
-            seed=seed,
-        )
-        run(case, arrays)
+        run(WgradCase.random(rng, random_sizes(rng, rng.randint(1, 6), 300), 200, seed), arrays)
 
 
 # --- what they return, and what they refuse ---------------------------------------------------------------------------
