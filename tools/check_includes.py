@@ -31,7 +31,7 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("include", [r"phalanx/.*"]),
     ("src/ops", [r"phalanx/.*", r"(ops|plan|jit|cuda|ep|cpu)/.*", SHARED_DEVICE]),
     ("src/plan", [r"plan/.*", SHARED_DEVICE]),
-    ("src/jit", [r"jit/.*", r"plan/(plan|grouped)\.h", r"phalanx/(status|version|export)\.h", SHARED_DEVICE]),
+    ("src/jit", [r"jit/.*", r"plan/(plan|grouped|bf16)\.h", r"phalanx/(status|version|export)\.h", SHARED_DEVICE]),
     ("src/cuda", [r"cuda/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/ep", [r"(ep|cuda)/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/cpu", [r"cpu/.*", r"phalanx/.*", SHARED_DEVICE]),

@@ -6,6 +6,8 @@
 namespace phalanx {
 
 constexpr int kBlockK = 128;           // depth of a k-block: one row of the 128-byte swizzle, and one scale of A
+constexpr int kBf16BlockK = 64;        // of BF16 operands: as many bytes
+constexpr int kPanelRows = 64;         // rows (of M or N) in one 128-byte line of an MN-major BF16 operand
 constexpr int kScaleBlock = 128;       // a scale of B covers 128 x 128 elements
 constexpr int kPanelColumns = 64;      // BF16 columns in one 128-byte row of a staged D tile
 constexpr int kPartialPad = 8;         // floats after each row of a split-K partial tile, against bank conflicts
@@ -18,6 +20,10 @@ enum class OutType { bf16, f32 };
 // its own D, where B has a scale per row as A has: the gradients of weights.
 enum class Grouping { none, rows, columns };
 
+enum class Operand { e4m3, bf16 };
+// Along which dimension an operand is contiguous: K, or its rows. E4M3 is K-major.
+enum class Major { k, mn };
+
 struct GemmConfig {
   int block_m = 128, block_n = 128;  // tile of D that one CTA computes
   int num_consumers = 2;             // warpgroups that multiply; each takes block_m / num_consumers rows, 64 at a time
@@ -27,7 +33,10 @@ struct GemmConfig {
   int split_k = 1;                   // CTAs of a cluster that share a tile, each with a part of K
   OutType out = OutType::bf16;
   Grouping grouping = Grouping::none;
+  Operand operand = Operand::e4m3;
+  Major major_a = Major::k, major_b = Major::k;
 
+  constexpr int block_k() const { return operand == Operand::e4m3 ? kBlockK : kBf16BlockK; }
   constexpr int consumer_rows() const { return block_m / num_consumers; }
   constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
   // Registers of a thread, moved between the warpgroups at the start; a lone consumer has enough.
@@ -40,7 +49,8 @@ struct GemmConfig {
   constexpr int cluster_size() const { return cluster_n * cluster_m * split_k; }
   constexpr bool multicasts() const { return cluster_n * cluster_m > 1; }
   constexpr bool grouped() const { return grouping != Grouping::none; }
-  constexpr bool scales_b_by_row() const { return grouping == Grouping::columns; }
+  constexpr bool scaled() const { return operand == Operand::e4m3; }
+  constexpr bool scales_b_by_row() const { return scaled() && grouping == Grouping::columns; }
   // Scales of A that TMA brings for a stage. It wants 16-byte aligned addresses, and a group may begin at any row: it starts
   // up to three rows early.
   constexpr int scales_a_box() const { return block_m + (grouping == Grouping::rows ? 4 : 0); }
@@ -65,7 +75,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
                       : c.stores_by_tma() ? 2 * c.block_m * c.block_n
                                           : 0;
   s.sfa = s.d + d_bytes;
-  s.sfb = s.sfa + c.num_stages * c.scales_a_pitch() * 4;
+  s.sfb = s.sfa + (c.scaled() ? c.num_stages * c.scales_a_pitch() * 4 : 0);
   s.groups = s.sfb + (c.scales_b_by_row() ? c.num_stages * c.block_n * 4 : 0);
   s.full = s.groups + (c.grouped() ? (kMaxTableGroups + 2) * int(sizeof(GroupEntry)) : 0);  // the table and its size
   s.empty = s.full + c.num_stages * 8;
@@ -83,7 +93,11 @@ constexpr bool is_valid(const GemmConfig& c) {
   const bool cluster = c.cluster_n >= 1 && c.cluster_m >= 1 && c.split_k >= 1 && one_kind <= 1 &&
                        c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0 &&
                        c.block_n % (8 * c.cluster_m) == 0;
-  return tile && cluster && c.num_stages >= 2 && smem_layout(c).total <= kMaxSmemBytes;
+  // An MN-major operand comes in panels of 64 rows.
+  const bool majors = (c.major_a == Major::k || c.block_m / c.cluster_n % kPanelRows == 0) &&
+                      (c.major_b == Major::k || c.block_n / c.cluster_m % kPanelRows == 0) &&
+                      (!c.scaled() || (c.major_a == Major::k && c.major_b == Major::k));
+  return tile && cluster && majors && c.num_stages >= 2 && smem_layout(c).total <= kMaxSmemBytes;
 }
 
 }  // namespace phalanx

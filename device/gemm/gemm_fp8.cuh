@@ -46,7 +46,7 @@ struct SharedMemory {
 template <GemmConfig C>
 __device__ KRange my_k_range(const GemmParams& p, const Tile& t) {
   if constexpr (C.grouping == Grouping::columns) return k_range(t);
-  return k_range(p.k, C.split_k, C.split_k > 1 ? int(ptx::cluster_ctarank()) : 0);
+  return k_range(p.k, C.split_k, C.split_k > 1 ? int(ptx::cluster_ctarank()) : 0, C.block_k());
 }
 
 template <GemmConfig C>
@@ -264,9 +264,9 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
 
 // --- kernel ---------------------------------------------------------------------------------------------------------
 
-// `consume(smem, consumer)` is what a consumer warpgroup does.
-template <GemmConfig C, class Consume>
-__device__ __forceinline__ void run_roles(const GemmParams& p, const Consume& consume) {
+// `produce(smem, warp)` is what a warp of the producer does, `consume(smem, consumer)` what a consumer warpgroup does.
+template <GemmConfig C, class Produce, class Consume>
+__device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& produce, const Consume& consume) {
   static_assert(is_valid(C));
   constexpr int kProducer = C.num_consumers;
 
@@ -308,8 +308,7 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Consume& co
 
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers > 1) ptx::register_decrease<C.producer_registers()>();
-    if (warp == 0 && ptx::elect_one()) load_operands<C>(p, smem);
-    if (warp == 1 && !p.sfa_by_tma) copy_scales<C>(p, smem);
+    produce(smem, warp);
   } else {
     if constexpr (C.num_consumers > 1) ptx::register_increase<C.consumer_registers()>();
     consume(smem, warpgroup);
@@ -325,9 +324,19 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Consume& co
   }
 }
 
+// A product of E4M3.
+template <GemmConfig C, class Consume>
+__device__ __forceinline__ void run_fp8_roles(const GemmParams& p, const Consume& consume) {
+  const auto produce = [&](const SharedMemory<C>& smem, int warp) {
+    if (warp == 0 && ptx::elect_one()) load_operands<C>(p, smem);
+    if (warp == 1 && !p.sfa_by_tma) copy_scales<C>(p, smem);
+  };
+  run_roles<C>(p, produce, consume);
+}
+
 template <GemmConfig C>
 __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
-  run_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer) { consume_tiles<C>(p, smem, consumer); });
+  run_fp8_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer) { consume_tiles<C>(p, smem, consumer); });
 }
 
 }  // namespace phalanx

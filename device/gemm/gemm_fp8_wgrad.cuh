@@ -77,32 +77,10 @@ __device__ __forceinline__ void multiply_columns(Consumer<C>& self, const Tile& 
   self.pipe.advance();
 }
 
-// Registers (+ D) -> D. Of a tile within D's columns all reads are on their way before the first is awaited.
-template <GemmConfig C>
-__device__ void store_gradient(const GemmParams& p, const Tile& t, int consumer, Accumulator<C>& acc) {
-  if (t.n + C.block_n > p.n) return store_tile_direct<C>(p, t, consumer, acc);
-#pragma unroll
-  for (int i = 0; i < C.num_waves() * 2; ++i) {
-    const int row = t.m + fragment_row<C>(consumer, i / 2) + i % 2 * 8;
-    if (row >= t.group_end) continue;
-    float2* d = reinterpret_cast<float2*>(static_cast<float*>(p.d_ptr) + row * p.d_stride + t.n) + threadIdx.x % 4;
-    float* x = &acc[i / 2][i % 2 * 2];
-    if (p.c_ptr != nullptr) {
-      float2 before[C.block_n / 8];
-#pragma unroll
-      for (int j = 0; j < C.block_n / 8; ++j) before[j] = d[j * 4];
-#pragma unroll
-      for (int j = 0; j < C.block_n / 8; ++j) x[j * 4] += before[j].x, x[j * 4 + 1] += before[j].y;
-    }
-#pragma unroll
-    for (int j = 0; j < C.block_n / 8; ++j) d[j * 4] = make_float2(x[j * 4], x[j * 4 + 1]);
-  }
-}
-
 template <GemmConfig C>
 __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
   static_assert(C.grouping == Grouping::columns && C.out == OutType::f32 && C.split_k == 1);
-  run_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer) {
+  run_fp8_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer) {
     Consumer<C> self(p, smem, consumer);
     auto tiles = my_tiles<C>(p, smem);
     for (Tile t; tiles.next(t);) {

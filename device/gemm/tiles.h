@@ -79,8 +79,8 @@ struct DenseTiles : ClusterTiles {  // `index` counts from the band's first tile
 struct KRange {
   int begin, end;
 };
-constexpr KRange k_range(int k, int split_k, int part) {
-  const int num_k_blocks = ceil_div(k, kBlockK);
+constexpr KRange k_range(int k, int split_k, int part, int block_k = kBlockK) {
+  const int num_k_blocks = ceil_div(k, block_k);
   return {num_k_blocks * part / split_k, num_k_blocks * (part + 1) / split_k};
 }
 

@@ -5,6 +5,7 @@
 #include "phalanx/dtype.h"
 #include "phalanx/ep.h"
 #include "phalanx/gemm.h"
+#include "phalanx/gemm_bf16.h"
 #include "phalanx/group.h"
 #include "phalanx/grouped.h"
 #include "phalanx/moe.h"

@@ -1,5 +1,5 @@
 // D = A · Bᵀ (+ C), one product or many, in tiles. A thread decodes the tile's rows of A and B, one k-block at a time, into FP32 scratch that
-// fits its L2 cache, multiplies them with the BLAS, and promotes the product with the scales:
+// fits its L2 cache, multiplies them with the BLAS, and promotes the product with the scales (BF16 has none: they are one):
 //
 //     A [tile_m, 128] ─ decode ─┐
 //                               ├─ SGEMM → partial [tile_m, panel] ─ × sfa · sfb → acc [tile_m, tile_n] ─ + C, round →
@@ -19,6 +19,7 @@
 
 #include "cpu/convert.h"
 #include "cpu/cpu.h"
+#include "cpu/gemm_bf16.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
 #include "device/gemm/config.h"
@@ -60,7 +61,7 @@ void multiply(const float* a, const float* b, float* out, int m, int n, int k) {
 }
 
 // Rows of E4M3, `k` of each, as FP32 rows of kBlockK.
-void decode(const std::uint8_t* codes, int64_t row_stride, int rows, int k, float* __restrict out) {
+void decode_e4m3(const std::uint8_t* codes, int64_t row_stride, int rows, int k, float* __restrict out) {
   for (int i = 0; i < rows; ++i, codes += row_stride, out += kBlockK) {
     // The next k-block of this row, two cache lines: hardware does not see so wide a stride coming.
     __builtin_prefetch(codes + kBlockK);
@@ -69,7 +70,29 @@ void decode(const std::uint8_t* codes, int64_t row_stride, int rows, int k, floa
   }
 }
 
+// The same of BF16 with any strides; the shorter one in the inner loop.
+void decode_bf16(const Bf16* x, int64_t row_stride, int64_t col_stride, int rows, int k, float* __restrict out) {
+  if (col_stride == 1) {
+    for (int i = 0; i < rows; ++i, x += row_stride, out += kBlockK)
+      for (int j = 0; j < k; ++j) out[j] = to_f32(x[j]);
+  } else {
+    for (int j = 0; j < k; ++j, x += col_stride)
+      for (int i = 0; i < rows; ++i) out[i * kBlockK + j] = to_f32(x[i * row_stride]);
+  }
+}
+
+// `rows` rows from `row` on, `k` columns from `k0` on.
+void decode(const Tensor& x, int64_t row, int64_t k0, int rows, int k, float* out) {
+  const int64_t first = row * x.strides[0] + k0 * x.strides[1];
+  if (x.dtype == DType::bf16)
+    decode_bf16(static_cast<const Bf16*>(x.data) + first, x.strides[0], x.strides[1], rows, k, out);
+  else
+    decode_e4m3(static_cast<const std::uint8_t*>(x.data) + row * x.strides[0] + k0, x.strides[0], rows, k, out);
+}
+
+// Without scales: one.
 float scale_at(const Tensor& scales, int64_t i, int64_t j) {
+  if (scales.data == nullptr) return 1;
   return static_cast<const float*>(scales.data)[i * scales.strides[0] + j * scales.strides[1]];
 }
 
@@ -107,19 +130,16 @@ class Tiling {
 
 // acc [tile.m, tile.n], rows kMaxTileN apart.
 void accumulate_tile(const Product& p, const Tile& tile, Scratch& scratch) {
-  const Tensor &a = p.a.data, &b = p.b.data;
-  const auto* a_codes = static_cast<const std::uint8_t*>(a.data) + tile.m0 * a.strides[0];
-  const auto* b_codes = static_cast<const std::uint8_t*>(b.data) + tile.n0 * b.strides[0];
   std::fill_n(scratch.acc, tile.m * kMaxTileN, 0.0f);
   // Inside a BLAS the order of a row's sums depends on the number of rows, and on the row's place among them.
   const int rows_at_once = p.batch_invariant ? 1 : tile.m;
   for (int64_t k0 = p.k_begin; k0 < p.k_end; k0 += kBlockK - k0 % kBlockK) {  // up to the next multiple of 128
     const int64_t k_block = k0 / kBlockK;
     const int k = static_cast<int>(std::min((k_block + 1) * kBlockK, p.k_end) - k0);
-    decode(a_codes + k0, a.strides[0], tile.m, k, scratch.a);
+    decode(p.a.data, tile.m0, k0, tile.m, k, scratch.a);
     for (int n0 = 0; n0 < tile.n; n0 += kPanel) {
       const int n = std::min(kPanel, tile.n - n0);
-      decode(b_codes + n0 * b.strides[0] + k0, b.strides[0], n, k, scratch.b);
+      decode(p.b.data, tile.n0 + n0, k0, n, k, scratch.b);
       for (int i = 0; i < tile.m; i += rows_at_once)
         multiply(scratch.a + i * kBlockK, scratch.b, scratch.partial + i * kPanel, rows_at_once, n, k);
       for (int j = 0; j < n; ++j) {
@@ -186,6 +206,10 @@ void multiply(std::span<const Product> products) {
 void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const Tensor* c, bool batch_invariant) {
   const Product product{.a = a, .b = b, .k_end = a.data.cols(), .d = d, .c = c, .batch_invariant = batch_invariant};
   multiply({&product, 1});
+}
+
+void gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& d, const Tensor* c, bool batch_invariant) {
+  gemm_fp8({a, {}}, {b, {}}, d, c, batch_invariant);
 }
 
 }  // namespace phalanx::cpu

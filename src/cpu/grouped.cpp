@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/gemm_bf16.h"
 #include "cpu/product.h"
 #include "phalanx/status.h"
 
@@ -84,23 +85,13 @@ void multiply_rows(const ScaledTensor& a, const ScaledTensor& b, const std::vect
   multiply(products);
 }
 
-}  // namespace
-
-void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d) {
-  multiply_rows(a, b, ranges_of_offsets("grouped_gemm_fp8", offsets, d.rows()), d);
-}
-
-void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d) {
-  multiply_rows(a, b, ranges_of_row_groups("grouped_gemm_fp8_indexed", row_groups, b.data.shape[0]), d);
-}
-
-void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d) {
+void multiply_masked(const char* op, const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts,
+                     const Tensor& d) {
   const int64_t limit = d.shape[1];
   std::vector<Product> products;
   for (int64_t g = 0; g < counts.shape[0]; ++g) {
     const int64_t count = value_at(counts, g);
-    if (count < 0 || count > limit)
-      fail("grouped_gemm_fp8_masked", element("counts", g), count, "0 to " + std::to_string(limit));
+    if (count < 0 || count > limit) fail(op, element("counts", g), count, "0 to " + std::to_string(limit));
     const Range rows{0, count};
     products.push_back({.a = rows_of(matrix_of(a, g), rows),
                         .b = matrix_of(b, g),
@@ -110,15 +101,9 @@ void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const
   multiply(products);
 }
 
-void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, bool accumulate) {
-  const Product product{
-      .a = a, .b = b, .b_by_rows = true, .k_end = a.data.cols(), .d = d, .c = accumulate ? &d : nullptr};
-  multiply({&product, 1});
-}
-
-void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
-                       bool accumulate) {
-  const std::vector<Range> ranges = ranges_of_offsets("grouped_wgrad_fp8", offsets, a.data.cols());
+void multiply_columns(const char* op, const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets,
+                      const Tensor& d, bool accumulate) {
+  const std::vector<Range> ranges = ranges_of_offsets(op, offsets, a.data.cols());
   std::vector<Product> products(ranges.size());
   for (std::size_t g = 0; g < ranges.size(); ++g) {
     Product& product = products[g] = {.a = a,
@@ -130,6 +115,52 @@ void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tenso
     if (accumulate) product.c = &product.d;
   }
   multiply(products);
+}
+
+}  // namespace
+
+void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d) {
+  multiply_rows(a, b, ranges_of_offsets("grouped_gemm_fp8", offsets, d.rows()), d);
+}
+
+void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d) {
+  multiply_rows(a, b, ranges_of_row_groups("grouped_gemm_fp8_indexed", row_groups, b.data.shape[0]), d);
+}
+
+void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d) {
+  multiply_masked("grouped_gemm_fp8_masked", a, b, counts, d);
+}
+
+void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, bool accumulate) {
+  const Product product{
+      .a = a, .b = b, .b_by_rows = true, .k_end = a.data.cols(), .d = d, .c = accumulate ? &d : nullptr};
+  multiply({&product, 1});
+}
+
+void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
+                       bool accumulate) {
+  multiply_columns("grouped_wgrad_fp8", a, b, offsets, d, accumulate);
+}
+
+// --- BF16: no scales -------------------------------------------------------------------------------------------------------
+
+void grouped_gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& offsets, const Tensor& d) {
+  multiply_rows({a, {}}, {b, {}}, ranges_of_offsets("grouped_gemm_bf16", offsets, d.rows()), d);
+}
+
+void grouped_gemm_bf16_indexed(const Tensor& a, const Tensor& b, const Tensor& row_groups, const Tensor& d) {
+  multiply_rows({a, {}}, {b, {}}, ranges_of_row_groups("grouped_gemm_bf16_indexed", row_groups, b.shape[0]), d);
+}
+
+void grouped_gemm_bf16_masked(const Tensor& a, const Tensor& b, const Tensor& counts, const Tensor& d) {
+  multiply_masked("grouped_gemm_bf16_masked", {a, {}}, {b, {}}, counts, d);
+}
+
+void grouped_wgrad_bf16(const Tensor& a, const Tensor& b, const Tensor& offsets, const Tensor& d, bool accumulate) {
+  const auto columns = [](const Tensor& x) {
+    return ScaledTensor{{x.data, x.dtype, x.device, 2, {x.cols(), x.rows()}, {x.strides[1], x.strides[0]}}, {}};
+  };
+  multiply_columns("grouped_wgrad_bf16", columns(a), columns(b), offsets, d, accumulate);
 }
 
 }  // namespace phalanx::cpu

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "plan/bf16.h"
 #include "plan/grouped.h"
 #include "plan/plan.h"
 
@@ -13,26 +14,39 @@ const char* name_of(OutType type) { return type == OutType::bf16 ? "bf16" : "f32
 }  // namespace
 
 KernelSource gemm_source(const GemmConfig& config) {
-  constexpr const char *kOperations[] = {"gemm_fp8", "grouped_gemm_fp8", "wgrad_fp8"},
-                       *kGroupings[] = {"none", "rows", "columns"};
+  constexpr const char* kOperations[2][3] = {{"gemm_fp8", "grouped_gemm_fp8", "wgrad_fp8"},
+                                             {"gemm_bf16", "grouped_gemm_bf16", "wgrad_bf16"}};
+  constexpr const char *kGroupings[] = {"none", "rows", "columns"}, *kOperands[] = {"e4m3", "bf16"},
+                       *kMajors[] = {"k", "mn"};
   // Names every field, so that one that is added and not printed here does not compile.
-  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping] = config;
-  const bool wgrad = grouping == Grouping::columns;
-  return {.name = fmt::format("{}_{}x{}_c{}x{}_s{}_st{}_w{}_{}", kOperations[int(grouping)], block_m, block_n,
+  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping, operand,
+               major_a, major_b] = config;
+  const char* majors = kMajors[int(major_a)];
+  const bool bf16 = operand == Operand::bf16, fp8_wgrad = !bf16 && grouping == Grouping::columns;
+  return {.name = fmt::format("{}{}_{}x{}_c{}x{}_s{}_st{}_w{}_{}", kOperations[bf16][int(grouping)],
+                              bf16 ? fmt::format("_{}_{}", majors, kMajors[int(major_b)]) : "", block_m, block_n,
                               cluster_m, cluster_n, split_k, num_stages, num_consumers, name_of(out)),
           .text = fmt::format(R"(#include "device/gemm/{}.cuh"
-constexpr phalanx::GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = phalanx::OutType::{}, .grouping = phalanx::Grouping::{}}};
-extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), 1) {}(const __grid_constant__ phalanx::GemmParams params) {{ phalanx::{}<kConfig>(params); }}
+using namespace phalanx;
+constexpr GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = OutType::{}, .grouping = Grouping::{}, .operand = Operand::{}, .major_a = Major::{}, .major_b = Major::{}}};
+extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), 1) {}(const __grid_constant__ GemmParams params) {{ {}<kConfig>(params); }}
 )",
-                              wgrad ? "gemm_fp8_wgrad" : "gemm_fp8", block_m, block_n, num_consumers, num_stages,
-                              cluster_n, cluster_m, split_k, name_of(out), kGroupings[int(grouping)], kEntryPoint,
-                              wgrad ? "wgrad_fp8" : "gemm_fp8")};
+                              bf16        ? "gemm_bf16"
+                              : fp8_wgrad ? "gemm_fp8_wgrad"
+                                          : "gemm_fp8",
+                              block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, name_of(out),
+                              kGroupings[int(grouping)], kOperands[int(operand)], majors, kMajors[int(major_b)],
+                              kEntryPoint,
+                              bf16        ? "gemm_bf16"
+                              : fp8_wgrad ? "wgrad_fp8"
+                                          : "gemm_fp8")};
 }
 
 std::vector<KernelSource> all_kernels() {
   std::vector<KernelSource> kernels;
   for (const GemmConfig& config : plan::all_gemm_configs()) kernels.push_back(gemm_source(config));
   for (const GemmConfig& config : plan::all_grouped_configs()) kernels.push_back(gemm_source(config));
+  for (const GemmConfig& config : plan::all_bf16_configs()) kernels.push_back(gemm_source(config));
   for (const FloatType type : {FloatType::bf16, FloatType::f16, FloatType::f32}) {
     for (const QuantizeForm form :
          {QuantizeForm::rows, QuantizeForm::blocks, QuantizeForm::transposed, QuantizeForm::both})

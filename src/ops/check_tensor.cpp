@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "ops/check.h"
+#include "phalanx/grouped.h"
 
 namespace phalanx {
 namespace {
@@ -102,6 +103,45 @@ void check_scales(const Arg& arg, Access access) {
   const bool distinct = (inner_count == 1 || inner > 0) && (outer_count == 1 || outer > (inner_count - 1) * inner);
   if (!distinct) [[unlikely]]
     fail(ErrorCode::invalid_argument, arg, "its strides make elements overlap");
+}
+
+// --- of groups -----------------------------------------------------------------------------------------------------------
+
+void check_at_least_1(const Arg& arg, const char* what, int64_t value) {
+  if (value < 1) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "{} is {}, expected at least 1", what, value);
+}
+
+void check_num_groups(const Arg& arg) {
+  if (arg->shape[0] < 1 || arg->shape[0] > kMaxGroups) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "G is {}, expected 1 to {}", arg->shape[0], kMaxGroups);
+}
+
+void check_stack(const Arg& arg) {
+  check_tma(arg);
+  if (arg.empty() || arg->shape[0] == 1) return;
+  const int64_t rows = arg->shape[1], row = rows > 1 ? arg->strides[1] : arg->strides[0], pitch = arg->strides[0];
+  if (pitch < rows * row || pitch < arg->shape[2] || pitch % row != 0) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its group stride is {} elements, expected a multiple of the row stride {}",
+         pitch, row);
+  if (pitch * size_of(arg->dtype) % 16 != 0) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its group stride is {} bytes, expected a multiple of 16",
+         pitch * size_of(arg->dtype));
+  if (pitch / row > kMaxDim / arg->shape[0]) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "it spans more than {} rows", kMaxDim);
+}
+
+void check_groups_vector(const Arg& arg, int64_t size, const char* meaning) {
+  check_dtype(arg, DType::int32);
+  check_shape(arg, {size}, meaning);
+  check_base(arg, alignof(std::int32_t));
+  if (size > 1 && arg->strides[0] != 1) [[unlikely]]
+    fail(ErrorCode::invalid_argument, arg, "its stride is {} elements, expected 1", arg->strides[0]);
+}
+
+void check_not_negative(const char* op, const char* name, int value) {
+  if (value < 0) [[unlikely]]
+    throw Error(ErrorCode::invalid_argument, fmt::format("{}: options.{} is {}, expected 0 or more", op, name, value));
 }
 
 // --- two tensors -----------------------------------------------------------------------------------------------------------

@@ -60,6 +60,20 @@ void check_tma(const Arg& arg);
 /// Any strides; those of an output must give every element a place of its own. A matrix, or to be read.
 void check_scales(const Arg& arg, Access access);
 
+void check_at_least_1(const Arg& arg, const char* what, std::int64_t value);
+void check_not_negative(const char* op, const char* name, int value);
+
+// --- of groups -----------------------------------------------------------------------------------------------------------
+
+/// The first dimension, of a stack.
+void check_num_groups(const Arg& arg);
+
+/// Matrices of a stack: each as TMA wants it, a whole number of rows apart, in no order but ascending.
+void check_stack(const Arg& arg);
+
+/// Offsets, row groups or counts: int32, contiguous.
+void check_groups_vector(const Arg& arg, std::int64_t size, const char* meaning);
+
 // --- two tensors -----------------------------------------------------------------------------------------------------------
 
 void check_device(const Arg& arg, const Arg& reference);

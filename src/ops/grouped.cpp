@@ -10,6 +10,7 @@
 #include "device/gemm/params.h"
 #include "ops/check.h"
 #include "ops/group_faults.h"
+#include "ops/launch_gemm.h"
 #include "ops/plan_cache.h"
 #include "plan/grouped.h"
 
@@ -38,12 +39,10 @@ std::optional<plan::GemmPlan> tuned_plan(const PlanKey& key) {
   const char* text = tuning_config();
   if (!text) return std::nullopt;
   const plan::GroupedProblem& problem = key.problem;
-  const auto dense = plan::parse_plan(text, {problem.m, problem.n, problem.k, problem.out}, key.num_sms);
-  GemmConfig config = dense ? dense->config : GemmConfig{.num_stages = 0};
-  config.grouping = problem.grouping;
-  if (!is_valid(config) || config.split_k > 1)
+  const auto parsed = plan::parse_config(text, {.out = problem.out, .grouping = problem.grouping});
+  if (!parsed || parsed->config.split_k > 1)
     throw Error(ErrorCode::invalid_argument, std::string("PHALANX_GEMM_CONFIG is not a valid configuration: ") + text);
-  return plan::plan_grouped_with(config, dense->group_m, problem, key.num_sms);
+  return plan::plan_grouped_with(parsed->config, parsed->group_m, problem, key.num_sms);
 }
 
 PlannedGemm planned(const PlanKey& key) {
@@ -53,27 +52,6 @@ PlannedGemm planned(const PlanKey& key) {
 }
 
 // --- operands --------------------------------------------------------------------------------------------------------------
-
-// A matrix, or a stack of them seen as one, in which the same row of two neighbours is `pitch` rows apart.
-struct Rows {
-  Tensor matrix;
-  int pitch = 0;
-
-  explicit Rows(const Tensor& x) : matrix(x) {
-    if (x.ndim == 2) return;
-    const int64_t rows = x.shape[1], row = rows > 1 ? x.strides[1] : x.strides[0];
-    matrix = matrix_of(x, 0);
-    matrix.strides[0] = row;
-    if (x.shape[0] == 1) return;
-    pitch = int(x.strides[0] / row);
-    matrix.shape[0] = (x.shape[0] - 1) * pitch + rows;
-  }
-
-  TensorMap map(int box_rows, int box_cols) const {
-    return cuda::make_tensor_map({matrix.dtype, matrix.data, matrix.rows(), matrix.cols(),
-                                  row_stride(matrix) * size_of(matrix.dtype), box_rows, box_cols});
-  }
-};
 
 // Scales of a matrix's rows, or of each in a stack, as TMA can read them if it can: columns (one k-block each) contiguous and
 // 16-byte aligned. The tensor map shows them transposed: group g begins at column g * pitch_x and row g * pitch_y.
@@ -113,22 +91,6 @@ const float* floats(const Tensor& x) { return static_cast<const float*>(x.data);
 
 // --- launches --------------------------------------------------------------------------------------------------------------
 
-// The device, checked, and how many SMs may be used.
-struct Place {
-  int ordinal, num_sms;
-
-  Place(const Tensor& d, int limit) : ordinal(d.device.index), num_sms(usable_sms(require_hopper(ordinal), limit)) {}
-};
-
-void launch(const PlannedGemm& planned, GemmParams& p, Stream stream) {
-  const GemmConfig& config = planned.plan.config;
-  p.group_m = planned.plan.group_m;
-  p.rows_a = config.block_m;
-  planned.kernel->launch(
-      {planned.plan.num_ctas, config.num_threads(), config.cluster_size(), smem_layout(config).total}, &p,
-      stream.handle);
-}
-
 void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, const Tensor& d,
               const GroupedGemmOptions& options) {
   const Place place(d, options.num_sms);
@@ -149,6 +111,7 @@ void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const T
   const Rows a_rows(a.data), b_rows(b.data), d_rows(d);
   const ScaleColumns sfa(a.scales, config.scales_a_box());
   GemmParams p{};
+  p.rows_a = config.block_m;
   p.a = a_rows.map(config.block_m / config.cluster_n, kBlockK);
   p.b = b_rows.map(config.block_n / config.cluster_m, kBlockK);
   if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), kPanelColumns);
@@ -192,6 +155,7 @@ void run_columns(const ScaledTensor& a, const ScaledTensor& b, const Tensor* off
   const Rows d_rows(d);
   const ScaleColumns sfa(a.scales, config.scales_a_box()), sfb(b.scales, config.block_n);
   GemmParams p{};
+  p.rows_a = config.block_m;
   if (k > 0) {  // else nothing is read
     p.a = Rows(a.data).map(config.block_m / config.cluster_n, kBlockK);
     p.b = Rows(b.data).map(config.block_n / config.cluster_m, kBlockK);

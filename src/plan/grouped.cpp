@@ -4,17 +4,10 @@
 #include <cmath>
 
 #include "device/gemm/grouped_tiles.h"
+#include "plan/stages.h"
 
 namespace phalanx::plan {
 namespace {
-
-constexpr int kDefaultGroupM = 8;
-
-// The deepest pipeline that fits, up to 12 stages.
-constexpr GemmConfig with_stages(GemmConfig c) {
-  for (c.num_stages = 12; c.num_stages > 2 && smem_layout(c).total > kMaxSmemBytes;) --c.num_stages;
-  return c;
-}
 
 std::vector<GemmConfig> make_configs() {
   std::vector<GemmConfig> list;
@@ -43,15 +36,6 @@ std::vector<GemmConfig> make_configs() {
                                 .out = OutType::f32,
                                 .grouping = Grouping::columns}));
   return list;
-}
-
-// Tiles along M of all groups together, about: of groups of random size half a tile more than rows would fill.
-double expected_tiles_m(const GemmConfig& c, const GroupedProblem& p) {
-  const double height = c.block_m * c.cluster_m;
-  if (p.grouping == Grouping::columns) return double(p.num_groups) * std::ceil(p.m / height);
-  const double groups = std::min(p.num_groups, p.m);
-  const double rows = p.expected_rows > 0 ? p.expected_rows : p.m / groups;
-  return groups * (std::ceil(rows / height) + rows / height + 0.5) / 2;
 }
 
 // Cycles of the whole product. It only has to put configurations in order; docs/tuning.md has the measurements.
@@ -83,6 +67,14 @@ double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms
 }
 
 }  // namespace
+
+double expected_tiles_m(const GemmConfig& c, const GroupedProblem& p) {
+  const double height = c.block_m * c.cluster_m;
+  if (p.grouping != Grouping::rows) return double(p.num_groups) * std::ceil(p.m / height);
+  const double groups = std::min(p.num_groups, p.m);
+  const double rows = p.expected_rows > 0 ? p.expected_rows : p.m / groups;
+  return groups * (std::ceil(rows / height) + rows / height + 0.5) / 2;
+}
 
 const std::vector<GemmConfig>& all_grouped_configs() {
   static const std::vector<GemmConfig> list = make_configs();

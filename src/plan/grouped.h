@@ -8,7 +8,7 @@
 namespace phalanx::plan {
 
 struct GroupedProblem {
-  Grouping grouping;  ///< rows or columns
+  Grouping grouping;
   int num_groups;
   int m, n,
       k;  ///< of rows: M of all groups together, the most that they may have; of columns: M and N of each group's D
@@ -23,6 +23,9 @@ GemmPlan plan_grouped(const GroupedProblem& problem, int num_sms);
 
 /// Every configuration that `plan_grouped` can return.
 const std::vector<GemmConfig>& all_grouped_configs();
+
+/// Tiles along M of all groups together, about: of groups of random size half a tile more than rows would fill.
+double expected_tiles_m(const GemmConfig& config, const GroupedProblem& problem);
 
 /// The plan that a given configuration makes: for tuning.
 GemmPlan plan_grouped_with(const GemmConfig& config, int group_m, const GroupedProblem& problem, int num_sms);

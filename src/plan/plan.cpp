@@ -5,18 +5,10 @@
 #include <cmath>
 
 #include "device/gemm/tiles.h"
+#include "plan/stages.h"
 
 namespace phalanx::plan {
 namespace {
-
-constexpr int kDefaultGroupM = 8;
-constexpr int kSmemPerSm = 233472;  // bytes that the CTAs of one SM share
-
-// The deepest pipeline that fits in `smem_bytes`, up to 12 stages: more were never faster.
-constexpr GemmConfig with_stages(GemmConfig c, int smem_bytes = kMaxSmemBytes) {
-  for (c.num_stages = 12; c.num_stages > 2 && smem_layout(c).total > smem_bytes;) --c.num_stages;
-  return c;
-}
 
 std::vector<GemmConfig> make_configs() {
   std::vector<GemmConfig> list;
@@ -113,9 +105,9 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
   return plan_with(*best, kDefaultGroupM, problem, num_sms);
 }
 
-std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& problem, int num_sms) {
-  GemmConfig c{.out = problem.out};
-  int group_m = kDefaultGroupM;
+std::optional<ParsedConfig> parse_config(std::string_view text, const GemmConfig& config) {
+  ParsedConfig parsed{config};
+  auto& [c, group_m] = parsed;
   const std::pair<std::string_view, int*> fields[] = {
       {"block_m", &c.block_m},       {"block_n", &c.block_n},     {"num_consumers", &c.num_consumers},
       {"num_stages", &c.num_stages}, {"cluster_n", &c.cluster_n}, {"cluster_m", &c.cluster_m},
@@ -134,7 +126,13 @@ std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& pro
     if (error != std::errc{} || stop != end) return std::nullopt;
   }
   if (group_m < 1 || group_m != 1 << log2_of(group_m) || !is_valid(c)) return std::nullopt;
-  return plan_with(c, group_m, problem, num_sms);
+  return parsed;
+}
+
+std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& problem, int num_sms) {
+  const auto parsed = parse_config(text, {.out = problem.out});
+  if (!parsed) return std::nullopt;
+  return plan_with(parsed->config, parsed->group_m, problem, num_sms);
 }
 
 }  // namespace phalanx::plan

@@ -34,8 +34,19 @@ const std::vector<GemmConfig>& all_gemm_configs();
 /// The plan that a given configuration makes for a problem: for tuning.
 GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms);
 
-/// Parses "block_m=256,block_n=128,num_stages=3,...,group_m=8", names as in GemmConfig, what is absent at its default.
+constexpr int kDefaultGroupM = 8;
+
+/// A configuration that somebody asks for.
+struct ParsedConfig {
+  GemmConfig config;
+  int group_m = kDefaultGroupM;
+};
+
+/// Parses "block_m=256,block_n=128,num_stages=3,...,group_m=8", names as in GemmConfig, what is absent as in `config`.
 /// Nothing if a name is unknown or the configuration is not valid.
+std::optional<ParsedConfig> parse_config(std::string_view text, const GemmConfig& config);
+
+/// The plan that such a configuration makes.
 std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& problem, int num_sms);
 
 }  // namespace phalanx::plan

@@ -24,8 +24,9 @@ OutType out_type(const std::string& name) {
 }  // namespace
 
 std::string format_plan(const GemmPlan& plan) {
-  // Names every field, so that one that is added and not printed here does not compile. `out` is the problem's.
-  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping] = plan.config;
+  // Names every field, so that one that is added and not printed here does not compile. The last five are the problem's.
+  const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping, operand,
+               major_a, major_b] = plan.config;
   return fmt::format(
       "block_m={},block_n={},num_consumers={},num_stages={},cluster_n={},cluster_m={},split_k={},group_m={}", block_m,
       block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, plan.group_m);

@@ -1,0 +1,50 @@
+// What products need between their checks and their kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/cuda.h"
+#include "device/gemm/params.h"
+#include "ops/check.h"
+#include "ops/plan_cache.h"
+
+namespace phalanx {
+
+/// A matrix, or a stack of them seen as one, in which the same row of two neighbours is `pitch` rows apart.
+struct Rows {
+  Tensor matrix;
+  int pitch = 0;
+
+  explicit Rows(const Tensor& x) : matrix(x) {
+    if (x.ndim == 2) return;
+    const std::int64_t rows = x.shape[1], row = rows > 1 ? x.strides[1] : x.strides[0];
+    matrix = matrix_of(x, 0);
+    matrix.strides[0] = row;
+    if (x.shape[0] == 1) return;
+    pitch = int(x.strides[0] / row);
+    matrix.shape[0] = (x.shape[0] - 1) * pitch + rows;
+  }
+
+  TensorMap map(int box_rows, int box_cols) const {
+    return cuda::make_tensor_map({matrix.dtype, matrix.data, matrix.rows(), matrix.cols(),
+                                  row_stride(matrix) * size_of(matrix.dtype), box_rows, box_cols});
+  }
+};
+
+/// The device, checked, and how many SMs may be used.
+struct Place {
+  int ordinal, num_sms;
+
+  Place(const Tensor& d, int limit) : ordinal(d.device.index), num_sms(usable_sms(require_hopper(ordinal), limit)) {}
+};
+
+/// Enqueues the kernel; `p` lacks only what the plan says.
+inline void launch(const PlannedGemm& planned, GemmParams& p, Stream stream) {
+  const GemmConfig& config = planned.plan.config;
+  p.group_m = planned.plan.group_m;
+  planned.kernel->launch(
+      {planned.plan.num_ctas, config.num_threads(), config.cluster_size(), smem_layout(config).total}, &p,
+      stream.handle);
+}
+
+}  // namespace phalanx
