@@ -12,6 +12,13 @@ import sys as _sys
 
 from phalanx._activation import swiglu_backward, swiglu_backward_both, swiglu_quantize, swiglu_quantize_both
 from phalanx._api import Quantized, dequantize, gemm_fp8, quantize, quantize_both, quantize_transposed
+from phalanx._bf16 import (
+    gemm_bf16,
+    grouped_gemm_bf16,
+    grouped_gemm_bf16_indexed,
+    grouped_gemm_bf16_masked,
+    grouped_wgrad_bf16,
+)
 from phalanx._ep import Dispatched, ExpertParallel, Group
 from phalanx._errors import (
     AbortedError,
@@ -47,10 +54,15 @@ __all__ = [
     "UnsupportedError",
     "check_groups",
     "dequantize",
+    "gemm_bf16",
     "gemm_fp8",
+    "grouped_gemm_bf16",
+    "grouped_gemm_bf16_indexed",
+    "grouped_gemm_bf16_masked",
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_indexed",
     "grouped_gemm_fp8_masked",
+    "grouped_wgrad_bf16",
     "grouped_wgrad_fp8",
     "permute",
     "quantize",

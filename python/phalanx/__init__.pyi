@@ -16,10 +16,15 @@ __all__ = [
     "UnsupportedError",
     "check_groups",
     "dequantize",
+    "gemm_bf16",
     "gemm_fp8",
+    "grouped_gemm_bf16",
+    "grouped_gemm_bf16_indexed",
+    "grouped_gemm_bf16_masked",
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_indexed",
     "grouped_gemm_fp8_masked",
+    "grouped_wgrad_bf16",
     "grouped_wgrad_fp8",
     "permute",
     "quantize",
@@ -152,6 +157,50 @@ def wgrad_fp8(
 def grouped_wgrad_fp8(
     a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
     b: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    offsets: ArrayT,
+    out: ArrayT | None = None,
+    accumulate: bool = False,
+    num_sms: int = 0,
+) -> ArrayT: ...
+def gemm_bf16(
+    a: ArrayT,
+    b: ArrayT,
+    c: ArrayT | None = None,
+    out: ArrayT | None = None,
+    out_dtype: Any = None,
+    num_sms: int = 0,
+    batch_invariant: bool = False,
+) -> ArrayT: ...
+def grouped_gemm_bf16(
+    a: ArrayT,
+    b: ArrayT,
+    offsets: ArrayT,
+    out: ArrayT | None = None,
+    out_dtype: Any = None,
+    num_sms: int = 0,
+    expected_rows: int = 0,
+) -> ArrayT: ...
+def grouped_gemm_bf16_indexed(
+    a: ArrayT,
+    b: ArrayT,
+    row_groups: ArrayT,
+    out: ArrayT | None = None,
+    out_dtype: Any = None,
+    num_sms: int = 0,
+    expected_rows: int = 0,
+) -> ArrayT: ...
+def grouped_gemm_bf16_masked(
+    a: ArrayT,
+    b: ArrayT,
+    counts: ArrayT,
+    out: ArrayT | None = None,
+    out_dtype: Any = None,
+    num_sms: int = 0,
+    expected_rows: int = 0,
+) -> ArrayT: ...
+def grouped_wgrad_bf16(
+    a: ArrayT,
+    b: ArrayT,
     offsets: ArrayT,
     out: ArrayT | None = None,
     accumulate: bool = False,

@@ -115,9 +115,9 @@ def empty_grouped(framework: Framework, a: Any, b: Any, out_dtype: Any) -> Any:
     """A new D: [M, N], or [G, R, N] for a stack."""
     if len(a.shape) not in (2, 3) or len(b.shape) != 3:
         raise ValueError(
-            f"a.data, b.data: shapes {tuple(a.shape)}, {tuple(b.shape)}; expected [M, K] or [G, R, K], and [G, N, K]"
+            f"a, b: shapes {tuple(a.shape)}, {tuple(b.shape)}; expected [M, K] or [G, R, K], and [G, N, K]"
         )
-    return _empty_rows(framework, (*a.shape[:-1], b.shape[1]), framework.bf16 if out_dtype is None else out_dtype, a)
+    return empty_stack(framework, (*a.shape[:-1], b.shape[1]), framework.bf16 if out_dtype is None else out_dtype, a)
 
 
 def empty_gradient(framework: Framework, a: Any, b: Any, offsets: Any) -> Any:
@@ -125,11 +125,11 @@ def empty_gradient(framework: Framework, a: Any, b: Any, offsets: Any) -> Any:
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise ValueError(f"a.data, b.data: shapes {tuple(a.shape)}, {tuple(b.shape)}; expected two matrices")
     stack = () if offsets is None else (max(offsets.shape[0] - 1, 0),)
-    return _empty_rows(framework, (*stack, a.shape[0], b.shape[0]), framework.f32, a)
+    return empty_stack(framework, (*stack, a.shape[0], b.shape[0]), framework.f32, a)
 
 
-def _empty_rows(framework: Framework, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
-    """Row-major, rows padded to 16 bytes."""
+def empty_stack(framework: Framework, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:
+    """A new matrix, or a stack: row-major, rows padded to 16 bytes."""
     row = padded(shape[-1], 16 // framework.itemsize(dtype))
     strides = (row, 1) if len(shape) == 2 else (shape[1] * row, row, 1)
     return framework.empty(shape, strides, dtype, like)

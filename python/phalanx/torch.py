@@ -7,8 +7,9 @@ imports this module, as does a first eager call on a tensor; else import it your
     quantize(x, blocks, pow2_scales) -> (data, scales)        blocks: 128 x 128 rather than 1 x 128
     dequantize(data, scales, dtype=None) -> x
 
-and `*_out`, which write into tensors of the caller. None has a gradient. `phalanx._torch_grouped` adds the grouped
-ones, `phalanx._torch_moe` those that move tokens, `phalanx._torch_activation` SwiGLU.
+and `*_out`, which write into tensors of the caller. None has a gradient. Others add the
+grouped ones (`phalanx._torch_grouped`), those of BF16 (`_torch_bf16`), those that move tokens (`_torch_moe`) and SwiGLU
+(`_torch_activation`).
 """
 
 import torch
@@ -103,4 +104,4 @@ def _dequantize(data, scales, dtype=None):
     return out
 
 
-from phalanx import _torch_activation, _torch_grouped, _torch_moe  # noqa: E402, F401
+from phalanx import _torch_activation, _torch_bf16, _torch_grouped, _torch_moe  # noqa: E402, F401

@@ -4,6 +4,7 @@
 """
 
 from cases.arrays import NumPyArrays, TorchArrays
+from cases.bf16 import GemmBf16Case, GroupedBf16Case, WgradBf16Case
 from cases.gemm import GemmFp8Case
 from cases.grouped import GroupedGemmCase, WgradCase
 from cases.moe import MoeCase, random_moe_cases
@@ -13,7 +14,9 @@ from cases.swiglu import SwigluCase
 
 __all__ = [
     "DequantizeCase",
+    "GemmBf16Case",
     "GemmFp8Case",
+    "GroupedBf16Case",
     "GroupedGemmCase",
     "MoeCase",
     "NumPyArrays",
@@ -21,6 +24,7 @@ __all__ = [
     "SwigluCase",
     "TorchArrays",
     "TransposedCase",
+    "WgradBf16Case",
     "WgradCase",
     "random_moe_cases",
     "random_shapes",

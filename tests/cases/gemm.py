@@ -16,9 +16,9 @@ from cases.shapes import BLOCK, num_blocks
 class GemmInputs:
     arrays: NumPyArrays
     a: Guarded
-    sfa: Guarded
+    sfa: Guarded | None  # BF16 has none
     b: Guarded
-    sfb: Guarded
+    sfb: Guarded | None
     out: Guarded
     c: Guarded | None
     c_before: Any  # C's values, as the operation may write D over them
@@ -156,12 +156,15 @@ class GemmFp8Case:
             e_p = 1.01 * 129 * 2.0**-24 * s
         else:
             e_p = 1.02 * 34 * 2.0**-13 * self._accumulator_magnitudes(inputs, a, b)
-        bound = e_p + 1.01 * (nb + 2) * 2.0**-24 * (s + e_p)
+        return self._rounded(e_p + 1.01 * (nb + 2) * 2.0**-24 * (s + e_p), reference) + nb * 2.0**-100
+
+    def _rounded(self, bound: Any, reference: Any) -> Any:
+        """The bound after C has been added and D rounded."""
         if self.c != "none":
             bound = bound + 2.0**-24 * (abs(reference) + bound)
         if self.out == "bf16":
             bound = bound + 2.0**-8 * (abs(reference) + bound)
-        return bound + nb * 2.0**-100
+        return bound
 
     def _accumulator_magnitudes(self, inputs: GemmInputs, a_abs: Any, b_abs: Any) -> Any:
         """T of docs/numerics.md, "Hopper's accumulator"; the scales are in the factors already."""

@@ -145,18 +145,22 @@ class GroupedGemmCase:
         """Every row within its bound, and no row of no group, nor anything else, written."""
         inputs.d.check_guard()
         arrays, d = inputs.arrays, inputs.d.array
-        a, sfa = (x if self.form != "counts" else x.reshape((-1, x.shape[2])) for x in (inputs.a, inputs.sfa))
         written = np.zeros(len(d), bool)
         for g, (begin, end) in enumerate(inputs.ranges):
             written[begin:end] = True
-            if begin == end:
-                continue
-            rows = slice(begin, end)
-            operands = (a[rows], sfa[rows], inputs.b[g], inputs.sfb[g], d[rows])
-            group = GemmInputs(arrays, *map(holder, operands), c=None, c_before=None)
-            self._product(end - begin).check_values(group)
+            if begin < end:
+                self._product(end - begin).check_values(self._group(inputs, g, slice(begin, end)))
         nan = np.isnan(arrays.to_numpy(d).astype(np.float32)).all(1)
         assert nan[~written].all(), f"{self}: rows of no group were written"
+
+    def _group(self, inputs: GroupedInputs, g: int, rows: slice) -> GemmInputs:
+        """The product of one group."""
+        a, sfa = self._flat(inputs.a), self._flat(inputs.sfa)
+        operands = (a[rows], sfa[rows], inputs.b[g], inputs.sfb[g], inputs.d.array[rows])
+        return GemmInputs(inputs.arrays, *map(holder, operands), c=None, c_before=None)
+
+    def _flat(self, array: Any) -> Any:
+        return array if self.form != "counts" else array.reshape((-1, array.shape[2]))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@
 #include "plan/grouped.h"
 #include "plan/tuned.h"
 #include "tests/cpu/matrix.h"
+#include "tests/gpu/groups.h"
 #include "tests/gpu/on_gpu.h"
 
 namespace phalanx::test {
@@ -24,39 +25,6 @@ const bool kTuning = setenv("PHALANX_GEMM_CONFIG", "", 1) == 0;
 
 void force(const GemmConfig& config) {
   setenv("PHALANX_GEMM_CONFIG", plan::format_plan({.config = config, .num_ctas = 0, .group_m = 8}).c_str(), 1);
-}
-
-struct Groups {
-  std::vector<int> offsets, row_groups, counts;
-  int max_rows = 0;
-
-  explicit Groups(const std::vector<int>& sizes, int first) : offsets{first}, row_groups(first, -1), counts(sizes) {
-    for (int g = 0; g < int(sizes.size()); ++g) {
-      offsets.push_back(offsets.back() + sizes[g]);
-      row_groups.insert(row_groups.end(), sizes[g], g);
-      max_rows = std::max(max_rows, sizes[g]);
-    }
-  }
-};
-
-const Groups kGroups({3, 0, 130, 1, 64, 257, 0}, 3);
-constexpr int kNumGroups = 7;
-
-/// A vector of int32 on both sides.
-struct Ints {
-  Matrix<std::int32_t> host;
-  DeviceCopy<std::int32_t> gpu;
-
-  explicit Ints(const std::vector<int>& values)
-      : host(Matrix<std::int32_t>(1, std::int64_t(values.size())).fill([&](auto, auto j) { return values[j]; })),
-        gpu(host) {}
-  static Tensor vector(Tensor t) { return {t.data, t.dtype, t.device, 1, {t.shape[1]}, {1}}; }
-};
-
-/// `groups` matrices, one under the other, as a stack.
-Tensor stack(Tensor t, int groups) {
-  const std::int64_t rows = t.shape[0] / groups;
-  return {t.data, t.dtype, t.device, 3, {groups, rows, t.shape[1]}, {rows * t.strides[0], t.strides[0], t.strides[1]}};
 }
 
 template <class T>
@@ -73,7 +41,7 @@ void check_rows(const GemmConfig& config, GroupsBy by, Order sfa_order, std::mt1
   DeviceCopy a_gpu(a), b_gpu(b);
   DeviceCopy sfa_gpu(sfa), sfb_gpu(sfb);
   DeviceCopy d_gpu(d);
-  Ints groups(masked ? kGroups.counts : by == GroupsBy::offsets ? kGroups.offsets : kGroups.row_groups);
+  Ints groups(kGroups.by(by));
 
   const auto run = [&](Tensor a_, Tensor sfa_, Tensor b_, Tensor sfb_, Tensor groups_, Tensor d_) {
     const ScaledTensor experts{stack(b_, kNumGroups), stack(sfb_, kNumGroups)};

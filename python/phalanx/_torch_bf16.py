@@ -1,0 +1,136 @@
+"""The BF16 products as PyTorch operators; `phalanx.torch` imports this module.
+
+    gemm_bf16(a, b, c=None, out_dtype=None, num_sms=0, batch_invariant=False) -> D                 differentiable
+    grouped_gemm_bf16(a, b, offsets, out_dtype=None, num_sms=0, expected_rows=0) -> D              differentiable
+    grouped_gemm_bf16_indexed(..., row_groups, ...), grouped_gemm_bf16_masked(..., counts, ...) -> D
+    grouped_wgrad_bf16(a, b, offsets, num_sms=0) -> D
+
+and `*_out`, which write into a tensor of the caller, the last with `accumulate`.
+"""
+
+import torch
+
+from phalanx import _native
+from phalanx._bf16 import empty_gradient, empty_product
+from phalanx._frameworks.torch import framework
+from phalanx._grouped import empty_grouped
+from phalanx.torch import add_gradient, define_operator, nothing
+
+_ops = torch.ops.phalanx
+
+
+def _dtype(c, out_dtype):
+    return out_dtype or (None if c is None else c.dtype)
+
+
+def _empty_product(a, b, c=None, out_dtype=None, num_sms=0, batch_invariant=False):
+    return empty_product(framework, a, b, _dtype(c, out_dtype))
+
+
+@define_operator(
+    "gemm_bf16_out(Tensor a, Tensor b, Tensor? c, Tensor(out!) out, int num_sms=0, bool batch_invariant=False) -> ()",
+    nothing,
+)
+def _gemm_out(a, b, c, out, num_sms=0, batch_invariant=False):
+    _native.gemm_bf16(a, b, out, c, num_sms, batch_invariant, None)
+
+
+@define_operator(
+    "gemm_bf16(Tensor a, Tensor b, Tensor? c=None, ScalarType? out_dtype=None, int num_sms=0,"
+    " bool batch_invariant=False) -> Tensor",
+    _empty_product,
+)
+def _gemm(a, b, c=None, out_dtype=None, num_sms=0, batch_invariant=False):
+    out = empty_product(framework, a, b, _dtype(c, out_dtype))
+    _gemm_out(a, b, c, out, num_sms, batch_invariant)
+    return out
+
+
+def _define_grouped(name: str, groups: str) -> None:
+    operands, options = f"Tensor a, Tensor b, Tensor {groups}", "int num_sms=0, int expected_rows=0"
+
+    def empty(a, b, groups, out_dtype=None, num_sms=0, expected_rows=0):
+        return empty_grouped(framework, a, b, out_dtype)
+
+    @define_operator(f"{name}_out({operands}, Tensor(out!) out, {options}) -> ()", nothing)
+    def run_out(a, b, groups, out, num_sms=0, expected_rows=0):
+        getattr(_native, name)(a, b, groups, out, num_sms, expected_rows, None)
+
+    @define_operator(f"{name}({operands}, ScalarType? out_dtype=None, {options}) -> Tensor", empty)
+    def run(a, b, groups, out_dtype=None, num_sms=0, expected_rows=0):
+        out = empty_grouped(framework, a, b, out_dtype)
+        run_out(a, b, groups, out, num_sms, expected_rows)
+        return out
+
+
+_define_grouped("grouped_gemm_bf16", "offsets")
+_define_grouped("grouped_gemm_bf16_indexed", "row_groups")
+_define_grouped("grouped_gemm_bf16_masked", "counts")
+
+
+@define_operator(
+    "grouped_wgrad_bf16_out(Tensor a, Tensor b, Tensor offsets, Tensor(out!) out, bool accumulate=False, int num_sms=0)"
+    " -> ()",
+    nothing,
+)
+def _wgrad_out(a, b, offsets, out, accumulate=False, num_sms=0):
+    _native.grouped_wgrad_bf16(a, b, offsets, out, accumulate, num_sms, None)
+
+
+@define_operator(
+    "grouped_wgrad_bf16(Tensor a, Tensor b, Tensor offsets, int num_sms=0) -> Tensor",
+    lambda a, b, offsets, num_sms=0: empty_gradient(framework, a, b, offsets),
+)
+def _wgrad(a, b, offsets, num_sms=0):
+    out = empty_gradient(framework, a, b, offsets)
+    _wgrad_out(a, b, offsets, out, False, num_sms)
+    return out
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def _operand(grad):
+    """In BF16, rows contiguous and aligned."""
+    rows, cols = grad.shape
+    if grad.dtype == torch.bfloat16 and grad.stride(1) == 1 and grad.stride(0) % 8 == 0 and grad.stride(0) >= cols:
+        return grad
+    return framework.empty_rows(rows, cols, torch.bfloat16, grad).copy_(grad)
+
+
+def _save_dense(ctx, inputs, output):
+    a, b, c, _, ctx.num_sms, _ = inputs
+    ctx.save_for_backward(a, b)
+    ctx.has_c = c is not None
+
+
+def _dense_gradient(ctx, grad):
+    a, b = ctx.saved_tensors
+    needs_a, needs_b, needs_c, *_ = ctx.needs_input_grad
+    x = _operand(grad)
+    grad_a = _ops.gemm_bf16(x, b.t(), None, None, ctx.num_sms) if needs_a else None
+    grad_b = _ops.gemm_bf16(x.t(), a.t(), None, None, ctx.num_sms) if needs_b else None
+    return grad_a, grad_b, grad if ctx.has_c and needs_c else None, None, None, None
+
+
+def _save_grouped(ctx, inputs, output):
+    a, b, offsets, _, ctx.num_sms, ctx.expected_rows = inputs
+    ctx.save_for_backward(a, b, offsets)
+
+
+def _grouped_gradient(ctx, grad):
+    a, b, offsets = ctx.saved_tensors
+    needs_a, needs_b, *_ = ctx.needs_input_grad
+    x, grad_a, grad_b = _operand(grad), None, None
+    if needs_a:
+        rows = torch.arange(a.shape[0], dtype=torch.int32, device=a.device)
+        used = (rows >= offsets[0]) & (rows < offsets[-1])
+        own = _ops.grouped_gemm_bf16(x, b.transpose(1, 2), offsets, None, ctx.num_sms, ctx.expected_rows)
+        grad_a = torch.where(used[:, None], own, 0)
+    if needs_b:
+        grad_b = _ops.grouped_wgrad_bf16(x, a, offsets, ctx.num_sms).to(b.dtype)
+    return grad_a, grad_b, None, None, None, None
+
+
+add_gradient("gemm_bf16", _dense_gradient, _save_dense)
+add_gradient("grouped_gemm_bf16", _grouped_gradient, _save_grouped)
