@@ -54,7 +54,58 @@ extern "C" __global__ void __launch_bounds__(1024) peer(const PeerWords* from, P
                     torch.cuda.synchronize()
                     times.append(start.elapsed_time(end) * 1e-3)
                 result[name][sms] = num_bytes / statistics.median(times) * 1e-9
+    result["local store"] = probe_local_stores()
+    result["flag round trip ns"] = probe_flags()
     return result
+
+
+def probe_local_stores() -> dict[int, float]:
+    """GB/s of stores to a GPU's own memory by number of SMs: no dispatch can be quicker than its rows are written."""
+    from bench.device_code import Module
+
+    source = """#include "bench/probe/peer.cuh"
+using phalanx::probe::PeerWords;
+extern "C" __global__ void __launch_bounds__(1024) fill(PeerWords* to, long long count) {
+  const long long stride = (long long)gridDim.x * blockDim.x;
+  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) to[i] = {1, 2, 3, 4};
+}
+"""
+    module, num_bytes, result = Module(source), 1 << 30, {}
+    to = torch.empty(num_bytes, dtype=torch.uint8, device="cuda:0")
+    for sms in (8, 16, 24, 32, 64, 132):
+        times = []
+        for _ in range(5):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(), module.launch("fill", sms, 1024, to, ctypes.c_int64(num_bytes // 16)), end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3)
+        result[sms] = num_bytes / statistics.median(times) * 1e-9
+    return result
+
+
+def probe_flags(rounds: int = 1000) -> float:
+    """Nanoseconds until a flag that was stored at a peer has been seen, and the answer too."""
+    from bench.device_code import Module
+
+    source = """#include "bench/probe/peer.cuh"
+extern "C" __global__ void flags(phalanx::u64* mine, phalanx::u64* theirs, int first, long long rounds) {
+  phalanx::probe::flag_round_trips(mine, theirs, first, rounds, mine + 1);
+}
+"""
+    words, modules = [], []
+    for device in range(2):
+        with torch.cuda.device(device):
+            modules.append(Module(source))
+            words.append(torch.zeros(2, dtype=torch.int64, device="cuda"))
+    for device in range(2):
+        torch.cuda.synchronize(device)
+    for device in range(2):
+        with torch.cuda.device(device):
+            mine, theirs = words[device], words[1 - device]
+            modules[device].launch("flags", 1, 1, mine, theirs, ctypes.c_int32(device == 0), ctypes.c_int64(rounds))
+    for device in range(2):
+        torch.cuda.synchronize(device)
+    return int(words[0][1]) / rounds
 
 
 # --- one rank --------------------------------------------------------------------------------------------------------
@@ -347,6 +398,7 @@ def run_rank(rank: int, size: int, arguments: argparse.Namespace) -> None:
             if rank == 0:
                 for row in rows:
                     print(what, {k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+                Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
 
         for sms in arguments.latency_sms:
             note("latency", latency(me, group, 128, sms))
@@ -385,7 +437,7 @@ def main() -> None:
         raise SystemExit("expert parallelism is timed between GPUs; there is one")
     torch.multiprocessing.spawn(run_rank, (size, arguments), nprocs=size)
     links = probe_links()
-    print("links", {name: {sms: round(gbps) for sms, gbps in by.items()} for name, by in links.items()})
+    print("links", links)
     path = Path(arguments.out)
     path.write_text(json.dumps({**json.loads(path.read_text()), "links_gbps": links}, indent=1) + "\n")
 

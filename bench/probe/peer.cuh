@@ -1,6 +1,6 @@
-// The links' ceiling: a kernel that stores to, or loads from, another GPU's memory and does nothing else.
+// The links' ceilings: kernels that store to, or load from, another GPU's memory, or wait for it, and do nothing else.
 #pragma once
-#include "device/types.h"
+#include "device/ptx/system.cuh"
 
 namespace phalanx::probe {
 
@@ -21,6 +21,19 @@ __device__ __forceinline__ void peer_copy(const PeerWords* from, PeerWords* to, 
     for (int j = 0; j < kDepth; ++j)
       if (i + j * stride < count) to[i + j * stride] = v[j];
   }
+}
+
+// Two GPUs, a thread each: a flag goes there and back, `rounds` times. Gives up after a while. The nanoseconds of it all.
+__device__ __forceinline__ void flag_round_trips(u64* mine, u64* theirs, bool first, u64 rounds, u64* nanoseconds) {
+  constexpr int kPatience = 10'000'000;
+  const u64 start = ptx::global_timer();
+  for (u64 round = 1; round <= rounds; ++round) {
+    if (first) ptx::store_relaxed_sys(theirs, round);
+    for (int turn = 0; turn < kPatience && ptx::load_acquire_sys(mine) < round; ++turn) {
+    }
+    if (!first) ptx::store_relaxed_sys(theirs, round);
+  }
+  *nanoseconds = ptx::global_timer() - start;
 }
 
 }  // namespace phalanx::probe
