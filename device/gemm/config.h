@@ -5,13 +5,17 @@
 
 namespace phalanx {
 
-constexpr int kBlockK = 128;           // depth of a k-block: one row of the 128-byte swizzle, and one scale of A
-constexpr int kBf16BlockK = 64;        // of BF16 operands: as many bytes
-constexpr int kPanelRows = 64;         // rows (of M or N) in one 128-byte line of an MN-major BF16 operand
-constexpr int kScaleBlock = 128;       // a scale of B covers 128 x 128 elements
-constexpr int kPanelColumns = 64;      // BF16 columns in one 128-byte row of a staged D tile
-constexpr int kPartialPad = 8;         // floats after each row of a split-K partial tile, against bank conflicts
-constexpr int kWarpgroup = 128;        // threads
+constexpr int kBlockK = 128;          // depth of a k-block: one row of the 128-byte swizzle, and one scale of A
+constexpr int kBf16BlockK = 64;       // of BF16 operands: as many bytes
+constexpr int kPanelRows = 64;        // rows (of M or N) in one 128-byte line of an MN-major BF16 operand
+constexpr int kScaleBlock = 128;      // a scale of B covers 128 x 128 elements
+constexpr int kPanelColumns = 64;     // BF16 columns in one 128-byte row of a staged D tile
+constexpr int kGradientColumns = 32;  // FP32 columns in the same of a gradient's panel, of 64 rows
+constexpr int kGradientPanelBytes = 64 * 128;
+constexpr int kPartialPad = 8;   // floats after each row of a split-K partial tile, against bank conflicts
+constexpr int kWarpgroup = 128;  // threads
+constexpr int kTileSlots = 4;    // tiles of a grouped product that are known ahead; see TileRing
+constexpr int kTileSlotBytes = 32;
 constexpr int kMaxSmemBytes = 232448;  // that one CTA of an SM90 may use
 
 enum class OutType { bf16, f32 };
@@ -51,10 +55,21 @@ struct GemmConfig {
   constexpr bool grouped() const { return grouping != Grouping::none; }
   constexpr bool scaled() const { return operand == Operand::e4m3; }
   constexpr bool scales_b_by_row() const { return scaled() && grouping == Grouping::columns; }
+  // Rows of A that one request brings. Of a group's last tile only those that have rows are made, if A is not shared.
+  constexpr int rows_of_request() const {
+    return grouping != Grouping::rows || cluster_n > 1 ? block_m / cluster_n : block_m > 64 ? 64 : 16;
+  }
   // Scales of A that TMA brings for a stage. It wants 16-byte aligned addresses, and a group may begin at any row: it starts
-  // up to three rows early.
-  constexpr int scales_a_box() const { return block_m + (grouping == Grouping::rows ? 4 : 0); }
-  constexpr int scales_a_pitch() const { return ceil_div(scales_a_box(), 32) * 32; }  // 128 bytes, as TMA wants
+  // up to three rows early. A box has at most 256 of them, so the tallest tile has a box for each consumer.
+  constexpr int scales_a_boxes() const { return grouping == Grouping::rows && block_m > 252 ? num_consumers : 1; }
+  constexpr int scales_a_box() const { return block_m / scales_a_boxes() + (grouping == Grouping::rows ? 4 : 0); }
+  constexpr int scales_a_box_pitch() const { return ceil_div(scales_a_box(), 32) * 32; }  // 128 bytes, as TMA wants
+  constexpr int scales_a_pitch() const { return scales_a_boxes() * scales_a_box_pitch(); }
+  // Where in a stage the scale of a tile's row lies.
+  constexpr int scale_a_index(int row) const {
+    const int rows = block_m / scales_a_boxes();
+    return row / rows * scales_a_box_pitch() + row % rows;
+  }
   // BF16 tiles leave through shared memory by TMA; FP32, narrow and split-K tiles straight from registers.
   constexpr bool stores_by_tma() const { return out == OutType::bf16 && split_k == 1 && block_n % kPanelColumns == 0; }
 
@@ -63,7 +78,7 @@ struct GemmConfig {
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, sfb, groups, full, empty, sfa_empty, c_full, total;
+  int a, b, d, sfa, sfb, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -71,17 +86,22 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.a = 0;
   s.b = s.a + c.num_stages * c.block_m * kBlockK;
   s.d = s.b + c.num_stages * c.block_n * kBlockK;
-  const int d_bytes = c.split_k > 1       ? 4 * c.block_m * (c.block_n + kPartialPad)
-                      : c.stores_by_tma() ? 2 * c.block_m * c.block_n
-                                          : 0;
+  const int d_bytes = c.grouping == Grouping::columns ? c.num_consumers * 2 * kGradientPanelBytes
+                      : c.split_k > 1                 ? 4 * c.block_m * (c.block_n + kPartialPad)
+                      : c.stores_by_tma()             ? 2 * c.block_m * c.block_n
+                                                      : 0;
   s.sfa = s.d + d_bytes;
   s.sfb = s.sfa + (c.scaled() ? c.num_stages * c.scales_a_pitch() * 4 : 0);
   s.groups = s.sfb + (c.scales_b_by_row() ? c.num_stages * c.block_n * 4 : 0);
-  s.full = s.groups + (c.grouped() ? (kMaxTableGroups + 2) * int(sizeof(GroupEntry)) : 0);  // the table and its size
+  s.tiles = s.groups + (c.grouped() ? (kMaxTableGroups + 1) * int(sizeof(GroupEntry)) : 0);
+  s.tiles = ceil_div(s.tiles, 32) * 32;
+  s.full = s.tiles + (c.grouped() ? kTileSlots * kTileSlotBytes : 0);
   s.empty = s.full + c.num_stages * 8;
   s.sfa_empty = s.empty + c.num_stages * 8;
   s.c_full = s.sfa_empty + c.num_stages * 8;
-  s.total = s.c_full + c.num_consumers * 8;
+  s.tile_full = s.c_full + c.num_consumers * 8;
+  s.tile_empty = s.tile_full + (c.grouped() ? kTileSlots * 8 : 0);
+  s.total = s.tile_empty + (c.grouped() ? kTileSlots * 8 : 0);
   return s;
 }
 

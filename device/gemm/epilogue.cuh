@@ -68,7 +68,7 @@ struct RowPiece {
   }
 };
 
-// --- four ways out ----------------------------------------------------------------------------------------------------
+// --- three ways out ---------------------------------------------------------------------------------------------------
 
 // Registers -> D.
 template <GemmConfig C>
@@ -79,7 +79,7 @@ __device__ void store_tile_direct(const GemmParams& p, const Tile& t, int consum
     const int row = t.m + fragment_row<C>(consumer, i / 2) + i % 2 * 8;
     float* x = &acc[i / 2][i % 2 * 2];
     if (row >= end_row<C>(p, t)) continue;
-    if (p.c_ptr != nullptr) {
+    if (C.grouping != Grouping::rows && p.c_ptr != nullptr) {
       const RowPiece<C.out> c(p.c_ptr, row * p.c_stride + col, p.n - col);
 #pragma unroll
       for (int j = 0; j < C.block_n / 8; ++j) {
@@ -90,28 +90,6 @@ __device__ void store_tile_direct(const GemmParams& p, const Tile& t, int consum
     const RowPiece<C.out> d(p.d_ptr, row * p.d_stride + col, p.n - col);
 #pragma unroll
     for (int j = 0; j < C.block_n / 8; ++j) d.store(j * 8, make_float2(x[j * 4], x[j * 4 + 1]));
-  }
-}
-
-// Registers (+ D, FP32) -> D. Of a tile within D's columns all reads are on their way before the first is awaited.
-template <GemmConfig C>
-__device__ void store_gradient(const GemmParams& p, const Tile& t, int consumer, Accumulator<C>& acc) {
-  if (t.n + C.block_n > p.n) return store_tile_direct<C>(p, t, consumer, acc);
-#pragma unroll
-  for (int i = 0; i < C.num_waves() * 2; ++i) {
-    const int row = t.m + fragment_row<C>(consumer, i / 2) + i % 2 * 8;
-    if (row >= t.group_end) continue;
-    float2* d = reinterpret_cast<float2*>(static_cast<float*>(p.d_ptr) + row * p.d_stride + t.n) + threadIdx.x % 4;
-    float* x = &acc[i / 2][i % 2 * 2];
-    if (p.c_ptr != nullptr) {
-      float2 before[C.block_n / 8];
-#pragma unroll
-      for (int j = 0; j < C.block_n / 8; ++j) before[j] = d[j * 4];
-#pragma unroll
-      for (int j = 0; j < C.block_n / 8; ++j) x[j * 4] += before[j].x, x[j * 4 + 1] += before[j].y;
-    }
-#pragma unroll
-    for (int j = 0; j < C.block_n / 8; ++j) d[j * 4] = make_float2(x[j * 4], x[j * 4 + 1]);
   }
 }
 
@@ -152,7 +130,7 @@ struct StagedTile {
 
   __device__ void store(const GemmParams& p, const Tile& t, int consumer, Accumulator<C>& acc) {
     const bool is_issuer = threadIdx.x % kWarpgroup == 0;
-    if (p.c_ptr != nullptr) {  // a pass of its own, so that who has no C pays nothing
+    if (!C.grouped() && p.c_ptr != nullptr) {  // a pass of its own, so that who has no C pays nothing
       ptx::mbarrier_wait(&c_full[consumer], phase);
       phase ^= 1;
       for_each_piece(consumer, acc, [](u8* smem, float* x) {

@@ -61,7 +61,7 @@ template <GemmConfig C>
 __device__ void load_bf16_operands(const GemmParams& p, const SharedMemory<C>& smem) {
   const u32 stage_bytes = (p.rows_a + C.block_n) * kLineBytes;
   auto pipe = smem.pipeline();
-  auto tiles = my_tiles<C>(p, smem);
+  auto tiles = my_tiles<C, TilesOfThread>(p, smem);
   for (Tile t; tiles.next(t);) {
     const KPart part = k_part<C>(p, t);
     const TileOrigin at = origin_of<C>(p, t);
@@ -220,7 +220,7 @@ __device__ void consume_bf16_tiles(const GemmParams& p, const SharedMemory<C>& s
     }
     t = output_tile<C>(p, t);
     if constexpr (C.grouping == Grouping::columns)
-      store_gradient<C>(p, t, consumer, self.acc);
+      smem.gradient().store(p, t, consumer, self.acc);
     else if constexpr (C.stores_by_tma())
       staged.store(p, t, consumer, self.acc);
     else if constexpr (C.split_k == 1)
@@ -228,7 +228,7 @@ __device__ void consume_bf16_tiles(const GemmParams& p, const SharedMemory<C>& s
     else
       SplitKReduction<C>{smem.partial()}.publish(consumer, self.acc);
   }
-  if constexpr (C.stores_by_tma()) ptx::tma_store_wait_all();
+  if constexpr (C.stores_by_tma() || C.grouping == Grouping::columns) ptx::tma_store_wait_all();
 }
 
 // --- kernel ---------------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@
 // The tensor cores sum one k-block only, in their own narrower accumulator; the promotion in FP32 registers is what
 // makes the scaling fine-grained and the long sum accurate (docs/numerics.md).
 #pragma once
-#include "device/gemm/epilogue.cuh"
+#include "device/gemm/gradient.cuh"
 #include "device/gemm/group_table.cuh"
 #include "device/gemm/grouped_tiles.h"
 #include "device/gemm/origin.cuh"
 #include "device/gemm/pipeline.cuh"
 #include "device/gemm/promote.cuh"
+#include "device/gemm/tile_ring.cuh"
 #include "device/ptx/wgmma.cuh"
 
 namespace phalanx {
@@ -29,13 +30,17 @@ struct SharedMemory {
   __device__ u8* a(int stage) const { return base + kLayout.a + stage * C.block_m * kBlockK; }
   __device__ u8* b(int stage) const { return base + kLayout.b + stage * C.block_n * kBlockK; }
   __device__ float* partial() const { return reinterpret_cast<float*>(base + kLayout.d); }
+  __device__ GradientStore<C> gradient() const { return {base + kLayout.d}; }
   __device__ StagedTile<C> staged() const { return {base + kLayout.d, reinterpret_cast<u64*>(base + kLayout.c_full)}; }
   __device__ float* sfa(int stage) const {
     return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.scales_a_pitch();
   }
   __device__ float* sfb(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfb) + stage * C.block_n; }
-  __device__ GroupEntry* groups() const { return reinterpret_cast<GroupEntry*>(base + kLayout.groups) + 1; }
-  __device__ int& num_tiles() const { return *reinterpret_cast<int*>(base + kLayout.groups); }
+  __device__ GroupEntry* groups() const { return reinterpret_cast<GroupEntry*>(base + kLayout.groups); }
+  __device__ TileRing tiles() const {
+    return {reinterpret_cast<TileRing::Slot*>(base + kLayout.tiles), reinterpret_cast<u64*>(base + kLayout.tile_full),
+            reinterpret_cast<u64*>(base + kLayout.tile_empty)};
+  }
   __device__ u64* sfa_empty() const { return reinterpret_cast<u64*>(base + kLayout.sfa_empty); }
   __device__ Pipeline<C.num_stages> pipeline() const {
     return {reinterpret_cast<u64*>(base + kLayout.full), reinterpret_cast<u64*>(base + kLayout.empty)};
@@ -49,14 +54,45 @@ __device__ KRange my_k_range(const GemmParams& p, const Tile& t) {
   return k_range(p.k, C.split_k, C.split_k > 1 ? int(ptx::cluster_ctarank()) : 0, C.block_k());
 }
 
-template <GemmConfig C>
+// The tiles of this CTA, for one of its warps or, where groups are, for one thread.
+template <GemmConfig C, class FromRing = TilesOfWarp>
 __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
-  if constexpr (C.grouping == Grouping::rows)
-    return GroupedTiles(C, smem.groups(), smem.num_tiles(), p.n, p.group_m, blockIdx.x, gridDim.x);
-  else if constexpr (C.grouping == Grouping::columns)
-    return ColumnGroupTiles(C, smem.groups(), p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+  if constexpr (C.grouped())
+    return FromRing{smem.tiles()};
   else
     return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+}
+
+// A guess before it is known which groups have rows: that each has one tile. Its first weights then come from L2.
+template <GemmConfig C>
+__device__ void prefetch_weights(const GemmParams& p) {
+  const int tiles_n = ceil_div(p.n, C.block_n), group = blockIdx.x / tiles_n;
+  if (group >= p.groups.num_groups) return;
+#pragma unroll 1
+  for (int kb = 0; kb < min_of(ceil_div(p.k, kBlockK), C.num_stages); ++kb)
+    ptx::tma_prefetch_2d(&p.b, kb * kBlockK, group * p.groups.b_pitch + blockIdx.x % tiles_n * C.block_n);
+}
+
+// --- scheduler of groups ----------------------------------------------------------------------------------------------
+
+// One warp, when load_spans has filled the table.
+template <GemmConfig C>
+__device__ void schedule_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
+  constexpr bool kRows = C.grouping == Grouping::rows;
+  GroupEntry* table = smem.groups();
+  const int num_tiles =
+      index_groups(p.groups, table, kRows ? C.block_m * C.cluster_m : 0, ceil_div(p.n, C.block_n * C.cluster_n));
+  __syncwarp();
+  if (threadIdx.x % 32 != 0) return;
+  auto tiles = [&] {
+    if constexpr (kRows)
+      return GroupedTiles(C, table, num_tiles, p.n, p.group_m, blockIdx.x, gridDim.x);
+    else
+      return ColumnGroupTiles(C, table, p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+  }();
+  auto ring = smem.tiles();
+  for (Tile t; tiles.next(t);) ring.put(t);
+  ring.put({.m = 0, .n = 0, .group = -1});
 }
 
 // --- producer -------------------------------------------------------------------------------------------------------
@@ -64,18 +100,23 @@ __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
 // One thread. What CTAs of a cluster share, each loads a slice of into all.
 template <GemmConfig C>
 __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) {
-  constexpr int kScaleBytes = 4 * (C.scales_a_box() + (C.scales_b_by_row() ? C.block_n : 0));
-  const u32 stage_bytes = (p.rows_a + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
+  constexpr int kScaleBytes = 4 * (C.scales_a_boxes() * C.scales_a_box() + (C.scales_b_by_row() ? C.block_n : 0));
+  int rows = p.rows_a;
+  u32 stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
   constexpr u16 kAllCtas = (1 << C.cluster_size()) - 1;
   const int rank = C.multicasts() ? ptx::cluster_ctarank() : 0;
   const int slice_a = rank % C.cluster_n * (C.block_m / C.cluster_n),
             slice_b = rank % C.cluster_m * (C.block_n / C.cluster_m);
 
   auto pipe = smem.pipeline();
-  auto tiles = my_tiles<C>(p, smem);
+  auto tiles = my_tiles<C, TilesOfThread>(p, smem);
   for (Tile t; tiles.next(t);) {
     const KRange ks = my_k_range<C>(p, t);
     const TileOrigin at = origin_of<C>(p, t);
+    if constexpr (C.rows_of_request() < C.block_m && C.cluster_n == 1) {
+      rows = min_of(ceil_div(t.group_end - t.m, C.rows_of_request()) * C.rows_of_request(), C.block_m);
+      stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
+    }
 #pragma unroll 1
     for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
       const int k = kb * kBlockK, stage = pipe.stage;
@@ -84,9 +125,17 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
       ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
       if constexpr (C.cluster_n > 1)
         ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, &p.a, full, k, at.a + slice_a, kAllCtas);
+      else if constexpr (C.rows_of_request() < C.block_m)
+        for (int row = 0; row < rows; row += C.rows_of_request())
+          ptx::tma_load_2d(smem.a(stage) + row * kBlockK, &p.a, full, k, at.a + row);
       else
         ptx::tma_load_2d(smem.a(stage), &p.a, full, k, at.a);
-      if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfa(stage), &p.sfa_map, full, at.sfa_row - at.sfa_shift(), at.sfa_k + kb);
+      if (p.sfa_by_tma) {
+#pragma unroll
+        for (int i = 0; i < C.scales_a_boxes(); ++i)
+          ptx::tma_load_2d(smem.sfa(stage) + i * C.scales_a_box_pitch(), &p.sfa_map, full,
+                           at.sfa_row - at.sfa_shift() + i * (C.block_m / C.scales_a_boxes()), at.sfa_k + kb);
+      }
       if constexpr (C.scales_b_by_row())
         if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfb(stage), &p.sfb_map, full, t.n, kb);
       if constexpr (C.cluster_m > 1)
@@ -122,7 +171,7 @@ __device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem) {
       const float* scale = column;
 #pragma unroll 1
       for (int row = lane; row < rows; row += 32, scale += 32 * p.sfa_stride_m)
-        ptx::cp_async_4(&smem.sfa(pipe.stage)[row + shift], scale);
+        ptx::cp_async_4(&smem.sfa(pipe.stage)[C.scale_a_index(row) + shift], scale);
       if constexpr (C.scales_b_by_row()) {
 #pragma unroll 1
         for (int row = lane; row < min_of(p.n - t.n, C.block_n); row += 32)
@@ -143,7 +192,7 @@ struct Consumer {
   const SharedMemory<C>& smem;
   Pipeline<C.num_stages> pipe;
   int lane, first_row;
-  int sfa_shift = 0;     // see TileOrigin
+  int sfa_shift = 0;     // from a row of the tile to its scale's place in a stage
   u64 first_a, first_b;  // descriptors of its rows of A and of B in stage 0
   ScalesB<C> sfb;
   Accumulator<C> acc;
@@ -227,22 +276,24 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
     t = next;
     self.sfb = next_sfb;
     const auto prepare = [&] {
-      if constexpr (C.stores_by_tma())
+      if constexpr (C.stores_by_tma() && !C.grouped())
         if (p.c_ptr != nullptr && threadIdx.x % kWarpgroup == 0) staged.load_c(p, t, consumer);
       more = tiles.next(next);
       if (more) next_sfb.fetch(p, next, ks.begin, ks.end);
     };
-    if (C.grouped() && t.m + consumer * C.consumer_rows() >= t.group_end) {
-      prepare();
-      self.skip_k_blocks(ks.end);
-      continue;
-    }
-    if constexpr (C.grouping == Grouping::rows) self.sfa_shift = origin_of<C>(p, t).sfa_shift();
+    if constexpr (C.grouping == Grouping::rows)
+      self.sfa_shift =
+          origin_of<C>(p, t).sfa_shift() + (C.scale_a_index(C.consumer_rows()) - C.consumer_rows()) * consumer;
     if (C.split_k > 1 && ks.begin == ks.end) {  // more parts than k-blocks
       self.clear();
       more = false;
     } else {
       self.template multiply_k_block<true>(0, prepare);
+    }
+    // Every lane of a warp agrees; the vote tells the compiler.
+    if (C.grouped() && __any_sync(0xffffffff, t.m + consumer * C.consumer_rows() >= t.group_end)) {
+      self.skip_k_blocks(ks.end - 1);
+      continue;
     }
 #pragma unroll 2
     for (int kb = ks.begin + 1; kb < ks.end; ++kb) {
@@ -286,29 +337,31 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
     }
     if constexpr (C.stores_by_tma())
       for (int i = 0; i < C.num_consumers; ++i) ptx::mbarrier_init(&smem.staged().c_full[i], 1);
+    if constexpr (C.grouped()) {
+      const TileRing tiles = smem.tiles();
+      for (int s = 0; s < kTileSlots; ++s) {
+        ptx::mbarrier_init(&tiles.full[s], 1);
+        ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + (p.sfa_by_tma ? 1 : 2));  // warps, and the producer
+      }
+    }
     ptx::fence_mbarrier_init();
     ptx::prefetch_tensor_map(&p.a);
     ptx::prefetch_tensor_map(&p.b);
     if constexpr (C.stores_by_tma()) ptx::prefetch_tensor_map(&p.d);
+    if constexpr (C.grouping == Grouping::rows && C.block_m == 64 && C.scaled()) prefetch_weights<C>(p);
   }
   if constexpr (C.cluster_size() > 1)
     ptx::cluster_sync();
   else
     __syncthreads();
   ptx::grid_wait_dependencies();  // from here on we read what the previous kernel wrote, and overwrite what it read
-  if constexpr (C.grouped()) {
-    load_spans(p.groups, smem.groups());
-    if (threadIdx.x < 32) {
-      constexpr int kHeight = C.grouping == Grouping::rows ? C.block_m * C.cluster_m : 0;
-      const int num_tiles = index_groups(p.groups, smem.groups(), kHeight, ceil_div(p.n, C.block_n * C.cluster_n));
-      if (threadIdx.x == 0) smem.num_tiles() = num_tiles;
-    }
-    __syncthreads();
-  }
+  if constexpr (C.grouped()) load_spans(p.groups, smem.groups());
 
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers > 1) ptx::register_decrease<C.producer_registers()>();
     produce(smem, warp);
+    if constexpr (C.grouped())
+      if (warp == 2) schedule_tiles<C>(p, smem);
   } else {
     if constexpr (C.num_consumers > 1) ptx::register_increase<C.consumer_registers()>();
     consume(smem, warpgroup);

@@ -22,6 +22,7 @@ __device__ inline void keep_columns(u8* tile, int rows, int begin, int end, int 
     if (first >= end || first + 16 <= begin)
       *reinterpret_cast<uint4*>(chunk) = make_uint4(0, 0, 0, 0);
     else
+#pragma unroll 1
       for (int j = 0; j < 16; ++j)
         if (first + j < begin || first + j >= end) chunk[j] = 0;
   }
@@ -37,25 +38,25 @@ __device__ __forceinline__ void clear_neighbours(u8* a, u8* b, int begin, int en
   ptx::named_barrier_sync(1 + C.num_consumers, kThreads);
 }
 
-// acc += scale_a * scale_b * partial, for one wave; `scales_b` are those of the tile's columns, in shared memory.
+// A thread's products of scales for one wave; `scales_b` are those of the tile's columns, in shared memory.
 template <GemmConfig C>
-__device__ __forceinline__ void promote_by_row(float (&acc)[C.block_n / 2], const float (&partial)[C.block_n / 2],
-                                               const float (&scales_a)[2], const float* scales_b) {
+__device__ __forceinline__ void multiply_scales(float (&scales)[C.block_n / 2], const float (&scales_a)[2],
+                                                const float* scales_b) {
   const float2* mine = reinterpret_cast<const float2*>(scales_b) + threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < C.block_n / 2; i += 4) {
     const float2 b = mine[i];
-    acc[i + 0] += scales_a[0] * b.x * partial[i + 0];
-    acc[i + 1] += scales_a[0] * b.y * partial[i + 1];
-    acc[i + 2] += scales_a[1] * b.x * partial[i + 2];
-    acc[i + 3] += scales_a[1] * b.y * partial[i + 3];
+    scales[i + 0] = scales_a[0] * b.x, scales[i + 1] = scales_a[0] * b.y;
+    scales[i + 2] = scales_a[1] * b.x, scales[i + 3] = scales_a[1] * b.y;
   }
 }
 
-// One k-block of the tile's group.
-template <GemmConfig C>
+// One k-block of the tile's group; the first begins the sum. Scales are multiplied under the product, where registers suffice
+// for them.
+template <GemmConfig C, bool kFirst>
 __device__ __forceinline__ void multiply_columns(Consumer<C>& self, const Tile& t, int kb) {
   using Wgmma = typename Consumer<C>::Wgmma;
+  constexpr bool kEarly = C.num_consumers < 3 && C.num_waves() == 1;
   const int stage = self.pipe.stage;
   self.pipe.wait_full();
   const int begin = t.group_begin - kb * kBlockK, end = t.group_end - kb * kBlockK;
@@ -63,14 +64,21 @@ __device__ __forceinline__ void multiply_columns(Consumer<C>& self, const Tile& 
     clear_neighbours<C>(self.smem.a(stage), self.smem.b(stage), begin, end);
 #pragma unroll
   for (int wave = 0; wave < C.num_waves(); ++wave) {
-    float partial[C.block_n / 2];
+    float partial[C.block_n / 2], scales[C.block_n / 2];
     Wgmma::multiply(partial, ptx::wgmma_advance(self.first_a, (stage * C.block_m + wave * 64) * kBlockK),
                     ptx::wgmma_advance(self.first_b, stage * C.block_n * kBlockK), false);
     const float* sfa = self.smem.sfa(stage) + self.first_row + wave * 64;
     const float scales_a[2] = {sfa[0], sfa[8]};
+    if constexpr (kEarly) {
+      multiply_scales<C>(scales, scales_a, self.smem.sfb(stage));
+      Wgmma::pin(scales);  // here, not after the wait
+    }
     ptx::wgmma_wait<0>();
     Wgmma::pin(partial);
-    promote_by_row<C>(self.acc[wave], partial, scales_a, self.smem.sfb(stage));
+    if constexpr (!kEarly) multiply_scales<C>(scales, scales_a, self.smem.sfb(stage));
+#pragma unroll
+    for (int i = 0; i < C.block_n / 2; ++i)
+      self.acc[wave][i] = kFirst ? scales[i] * partial[i] : self.acc[wave][i] + scales[i] * partial[i];
   }
   __syncwarp();  // every lane has read its scales
   self.release_stage();
@@ -85,12 +93,18 @@ __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
     auto tiles = my_tiles<C>(p, smem);
     for (Tile t; tiles.next(t);) {
       const KRange ks = k_range(t);
-      if (ks.begin == ks.end && p.c_ptr != nullptr) continue;  // nothing to add
-      self.clear();
-#pragma unroll 2
-      for (int kb = ks.begin; kb < ks.end; ++kb) multiply_columns<C>(self, t, kb);
-      store_gradient<C>(p, output_tile<C>(p, t), consumer, self.acc);
+      if (ks.begin < ks.end) {
+        multiply_columns<C, true>(self, t, ks.begin);
+#pragma unroll 1
+        for (int kb = ks.begin + 1; kb < ks.end; ++kb) multiply_columns<C, false>(self, t, kb);
+      } else if (p.c_ptr == nullptr) {
+        self.clear();
+      } else {  // nothing to add
+        continue;
+      }
+      smem.gradient().store(p, output_tile<C>(p, t), consumer, self.acc);
     }
+    ptx::tma_store_wait_all();
   });
 }
 

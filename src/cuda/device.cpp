@@ -165,7 +165,8 @@ TensorMap encode_tensor_map(const TensorMapSpec& spec) {
                    : spec.dtype == DType::f32 ? kTensorMapFloat32
                                               : kTensorMapUint8;
   PHALANX_CUDA(cuTensorMapEncodeTiled(&map, type, 2, const_cast<void*>(spec.data), dims, strides, box, ones, 0,
-                                      spec.dtype == DType::f32 ? kTensorMapSwizzleNone : kTensorMapSwizzle128B,
+                                      spec.dtype == DType::f32 && spec.box_rows == 1 ? kTensorMapSwizzleNone  // scales
+                                                                                     : kTensorMapSwizzle128B,
                                       kTensorMapL2Promotion256B, 0));
   return map;
 }

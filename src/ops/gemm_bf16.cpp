@@ -138,6 +138,7 @@ void run_columns(const Tensor& a, const Tensor& b, const Tensor& offsets, const 
   if (tokens > 0)  // else nothing is read
     p.a = Rows(a).map(kBf16BlockK, kPanelRows), p.b = Rows(b).map(kBf16BlockK, kPanelRows);
   p.d_ptr = d.data, p.d_stride = row_stride(d_rows.matrix);
+  p.d = d_rows.map(64, kGradientColumns);
   if (options.accumulate) p.c_ptr = d.data, p.c_stride = p.d_stride;
   p.m = m, p.n = n, p.k = tokens;
   p.groups = {.bounds = static_cast<const int*>(offsets.data),

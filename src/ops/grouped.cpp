@@ -112,7 +112,7 @@ void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const T
   const ScaleColumns sfa(a.scales, config.scales_a_box());
   GemmParams p{};
   p.rows_a = config.block_m;
-  p.a = a_rows.map(config.block_m / config.cluster_n, kBlockK);
+  p.a = a_rows.map(config.rows_of_request(), kBlockK);
   p.b = b_rows.map(config.block_n / config.cluster_m, kBlockK);
   if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), kPanelColumns);
   p.sfa_by_tma = sfa.by_tma;
@@ -166,6 +166,7 @@ void run_columns(const ScaledTensor& a, const ScaledTensor& b, const Tensor* off
   p.sfa_stride_m = a.scales.strides[0], p.sfa_stride_k = a.scales.strides[1];
   p.sfb_stride_n = b.scales.strides[0], p.sfb_stride_k = b.scales.strides[1];
   p.d_ptr = d.data, p.d_stride = row_stride(d_rows.matrix);
+  p.d = d_rows.map(64, kGradientColumns);
   if (options.accumulate) p.c_ptr = d.data, p.c_stride = p.d_stride;
   p.m = m, p.n = n, p.k = k;
   p.groups = {.bounds = offsets ? static_cast<const int*>(offsets->data) : nullptr,
