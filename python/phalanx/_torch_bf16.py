@@ -106,11 +106,11 @@ def _save_dense(ctx, inputs, output):
 
 def _dense_gradient(ctx, grad):
     a, b = ctx.saved_tensors
-    needs_a, needs_b, needs_c, *_ = ctx.needs_input_grad
+    needs = ctx.needs_input_grad  # of the arguments that were given
     x = _operand(grad)
-    grad_a = _ops.gemm_bf16(x, b.t(), None, None, ctx.num_sms) if needs_a else None
-    grad_b = _ops.gemm_bf16(x.t(), a.t(), None, None, ctx.num_sms) if needs_b else None
-    return grad_a, grad_b, grad if ctx.has_c and needs_c else None, None, None, None
+    grad_a = _ops.gemm_bf16(x, b.t(), None, None, ctx.num_sms) if needs[0] else None
+    grad_b = _ops.gemm_bf16(x.t(), a.t(), None, None, ctx.num_sms) if needs[1] else None
+    return grad_a, grad_b, grad if ctx.has_c and needs[2] else None, None, None, None
 
 
 def _save_grouped(ctx, inputs, output):
@@ -120,14 +120,14 @@ def _save_grouped(ctx, inputs, output):
 
 def _grouped_gradient(ctx, grad):
     a, b, offsets = ctx.saved_tensors
-    needs_a, needs_b, *_ = ctx.needs_input_grad
+    needs = ctx.needs_input_grad
     x, grad_a, grad_b = _operand(grad), None, None
-    if needs_a:
+    if needs[0]:
         rows = torch.arange(a.shape[0], dtype=torch.int32, device=a.device)
         used = (rows >= offsets[0]) & (rows < offsets[-1])
         own = _ops.grouped_gemm_bf16(x, b.transpose(1, 2), offsets, None, ctx.num_sms, ctx.expected_rows)
         grad_a = torch.where(used[:, None], own, 0)
-    if needs_b:
+    if needs[1]:
         grad_b = _ops.grouped_wgrad_bf16(x, a, offsets, ctx.num_sms).to(b.dtype)
     return grad_a, grad_b, None, None, None, None
 

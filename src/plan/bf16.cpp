@@ -34,8 +34,9 @@ std::vector<GemmConfig> make_configs() {
   // Many rows: wide tiles, whose bytes two CTAs share. Few rows: every SM streams weights; a narrow tile or a split K gives
   // work to all of them.
   add(none, bf16, k, k,
-      {{128, 256, 2}, {128, 192, 2}, {128, 128}, {64, 128}, {64, 128, 1, 2}, {64, 64}, {64, 64, 1, 2}, {64, 64, 1, 4}});
-  add(none, f32, k, k, {{128, 128}, {64, 64}, {64, 64, 1, 4}});
+      {{128, 256, 2}, {128, 192, 2}, {128, 128}, {64, 64}, {64, 128}, {64, 128, 1, 2}, {64, 64, 1, 2}, {64, 64, 1, 4}});
+  add(none, f32, k, k, {{128, 128}, {64, 64}, {64, 64, 1, 2}});
+  // The rarer kinds have a kernel without a cluster each: a caller may allow a single SM.
   add(none, bf16, k, mn, {{128, 256, 2}, {64, 128}});
   add(none, f32, k, mn, {{128, 128}});
   for (const OutType out : {bf16, f32}) {
@@ -44,33 +45,38 @@ std::vector<GemmConfig> make_configs() {
   }
   add(rows, bf16, k, k, {{128, 256}, {64, 128}});
   add(rows, f32, k, k, {{128, 128}});
-  add(rows, bf16, k, mn, {{128, 256}});
+  add(rows, bf16, k, mn, {{128, 192}});
   add(rows, f32, k, mn, {{128, 128}});
-  add(columns, f32, mn, mn, {{128, 256}});
+  add(columns, f32, mn, mn, {{128, 192}});
   return list;
 }
 
 // Cycles of the whole product. It only has to put configurations in order; docs/tuning.md has the measurements.
 double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms) {
   constexpr double kLoneLatency = 60;                // of a k-block, where no second warpgroup fills the gaps
+  constexpr double kShallowLoss = 1.02;              // of three stages only
   constexpr double kDramBytes = 1770;                // per cycle, all SMs
   constexpr double kSmBytes = 52;                    // per cycle, one SM
   constexpr double kLoadLatency = 2294;              // from an empty stage to a full one
-  constexpr double kTile = 1645;                     // pipeline fill, epilogue, store
+  constexpr double kTile = 900, kTileColumn = 3;     // pipeline fill, epilogue, store
   constexpr double kSplit = 4069, kSplitPart = 154;  // reduction through distributed shared memory
 
-  const double tiles_n = ceil_div(p.n, c.block_n), tiles = expected_tiles_m(c, p) * c.cluster_m * tiles_n;
+  const double tiles_m = expected_tiles_m(c, p) * c.cluster_m, tiles_n = ceil_div(p.n, c.block_n);
   const double columns = double(p.k) / (p.grouping == Grouping::columns ? p.num_groups : 1);
-  const double k_blocks = std::ceil(std::ceil(columns / kBf16BlockK) / c.split_k), num_ctas = tiles * c.split_k;
-  const double slots = num_sms / c.cluster_size() * c.cluster_size(), active = std::min(num_ctas, slots);
+  const double k_blocks = std::ceil(std::ceil(columns / kBf16BlockK) / c.split_k);
+  const double num_ctas = tiles_m * tiles_n * c.split_k;
+  const double slots = usable_sms(c.cluster_size(), num_sms), active = std::min(num_ctas, slots);
 
-  const double mma = c.num_consumers * c.num_waves() * 2.0 * c.block_n + (c.num_consumers == 1 ? kLoneLatency : 0);
+  double mma = c.num_consumers * c.num_waves() * 2.0 * c.block_n;
+  if (c.num_consumers == 1) mma += kLoneLatency;
+  if (c.num_stages <= 3) mma *= kShallowLoss;
   const double line = 2.0 * kBf16BlockK;  // bytes of a row's k-block
-  const double weights = p.grouping == Grouping::columns ? 0 : tiles_n * c.split_k * std::min(p.num_groups, p.m);
-  const double dram = c.block_n * line * std::min(weights, active) / kDramBytes;
+  // Tiles of one column that are walked together read its weights once.
+  const double together = std::clamp(tiles_m / p.num_groups, 1.0, double(kDefaultGroupM));
+  const double dram = p.grouping == Grouping::columns ? 0 : c.block_n * line * active / together / kDramBytes;
   const double sm = (c.block_m + double(c.block_n) / c.cluster_m) * line / kSmBytes;
   const double k_block = std::max({mma, dram, sm, kLoadLatency / c.num_stages});
-  const double tile = kTile + (c.split_k > 1 ? kSplit + kSplitPart * c.split_k : 0);
+  const double tile = kTile + kTileColumn * c.block_n + (c.split_k > 1 ? kSplit + kSplitPart * c.split_k : 0);
   return std::ceil(num_ctas / slots) * (k_blocks * k_block + tile);
 }
 
@@ -104,10 +110,12 @@ GemmPlan plan_bf16(const Bf16Problem& problem, int num_sms) {
       // Not persistent: all its CTAs must be within the SMs that the caller allows.
       if (plan_bf16_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;
     }
-    const double cycles = estimate_cycles(config, p, num_sms);
+    double cycles = estimate_cycles(config, p, num_sms);
+    const int height = config.block_m * config.cluster_m;
+    if (height > 64 && p.m <= height / 2) cycles *= 2;  // half of the tile would be empty
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
   }
-  return plan_bf16_with(*best, kDefaultGroupM, problem, num_sms);
+  return plan_bf16_with(*best, kDefaultGroupM / best->cluster_m, problem, num_sms);
 }
 
 std::optional<GemmPlan> parse_bf16_plan(std::string_view text, const Bf16Problem& problem, int num_sms) {

@@ -36,12 +36,6 @@ std::vector<GemmConfig> make_configs() {
   return list;
 }
 
-// SMs that clusters of a size can occupy: those of a GPC that do not fill one stay idle.
-int usable_sms(int cluster_size, int num_sms) {
-  const int used = cluster_size <= 2 ? num_sms : cluster_size <= 4 ? num_sms * 10 / 11 : num_sms * 8 / 10;
-  return std::max(used / cluster_size, 1) * cluster_size;
-}
-
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in order.
 double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   constexpr double kMmaLoss = 1.27;                  // promotion that products of two consumers do not hide, and power

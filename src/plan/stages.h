@@ -1,5 +1,7 @@
-// How deep a pipeline may be.
+// What fits on an SM and on the chip.
 #pragma once
+
+#include <algorithm>
 
 #include "device/gemm/config.h"
 
@@ -11,6 +13,12 @@ constexpr int kSmemPerSm = 233472;  ///< bytes that the CTAs of one SM share
 constexpr GemmConfig with_stages(GemmConfig c, int smem_bytes = kMaxSmemBytes) {
   for (c.num_stages = 12; c.num_stages > 2 && smem_layout(c).total > smem_bytes;) --c.num_stages;
   return c;
+}
+
+/// SMs that clusters of a size can occupy: those of a GPC that do not fill one stay idle.
+inline int usable_sms(int cluster_size, int num_sms) {
+  const int used = cluster_size <= 2 ? num_sms : cluster_size <= 4 ? num_sms * 10 / 11 : num_sms * 8 / 10;
+  return std::max(used / cluster_size, 1) * cluster_size;
 }
 
 }  // namespace phalanx::plan

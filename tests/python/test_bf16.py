@@ -160,6 +160,10 @@ def test_gradients():
     for ours, exact in ((a, x), (b, w), (c, y)):
         torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2e-2, atol=5e-2)
 
+    b.grad = None
+    phalanx.gemm_bf16(a.detach(), b).float().sum().backward()
+    torch.testing.assert_close(b.grad.float(), a.detach().float().sum(0).expand(40, -1), rtol=2e-2, atol=5e-2)
+
     experts, offsets = make(3, 40, 72), torch.tensor([1, 10, 10, 30], dtype=torch.int32)
     a.grad = None
     d = phalanx.grouped_gemm_bf16(a, experts, offsets)
