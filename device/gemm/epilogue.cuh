@@ -195,6 +195,7 @@ struct StagedTile {
       if (cols >= 8)
         *reinterpret_cast<uint4*>(d) = *reinterpret_cast<const uint4*>(staged);
       else
+#pragma unroll 1
         for (int col = 0; col < cols; ++col) d[col] = reinterpret_cast<const u16*>(staged)[col];
     }
   }

@@ -126,6 +126,7 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
       if constexpr (C.cluster_n > 1)
         ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, &p.a, full, k, at.a + slice_a, kAllCtas);
       else if constexpr (C.rows_of_request() < C.block_m)
+#pragma unroll 1
         for (int row = 0; row < rows; row += C.rows_of_request())
           ptx::tma_load_2d(smem.a(stage) + row * kBlockK, &p.a, full, k, at.a + row);
       else
@@ -339,6 +340,7 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
       for (int i = 0; i < C.num_consumers; ++i) ptx::mbarrier_init(&smem.staged().c_full[i], 1);
     if constexpr (C.grouped()) {
       const TileRing tiles = smem.tiles();
+#pragma unroll 1
       for (int s = 0; s < kTileSlots; ++s) {
         ptx::mbarrier_init(&tiles.full[s], 1);
         ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + (p.sfa_by_tma ? 1 : 2));  // warps, and the producer

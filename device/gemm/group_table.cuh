@@ -15,6 +15,7 @@ __device__ __forceinline__ void report_fault(const GroupParams& g, int index, in
 
 // table[i] = {pieces, begin, end, -} of group i, unchecked. Ends with a barrier of the whole CTA.
 __device__ inline void load_spans(const GroupParams& g, GroupEntry* table) {
+#pragma unroll 1
   for (int i = threadIdx.x; i < g.num_groups; i += blockDim.x) {
     GroupEntry e{1, 0, 0, 0};
     if (g.bounds == nullptr)
@@ -49,13 +50,14 @@ __device__ inline void load_spans(const GroupParams& g, GroupEntry* table) {
 __device__ inline int index_groups(const GroupParams& g, GroupEntry* table, int height, int tiles_n) {
   const int lane = threadIdx.x % 32;
   int num_entries = 0, num_tiles = 0, reached = 0;  // by the groups before these 32
+#pragma unroll 1
   for (int first = 0; first < g.num_groups; first += 32) {
     const int group = first + lane;
     const GroupEntry said = group < g.num_groups ? table[group] : GroupEntry{1, 0, 0, 0};
     int begin = said.begin, end = said.end;
     if (g.by == GroupsBy::offsets) {  // each begins where the one before ends: bounds never decrease
       begin = max(min(begin, g.limit), reached);
-#pragma unroll
+#pragma unroll 1
       for (int distance = 1; distance < 32; distance *= 2) {
         const int before = __shfl_up_sync(0xffffffff, begin, distance);
         if (lane >= distance) begin = max(begin, before);
@@ -81,7 +83,7 @@ __device__ inline int index_groups(const GroupParams& g, GroupEntry* table, int 
     }
     const int tiles = ceil_div(end - begin, height) * tiles_n;
     int upto = tiles;  // tiles of lanes 0 .. lane
-#pragma unroll
+#pragma unroll 1
     for (int distance = 1; distance < 32; distance *= 2) {
       const int before = __shfl_up_sync(0xffffffff, upto, distance);
       if (lane >= distance) upto += before;

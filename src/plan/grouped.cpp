@@ -1,6 +1,7 @@
 #include "plan/grouped.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "device/gemm/grouped_tiles.h"
@@ -25,14 +26,12 @@ std::vector<GemmConfig> make_configs() {
     add(64, 128, 1, 1);
     add(64, 64, 1, 1);
     add(128, 128, 2, 1);
-    add(128, 128, 2, 2);
-    if (out == OutType::bf16) add(192, 128, 3, 2), add(192, 128, 3, 1), add(256, 128, 2, 2), add(256, 128, 2, 1);
+    if (out == OutType::bf16) add(192, 128, 3, 2), add(192, 128, 3, 1), add(256, 128, 2, 2);
   }
-  for (const auto& [block_m, cluster_n] : {std::pair{192, 1}, {128, 1}, {128, 2}})
-    list.push_back(with_stages({.block_m = block_m,
+  for (const int num_consumers : {3, 2})
+    list.push_back(with_stages({.block_m = 64 * num_consumers,
                                 .block_n = 128,
-                                .num_consumers = block_m / 64,
-                                .cluster_n = cluster_n,
+                                .num_consumers = num_consumers,
                                 .out = OutType::f32,
                                 .grouping = Grouping::columns}));
   return list;
@@ -40,13 +39,15 @@ std::vector<GemmConfig> make_configs() {
 
 // Cycles for a k-block of a tile of which `rows` rows are of D.
 double cycles_of(const GemmConfig& c, const GroupedProblem& p, int rows) {
-  constexpr double kMmaLoss = 1.27, kMmaLoss3 = 1.235, kWaveLatency = 236;  // as in the dense planner
-  constexpr double kRowScaleLoss = 1.15, kRowScaleLoss3 = 1.1;              // two multiplications a value
-  constexpr double kSmBytes = 52, kLoadLatency = 2294;                      // one SM, per cycle
+  constexpr double kMmaLoss = 1.39, kMmaLossTwoWaves = 1.295, kMmaLoss3 = 1.235, kWaveLatency = 236;
+  constexpr double kRowScaleLoss = 1.27, kRowScaleLoss3 = 1.235;  // two multiplications a value
+  constexpr double kNotShared = 1.025;                            // of a tall tile whose A no other CTA shares
+  constexpr double kSmBytes = 46, kLoadLatency = 2294;            // one SM, per cycle
   const int consumers = std::min(ceil_div(rows, c.consumer_rows()), c.num_consumers);
-  const double n = c.block_n;
+  const double n = c.block_n, loss = consumers == 3 ? kMmaLoss3 : c.num_waves() == 2 ? kMmaLossTwoWaves : kMmaLoss;
   double mma = 2.5 * n + kWaveLatency;
-  if (consumers > 1) mma = std::max(mma, consumers * 2 * n * (consumers == 3 ? kMmaLoss3 : kMmaLoss));
+  if (consumers > 1) mma = std::max(mma, consumers * 2 * n * loss);
+  if (c.num_consumers == 3 && !c.multicasts()) mma *= kNotShared;
   mma *= c.num_waves();
   if (p.grouping == Grouping::columns) mma *= c.num_consumers == 3 ? kRowScaleLoss3 : kRowScaleLoss;
   const double loaded_a =
@@ -54,49 +55,35 @@ double cycles_of(const GemmConfig& c, const GroupedProblem& p, int rows) {
   return std::max({mma, (loaded_a + n / c.cluster_m) * kBlockK / kSmBytes, kLoadLatency / c.num_stages});
 }
 
-// Along M, of all groups together.
-struct TilesM {
-  double count = 0, k_block_cycles = 0;  // the sum over tiles
-
-  void add(const GemmConfig& c, const GroupedProblem& p, int rows, double weight) {
-    const int full = rows / c.block_m, rest = rows % c.block_m;
-    count += weight * (full + (rest > 0));
-    k_block_cycles += weight * full * cycles_of(c, p, c.block_m);
-    if (rest > 0) k_block_cycles += weight * cycles_of(c, p, rest);
-  }
-};
-
-TilesM tiles_m(const GemmConfig& c, const GroupedProblem& p) {
-  TilesM tiles;
-  if (p.grouping == Grouping::columns) {
-    tiles.add(c, p, p.m, p.num_groups);
-    return tiles;
-  }
-  constexpr double kSpread[] = {0.7, 0.85, 1, 1, 1, 1.15, 1.3};  // of a group's rows: routing is not even
-  const double groups = std::min(p.num_groups, p.m), rows = p.expected_rows > 0 ? p.expected_rows : p.m / groups;
-  for (const double factor : kSpread) tiles.add(c, p, int(std::ceil(rows * factor)), groups / std::size(kSpread));
-  return tiles;
-}
-
-// Cycles of the whole product. It only has to put configurations in order; docs/tuning.md has the measurements.
-double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms) {
+// Cycles of the whole product, if every group of rows has so many.
+double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms, int rows) {
   constexpr double kDramBytes = 1770;  // all SMs, per cycle
   constexpr double kTile = 1645;
-  constexpr double kOverlap =
-      0.25;  // of the shorter of two, computing and reading weights, that the longer does not hide
+  constexpr double kOverlap = 0.25;  // of the shorter of computing and reading weights, that the longer does not hide
+  const bool by_rows = p.grouping == Grouping::rows;
 
-  const double clusters = std::max(num_sms / c.cluster_size(), 1);
-  const TilesM along_m = tiles_m(c, p);
-  const double tiles = along_m.count * ceil_div(p.n, c.block_n * c.cluster_n);
-  const double columns = double(p.k) / (p.grouping == Grouping::columns ? p.num_groups : 1);
-  const double tile = std::ceil(columns / kBlockK) * along_m.k_block_cycles / along_m.count + kTile;
-  // How many tiles a CTA gets, at the worst; groups of rows are not known so well that a step at a whole number would be true.
-  const double each = tiles / clusters;
-  const double rounds = p.grouping == Grouping::columns || each < 1 ? std::ceil(each) : (std::ceil(each) + each) / 2;
-  const double compute = rounds * tile;
-  const double weights =
-      p.grouping == Grouping::rows ? double(p.num_groups) * p.n * p.k / kDramBytes * std::min(rounds / each, 2.0) : 0;
+  const int full = rows / c.block_m, rest = rows % c.block_m;
+  const double tiles_m = full + (rest > 0),
+               k_block = (full * cycles_of(c, p, c.block_m) + (rest > 0 ? cycles_of(c, p, rest) : 0)) / tiles_m;
+  const double k_blocks = std::ceil(double(p.k) / (by_rows ? 1 : p.num_groups) / kBlockK);
+  const double groups = by_rows ? std::min(p.num_groups, p.m) : p.num_groups;
+  const double each =
+      groups * tiles_m * ceil_div(p.n, c.block_n * c.cluster_n) / std::max(num_sms / c.cluster_size(), 1);
+  const double compute = std::ceil(each) * (k_blocks * k_block + kTile);
+  const double weights = by_rows ? groups * p.n * p.k / kDramBytes * std::min(std::ceil(each) / each, 2.0) : 0;
   return std::max(compute, weights) + kOverlap * std::min(compute, weights);
+}
+
+// It only has to put configurations in order; docs/tuning.md has the measurements.
+double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms) {
+  if (p.grouping == Grouping::columns) return estimate_cycles(c, p, num_sms, p.m);
+  // Routing is not even: who says what to expect names a mean; otherwise an even share is likely.
+  constexpr std::array kHinted = {0.7, 0.82, 0.94, 1.06, 1.18, 1.3}, kEven = {0.9, 1.0, 1.0, 1.0, 1.0, 1.1};
+  const double rows = p.expected_rows > 0 ? p.expected_rows : double(p.m) / std::min(p.num_groups, p.m);
+  double sum = 0;
+  for (const double factor : p.expected_rows > 0 ? kHinted : kEven)
+    sum += estimate_cycles(c, p, num_sms, int(std::min(std::ceil(rows * factor), 1e9)));
+  return sum;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // computed by exactly one CTA, the CTAs of a cluster agree on what they share, and no tile crosses into another group.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
 #include <map>
 #include <random>
@@ -124,6 +125,23 @@ TEST(GroupedTiles, EveryTileOfEveryGroupOnce) {
     ASSERT_EQ(visits.size(), expected);
     for (const auto& [tile, count] : visits) ASSERT_EQ(count, 1) << "group " << std::get<0>(tile);
   }
+}
+
+// Groups of a tile and a third: dealt out strictly in turn, every second CTA would have full tiles only.
+TEST(GroupedTiles, FullTilesAreSharedOut) {
+  const GemmConfig c{.block_m = 192, .block_n = 128, .num_consumers = 3};
+  constexpr int kGroups = 32, kRows = 256, kN = 4096, kCtas = 132;
+  std::vector<std::pair<int, int>> ranges;
+  for (int g = 0; g < kGroups; ++g) ranges.push_back({g * kRows, (g + 1) * kRows});
+  const Table table(c, ranges, kN);
+  int most = 0;
+  for (int cta = 0; cta < kCtas; ++cta) {
+    int full = 0;
+    for (const Tile& t : tiles_of(GroupedTiles(c, table.entries.data(), table.num_tiles, kN, 8, cta, kCtas)))
+      full += t.m + c.block_m <= t.group_end;
+    most = std::max(most, full);
+  }
+  EXPECT_LE(most, ceil_div(kGroups * kN / c.block_n, kCtas) + 1);
 }
 
 TEST(ColumnGroupTiles, EveryGroupHasEveryTileOnce) {
