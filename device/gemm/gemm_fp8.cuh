@@ -143,6 +143,8 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
         ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
       else
         ptx::tma_load_2d(smem.b(stage), &p.b, full, k, at.b);
+      if constexpr (C.grouping == Grouping::columns)
+        if (p.c_ptr != nullptr) GradientStore<C>::prefetch(p, t.n, at.d, ks.end - 1 - kb);
     }
   }
   if constexpr (C.multicasts())  // stay until the peers' last arrivals at our barriers have landed

@@ -16,6 +16,13 @@ struct GradientStore {
 
   __device__ u8* panel(int consumer, int i) const { return base + (consumer * 2 + i % 2) * kGradientPanelBytes; }
 
+  // Of a tile's panels, one a k-block: what is to be added to comes into L2 while the last k-blocks are multiplied. All CTAs
+  // end their tiles at about the same time; the reads from memory would hold up the next tile's.
+  __device__ static void prefetch(const GemmParams& p, int col, int row, int i) {
+    constexpr int kWaves = C.num_consumers * C.num_waves();
+    if (i < kPanels * kWaves) ptx::tma_prefetch_2d(&p.d, col + i % kPanels * kGradientColumns, row + i / kPanels * 64);
+  }
+
   __device__ void store(const GemmParams& p, const Tile& t, int consumer, const Accumulator<C>& acc) const {
     const bool is_issuer = threadIdx.x % kWarpgroup == 0;
 #pragma unroll
