@@ -115,7 +115,9 @@ GemmPlan plan_bf16(const Bf16Problem& problem, int num_sms) {
     if (height > 64 && p.m <= height / 2) cycles *= 2;  // half of the tile would be empty
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
   }
-  return plan_bf16_with(*best, kDefaultGroupM / best->cluster_m, problem, num_sms);
+  // Measured: cluster tiles of 256 x 256 are walked best four high, where K is long.
+  const int group_m = best->block_n == 256 && best->cluster_m == 2 ? 4 : kDefaultGroupM;
+  return plan_bf16_with(*best, group_m, problem, num_sms);
 }
 
 std::optional<GemmPlan> parse_bf16_plan(std::string_view text, const Bf16Problem& problem, int num_sms) {
