@@ -9,7 +9,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import phalanx
@@ -18,29 +17,14 @@ import torch
 from bench import ceilings as ceiling_probes
 from bench import machine
 from bench.cases import load_shapes
-from bench.libraries import MAX_ERROR
+from bench.grouped import Case, measure, relative_error
 from bench.report import write_json
-from bench.timing import Call, L2Flush, interleaved, with_environment
 
-CUBLAS = "cublas"
-
-
-@dataclass
-class Case:
-    op: str
-    shape: dict
-    flops: int
-    num_bytes: int
-    calls: dict[str, Call]
-    error: Callable[[], float]  # of our result
+CUBLAS, TORCH = "cublas", "torch._grouped_mm"
 
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual.float() - expected).norm() / expected.norm())
 
 
 def dense(m: int, n: int, k: int, majors: str = "kk") -> Case:
@@ -52,33 +36,38 @@ def dense(m: int, n: int, k: int, majors: str = "kk") -> Case:
         "phalanx": lambda: phalanx.gemm_bf16(a, b, out=ours),
         CUBLAS: lambda: torch.matmul(a, b.t(), out=theirs),
     }
-    error = lambda: relative_error(ours[:256], a[:256].float() @ b.float().t())  # noqa: E731
+    error = lambda d: relative_error(d[:256], a[:256].float() @ b.float().t())  # noqa: E731
+    errors = {"phalanx": lambda: error(ours), CUBLAS: lambda: error(theirs)}
     shape = {"m": m, "n": n, "k": k, "majors": majors}
-    return Case("gemm_bf16", shape, 2 * m * n * k, 2 * (m * n + m * k + n * k), calls, error)
+    return Case("gemm_bf16", shape, 2 * m * n * k, 2 * (m * n + m * k + n * k), calls, errors)
 
 
 def grouped(groups: int, rows: int, n: int, k: int) -> Case:
     a, b, m = random(groups * rows, k), random(groups, n, k), groups * rows
     offsets = torch.arange(groups + 1, dtype=torch.int32, device="cuda") * rows
     out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-    calls = {"phalanx": lambda: phalanx.grouped_gemm_bf16(a, b, offsets, out=out)}
-    if hasattr(torch, "_grouped_mm"):
-        calls["torch._grouped_mm"] = lambda: torch._grouped_mm(a, b.transpose(1, 2), offs=offsets[1:])
-    error = lambda: relative_error(out[-64:], a[-64:].float() @ b[-1].float().t())  # noqa: E731
+    error = lambda d: relative_error(d[-rows:], a[-rows:].float() @ b[-1].float().t())  # noqa: E731
+    calls = {
+        "phalanx": lambda: phalanx.grouped_gemm_bf16(a, b, offsets, out=out),
+        TORCH: lambda: torch._grouped_mm(a, b.transpose(1, 2), offs=offsets[1:]),
+    }
+    errors = {"phalanx": lambda: error(out), TORCH: lambda: error(calls[TORCH]())}
     shape = {"groups": groups, "rows": m, "n": n, "k": k}
-    return Case("grouped_gemm_bf16", shape, 2 * m * n * k, 2 * (m * n + m * k + groups * n * k), calls, error)
+    return Case("grouped_gemm_bf16", shape, 2 * m * n * k, 2 * (m * n + m * k + groups * n * k), calls, errors)
 
 
 def gradient(groups: int, tokens: int, m: int, n: int) -> Case:
     a, b, k = random(groups * tokens, m), random(groups * tokens, n), groups * tokens
     offsets = torch.arange(groups + 1, dtype=torch.int32, device="cuda") * tokens
     out = torch.empty(groups, m, n, device="cuda")
-    calls = {"phalanx": lambda: phalanx.grouped_wgrad_bf16(a, b, offsets, out=out)}
-    if hasattr(torch, "_grouped_mm"):  # its result is BF16
-        calls["torch._grouped_mm"] = lambda: torch._grouped_mm(a.t(), b, offs=offsets[1:])
-    error = lambda: relative_error(out[-1, :64], a[-tokens:, :64].float().t() @ b[-tokens:].float())  # noqa: E731
+    error = lambda d: relative_error(d[-1, :64], a[-tokens:, :64].float().t() @ b[-tokens:].float())  # noqa: E731
+    calls = {
+        "phalanx": lambda: phalanx.grouped_wgrad_bf16(a, b, offsets, out=out),
+        TORCH: lambda: torch._grouped_mm(a.t(), b, offs=offsets[1:]),  # its result is BF16
+    }
+    errors = {"phalanx": lambda: error(out), TORCH: lambda: error(calls[TORCH]())}
     shape = {"groups": groups, "tokens": k, "m": m, "n": n}
-    return Case("grouped_wgrad_bf16", shape, 2 * m * n * k, 2 * k * (m + n) + 4 * groups * m * n, calls, error)
+    return Case("grouped_wgrad_bf16", shape, 2 * m * n * k, 2 * k * (m + n) + 4 * groups * m * n, calls, errors)
 
 
 def cases(ms: tuple[int, ...], more: bool) -> Iterator[Callable[[], Case]]:
@@ -92,37 +81,6 @@ def cases(ms: tuple[int, ...], more: bool) -> Iterator[Callable[[], Case]]:
             for groups, rows in ((8, 4096), (32, 256), (32, 16)):
                 yield lambda n=n, k=k, groups=groups, rows=rows: grouped(groups, rows, n, k)
             yield lambda n=n, k=k: gradient(8, 4096, n, k)
-
-
-def measure(case: Case, repeats: int, configs: list[str]) -> dict:
-    case.calls["phalanx"]()
-    torch.cuda.synchronize()
-    error = case.error()
-    if not error < MAX_ERROR:
-        raise RuntimeError(f"{case.op} {case.shape}: relative error {error:.1e}")
-    timed, failed = dict(case.calls), {}
-    for name in [*case.calls, *configs]:
-        if name in configs:
-            timed[name] = with_environment("PHALANX_GEMM_CONFIG", name, case.calls["phalanx"])
-        try:
-            timed[name]()
-            torch.cuda.synchronize()
-        except Exception as reason:
-            failed[name] = f"{type(reason).__name__}: {reason}"[:200]
-            del timed[name]
-    if configs:
-        timed["phalanx"] = with_environment("PHALANX_GEMM_CONFIG", "", timed["phalanx"])
-    samples = interleaved(timed, repeats, L2Flush())
-    median = samples["phalanx"].median
-    return {
-        "op": case.op,
-        "shape": case.shape,
-        "median_us": round(median, 2),
-        "peers": {name: round(s.median, 2) for name, s in samples.items() if name != "phalanx"},
-        "failed": failed,
-        "tflops": round(case.flops / median / 1e6, 1),
-        "gbps": round(case.num_bytes / median / 1e3, 1),
-    }
 
 
 def geometric_mean(ratios: list[float]) -> float:
@@ -153,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     ms = tuple(int(m) for m in arguments.m.split(",") if m)
     for make in cases(ms, not arguments.dense_only):
-        row = measure(make(), arguments.repeats, arguments.configs)
+        row = measure(make(), arguments.repeats, ceilings, arguments.configs)
         torch.cuda.empty_cache()
         result["rows"].append(row)
         peers = "  ".join(f"{name} {us} ({us / row['median_us']:.3f}x)" for name, us in row["peers"].items())

@@ -43,15 +43,7 @@ void check_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& 
   check_scales(b_scales, Access::read);
   for (const Arg* input : {&a_data, &b_data, &a_scales, &b_scales}) check_disjoint(out, *input);
 
-  if (options.c) {
-    const Arg c{kOp, "options.c", *options.c};
-    check_matrix(c);
-    check_device(c, a_data);
-    check_dtype(c, d.dtype);
-    check_shape(c, {m, n}, "[M, N]");
-    check_tma(c);
-    if (!same_memory(c.tensor, d)) check_disjoint(out, c);
-  }
+  if (options.c) check_addend({kOp, "options.c", *options.c}, out, a_data);
   if (options.num_sms < 0) [[unlikely]]
     throw Error(ErrorCode::invalid_argument,
                 fmt::format("{}: options.num_sms is {}, expected 0 (all) or more", kOp, options.num_sms));

@@ -67,15 +67,7 @@ void check_gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& d, const Ge
   check_operand(of_b);
   check_tma(out);
   check_memory({&of_a, &of_b}, out);
-  if (options.c) {
-    const Arg c{kOp, "options.c", *options.c};
-    check_matrix(c);
-    check_device(c, of_a);
-    check_dtype(c, d.dtype);
-    check_shape(c, {m, n}, "[M, N]");
-    check_tma(c);
-    if (!same_memory(c.tensor, d)) check_disjoint(out, c);
-  }
+  if (options.c) check_addend({kOp, "options.c", *options.c}, out, of_a);
   check_not_negative(kOp, "num_sms", options.num_sms);
 }
 

@@ -197,4 +197,13 @@ bool same_memory(const Tensor& x, const Tensor& y) {
   return x.data == y.data && (x.rows() <= 1 || x.strides[0] == y.strides[0]);
 }
 
+void check_addend(const Arg& c, const Arg& out, const Arg& reference) {
+  check_matrix(c);
+  check_device(c, reference);
+  check_dtype(c, out->dtype);
+  check_shape(c, {out->rows(), out->cols()}, "[M, N]");
+  check_tma(c);
+  if (!same_memory(c.tensor, out.tensor)) check_disjoint(out, c);
+}
+
 }  // namespace phalanx

@@ -83,4 +83,7 @@ void check_disjoint(const Arg& output, const Arg& other);
 
 bool same_memory(const Tensor& x, const Tensor& y);
 
+/// C of a product: a matrix like `out`, which it is or does not touch, on the device of `reference`.
+void check_addend(const Arg& c, const Arg& out, const Arg& reference);
+
 }  // namespace phalanx
