@@ -25,7 +25,7 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("device/moe", [r"device/types\.h", r"device/(ptx|moe)/.*"]),
     ("device/quantize", [r"device/types\.h", r"device/(ptx|quantize)/.*"]),
     # Dispatch quantises with the quantiser's constants.
-    ("device/ep", [r"device/types\.h", r"device/quantize/config\.h", r"device/(ptx|moe|ep)/.*"]),
+    ("device/ep", [r"device/types\.h", r"device/quantize/(config\.h|encode\.cuh)", r"device/(ptx|moe|ep)/.*"]),
     ("bench/probe", [r"device/types\.h", r"device/ptx/.*"]),
     ("device", [r"device/types\.h"]),
     ("include", [r"phalanx/.*"]),

@@ -11,193 +11,171 @@
 // A CTA handles the same tokens on both sides, so that it waits for one CTA a peer only, but for the routing.
 #pragma once
 #include "device/ep/route.cuh"
-#include "device/ep/stream.cuh"
 #include "device/ptx/convert.cuh"
-#include "device/quantize/config.h"
+#include "device/ptx/memory.cuh"
+#include "device/quantize/encode.cuh"
 
 namespace phalanx {
 
-// --- a token on its way: read once, 16 bytes a lane, and written to every place in `to` -----------------------------
+// --- a token on its way: read once, kEpDispatchPieces pieces a lane, and written to every target ---------------------
 
-// Slots of the peers that have an expert of the token.
-struct EpSlots {
-  const EpOperation& op;
-  i64 token;
-  u64 ranks;
-
-  template <class F>
-  __device__ __forceinline__ void for_each_data(const F& f) const {
-    const EpCommon& c = op.c;
-    for (u64 left = ranks; left != 0;) {
-      const int r = ep_pop(left);
-      const i64 slot = i64(ep_peer_idx(r, c.rank)) * c.shape.max_tokens + token;
-      f(op.buffer(r, c.layout.tokens) + slot * c.layout.token_slot);
-    }
-  }
-  template <class F>
-  __device__ __forceinline__ void for_each_scales(const F& f) const {
-    for_each_data([&](u8* slot) { f(reinterpret_cast<float*>(slot + ep_scales_offset(op.c.shape.hidden)), i64(1)); });
-  }
+// Places of a token: lane l has one of its own if bit l of `lanes` is set. Scales go to the targets, or where they are
+// staged to shared memory once.
+struct EpTargets {
+  u32 lanes;
+  u8* data;
+  float* scales;  // of the first block
+  i64 scale_stride;
+  float* stage;
 };
 
-// Rows of the token's experts here: lane k has that of choice k.
-struct EpRows {
-  const EpDispatchParams& p;
-  i64 row_bytes;
-  int row;
-  u32 choices;
-
-  template <class F>
-  __device__ __forceinline__ void for_each_data(const F& f) const {
-    for (u32 left = choices; left != 0;)
-      f(static_cast<u8*>(p.rows) + i64(__shfl_sync(0xffffffffu, row, ep_pop(left))) * row_bytes);
-  }
-  template <class F>
-  __device__ __forceinline__ void for_each_scales(const F& f) const {
-    for (u32 left = choices; left != 0;)
-      f(p.row_scales + __shfl_sync(0xffffffffu, row, ep_pop(left)), p.row_scale_stride);
-  }
-};
-
-template <class To>
-__device__ __forceinline__ void ep_copy_bytes(const u8* from, i64 begin, i64 end, u8* ring, const To& to) {
-  ep_stream<kEpDispatchDepth>(from, begin, end, ring, [&](i64 at, bool inside, const EpVector& piece) {
-    to.for_each_data([&](u8* place) {
-      if (inside) *reinterpret_cast<EpVector*>(place + at) = piece;
-    });
-  });
+// The slots of the peers that have an expert of the token, whose choices are one a lane (below 0: none).
+__device__ __forceinline__ EpTargets ep_slots(const EpOperation& op, i64 token, int expert) {
+  const EpCommon& c = op.c;
+  const int lane = threadIdx.x % 32, r = expert < 0 ? c.rank : ep_rank_of(c.first_expert, c.shape.num_ranks, expert);
+  const bool is_first = __ffs(__match_any_sync(0xffffffffu, r)) - 1 == lane;  // of those with the same rank
+  EpTargets to{__ballot_sync(0xffffffffu, is_first && r != c.rank), nullptr, nullptr, 1, nullptr};
+  if (r == c.rank) return to;
+  to.data =
+      op.buffer(r, c.layout.tokens) + (i64(ep_peer_idx(r, c.rank)) * c.shape.max_tokens + token) * c.layout.token_slot;
+  to.scales = reinterpret_cast<float*>(to.data + ep_scales_offset(c.shape.hidden));
+  return to;
 }
 
-// The scales of a part's blocks, a block a lane; asked for before the data, and used after them.
-struct EpScales {
-  static constexpr int kCount = 2;  // rounds of 32 blocks that wait in registers
-  const float* from;
-  i64 stride;
-  int begin, end;
-  float first[kCount];
-
-  __device__ __forceinline__ EpScales(const float* scales, i64 scale_stride, EpRange cols)
-      : from(scales),
-        stride(scale_stride),
-        begin(cols.begin / kQuantizeBlock),
-        end(ceil_div(cols.end, kQuantizeBlock)) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) first[i] = load(begin + i * 32);
-  }
-  __device__ __forceinline__ float load(int round) const {
-    const int block = round + int(threadIdx.x) % 32;
-    return block < end ? from[block * stride] : 0.0f;
-  }
-  template <class To>
-  __device__ __forceinline__ void store(int round, float scale, const To& to) const {
-    const int block = round + int(threadIdx.x) % 32;
-    to.for_each_scales([&](float* place, i64 place_stride) {
-      if (block < end) place[block * place_stride] = scale;
-    });
-  }
-  template <class To>
-  __device__ __forceinline__ void store_all(const To& to) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      if (begin + i * 32 < end) store(begin + i * 32, first[i], to);
-    for (int round = begin + kCount * 32; round < end; round += 32) store(round, load(round), to);
-  }
-};
-
-// BF16 to E4M3, as quantize does: 16 neighbouring lanes share a block.
-template <class To>
-__device__ __forceinline__ void ep_quantize_piece(i64 byte, bool inside, const EpVector& piece, bool pow2,
-                                                  const To& to) {
-  constexpr int kCount = 8, kLanesPerBlock = kQuantizeBlock / kCount;
-  const int col = int(byte / 2);
-  float x[kCount], amax = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    x[i] = i % 2 ? ptx::bf16_hi(piece.word[i / 2]) : ptx::bf16_lo(piece.word[i / 2]);
-    if (inside && fabsf(x[i]) < __uint_as_float(0x7f800000u)) amax = fmaxf(amax, fabsf(x[i]));
-  }
-#pragma unroll
-  for (int distance = 1; distance < kLanesPerBlock; distance *= 2)
-    amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, distance));
-  float scale = fmaxf(__fdiv_rn(amax, kE4m3Max), kMinScale);
-  if (pow2) scale = __uint_as_float(pow2_ceil_bits(__float_as_uint(scale)));
-  const float inverse = __frcp_rn(scale);
-  const auto encode = [&](int i) {
-    return ptx::pack_e4m3(x[i] * inverse, x[i + 1] * inverse) |
-           u32(ptx::pack_e4m3(x[i + 2] * inverse, x[i + 3] * inverse)) << 16;
-  };
-  const uint2 packed{encode(0), encode(4)};
-  to.for_each_data([&](u8* place) {
-    if (inside) *reinterpret_cast<uint2*>(place + col) = packed;
-  });
-  to.for_each_scales([&](float* place, i64 stride) {
-    if (inside && threadIdx.x % kLanesPerBlock == 0) place[col / kQuantizeBlock * stride] = scale;
-  });
+// The rows of a token's choices, one a lane.
+__device__ __forceinline__ EpTargets ep_rows(const EpDispatchParams& p, int row, float* stage) {
+  const bool has_room = row >= 0 && row < p.capacity;
+  EpTargets to{__ballot_sync(0xffffffffu, has_room), nullptr, nullptr, p.row_scale_stride, stage};
+  if (!has_room) return to;
+  to.data = static_cast<u8*>(p.rows) + row * p.row_stride * (p.format == kEpE4m3 ? 1 : 2);
+  to.scales = p.row_scales + row;
+  return to;
 }
 
-// The columns of a row of data, with scales if it is E4M3.
-template <class To>
-__device__ __forceinline__ void ep_move_row(const EpDispatchParams& p, const u8* data, const float* scales,
-                                            i64 scale_stride, EpRange cols, u8* ring, const To& to) {
-  if (p.format == kEpBf16) {
-    ep_copy_bytes(data, 2 * i64(cols.begin), 2 * i64(cols.end), ring, to);
+// The scales of up to 32 blocks, one a lane.
+__device__ __forceinline__ void ep_put_scales(const EpTargets& to, int block, bool inside, float scale) {
+  if (to.stage) {
+    if (inside) to.stage[block] = scale;
     return;
   }
-  const EpScales row_scales(scales, scale_stride, cols);
-  ep_copy_bytes(data, cols.begin, cols.end, ring, to);
-  row_scales.store_all(to);
+#pragma unroll 1
+  for (u32 left = to.lanes; left != 0;) {
+    const u64 scales = __shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.scales), ep_pop(left));
+    if (inside) reinterpret_cast<float*>(scales)[block * to.scale_stride] = scale;
+  }
 }
 
-// Of a token of this rank.
-template <class To>
-__device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, u8* ring,
-                                            const To& to) {
+// kCount pieces a lane, the first one at byte `at`, those behind `end` left out.
+template <int kCount>
+__device__ __forceinline__ void ep_put(const EpTargets& to, const EpVector (&pieces)[kCount], i64 at, i64 end) {
+#pragma unroll 1
+  for (u32 left = to.lanes; left != 0;) {
+    u8* target = reinterpret_cast<u8*>(__shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.data), ep_pop(left))) + at;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (at + i * kEpPitch < end) *reinterpret_cast<EpVector*>(target + i * kEpPitch) = pieces[i];
+  }
+}
+
+__device__ __forceinline__ EpVector ep_load(const u8* from) {
+  const uint4 v = ptx::load_cg_16(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
+
+// Columns of a row as they are, with scales if there are any.
+__device__ __noinline__ void ep_copy(const u8* from, const float* scales, i64 scale_stride, EpRange cols, int size,
+                                     const EpTargets to) {
+  constexpr int kPieces = kEpDispatchPieces;
+  const int lane = threadIdx.x % 32;
+  const i64 end = i64(cols.end) * size;
+#pragma unroll 1
+  for (i64 first = i64(cols.begin) * size; first < end; first += kPieces * kEpPitch) {
+    static_assert(kPieces * kEpPitch == 32 * kQuantizeBlock);  // so that the scales of a round are one a lane
+    const i64 at = first + lane * 16;
+    const int block = int(first / kQuantizeBlock) + lane;
+    const bool has_scale = scales && block * kQuantizeBlock < cols.end;
+    const float scale = has_scale ? scales[block * scale_stride] : 0.0f;
+    EpVector pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      if (at + i * kEpPitch < end) pieces[i] = ep_load(from + at + i * kEpPitch);
+    ep_put(to, pieces, at, end);
+    if (scales) ep_put_scales(to, block, has_scale, scale);
+  }
+}
+
+// Columns of a BF16 row as E4M3.
+__device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, bool pow2, const EpTargets to) {
+  using Columns = Piece<FloatType::bf16, 16>;                                     // they become one of ours
+  constexpr int kPieces = kEpDispatchPieces / 2, kBlocks = 32 / Columns::kLanes;  // of a warp's piece
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int first = cols.begin; first < cols.end; first += kPieces * kEpPitch) {
+    const int col = first + lane * 16;
+    Columns x[kPieces] = {};
+    EpVector pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      if (col + i * kEpPitch >= cols.end) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const EpVector v = ep_load(from + 2 * (col + i * kEpPitch) + half * 16);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) x[i].word[half * 4 + n] = v.word[n];
+      }
+    }
+    float scale = 0;  // of block `lane` of this round
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      u32 magnitude[1] = {finite_maximum(x[i])};
+      const u32 maximum = max_over_lanes<Columns::kLanes>(magnitude);
+      const float of_piece = scale_of(Magnitudes<FloatType::bf16>::value(maximum), pow2);
+      encode(pieces[i].word, x[i], __frcp_rn(of_piece));
+      const float mine = __shfl_sync(0xffffffffu, of_piece, lane % kBlocks * Columns::kLanes);
+      if (lane / kBlocks == i) scale = mine;
+    }
+    ep_put(to, pieces, col, cols.end);
+    const int block = first / kQuantizeBlock + lane;
+    ep_put_scales(to, block, lane < kPieces * kBlocks && block * kQuantizeBlock < cols.end, scale);
+  }
+}
+
+// Columns of a token of this rank, in the format that is sent.
+__device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, const EpTargets& to) {
   const int size = p.x_format == kEpE4m3 ? 1 : 2;
   const u8* data = static_cast<const u8*>(p.x) + token * p.x_stride * size;
-  if (p.x_format == p.format) {
-    ep_move_row(p, data, p.x_scales + token * p.x_scale_stride_row, p.x_scale_stride_col, cols, ring, to);
-  } else {
-    ep_stream<kEpDispatchDepth>(
-        data, 2 * i64(cols.begin), 2 * i64(cols.end), ring,
-        [&](i64 at, bool inside, const EpVector& piece) { ep_quantize_piece(at, inside, piece, p.pow2_scales, to); });
-  }
+  if (p.x_format != p.format)
+    ep_copy_quantized(data, cols, p.pow2_scales, to);
+  else
+    ep_copy(data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col, cols, size,
+            to);
 }
 
 // --- sending --------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                               u8* ring) {
+__device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role) {
   const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32, parts = c.shape.parts;
-  const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas);
-  const int num_pieces = (tokens.end - tokens.begin) * parts;
-  const int flag = (c.rank * c.shape.num_ctas + blockIdx.x) * kEpDispatchSendWarps + role.warp();
+  const int lane = threadIdx.x % 32;
+  const EpPieces pieces = ep_pieces(c.shape, ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas));
   const auto expert_of = [&](int i) {
-    return i < num_pieces && lane < c.shape.topk ? ep_own_expert(p, tokens.begin + i / parts, lane) : -1;
+    return i < pieces.count() && lane < c.shape.topk ? ep_own_expert(p, pieces.token(i), lane) : -1;
   };
   int next_expert = expert_of(role.warp());
-  for (int i = role.warp(); i < num_pieces; i += kEpDispatchSendWarps) {
-    const int token = tokens.begin + i / parts, expert = next_expert;
-    next_expert = expert_of(i + kEpDispatchSendWarps);
-    const u64 peers = ep_ranks_of(c, expert) & ~(u64(1) << c.rank);
-    if (peers == 0) continue;
-    ep_move_own(p, token, ep_columns_of_part(c.shape.hidden, i % parts, parts), ring, EpSlots{op, token, peers});
-    __syncwarp();
-    if (lane == 0) {
-      ptx::fence_acq_rel_sys();
-      for (u64 left = peers; left != 0;)
-        ptx::store_relaxed_sys(op.word(ep_pop(left), c.layout.token_flags, flag),
-                               ep_flag(op.epoch, p.format, i / kEpDispatchSendWarps + 1));
-    }
+#pragma unroll 1
+  for (int i = role.warp(); i < pieces.count(); i += kEpSendWarps) {
+    const EpTargets to = ep_slots(op, pieces.token(i), next_expert);
+    next_expert = expert_of(i + kEpSendWarps);
+    if (to.lanes != 0) ep_move_own(p, pieces.token(i), pieces.cols(i), to);
+    ep_tell(op, {0, c.shape.num_ranks}, c.layout.token_flags, p.format, i, pieces.count());
   }
 }
 
-__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpRole& role, int* vote, u8* ring,
-                                                 int* smem) {
+__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpRole& role, int* vote,
+                                                 const EpRouteState& state) {
   const EpOperation op(p.c, kEpDispatchSend);
   if (!ep_wait_for_credits(op, role, kEpPhaseDispatchCredit, p.c.layout.dispatch_credit, vote)) return;
-  if (p.route) ep_send_routing(p, op, role, smem);
-  if (p.copy) ep_send_tokens(p, op, role, ring);
+  if (p.route) ep_send_routing(op, role, state);
+  if (p.copy) ep_send_tokens(p, op, role);
   ep_finish(op, role, 0);
 }
 
@@ -206,11 +184,15 @@ __device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, cons
 __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, const EpRole& role,
                                                  const EpRouteState& state) {
   const int lane = threadIdx.x % 32, hidden = p.c.shape.hidden, size = p.format == kEpE4m3 ? 1 : 2;
+#pragma unroll 1
   for (int e = blockIdx.x; e < ep_num_local_experts(p.c); e += p.c.shape.num_ctas) {
-    const int end = min_of(state.offsets[e + 1], p.capacity);
-    for (i64 row = state.offsets[e] + state.counts[e] + role.warp(); row < end; row += role.num_warps) {
+    const int end = min_of(state.offsets()[e + 1], p.capacity);
+#pragma unroll 1
+    for (i64 row = state.offsets()[e] + state.counts()[e] + role.warp(); row < end; row += role.num_warps) {
       u8* data = static_cast<u8*>(p.rows) + row * p.row_stride * size;
+#pragma unroll 1
       for (int at = lane * 16; at < hidden * size; at += 32 * 16) *reinterpret_cast<EpVector*>(data + at) = {};
+#pragma unroll 1
       for (int b = lane; p.row_scales && b < ceil_div(hidden, kQuantizeBlock); b += 32)
         p.row_scales[row + b * p.row_scale_stride] = 1;
       if (p.row_weights && lane == 0) p.row_weights[row] = 0;
@@ -218,81 +200,117 @@ __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, cons
   }
 }
 
-// This CTA's tokens of one source to their rows.
+// This CTA's tokens of one source to their rows; `first_warp` takes the first piece.
 __device__ __forceinline__ bool ep_receive_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                  int source, int num_tokens, u8* ring) {
+                                                  const EpRouteState& state, int source, int first_warp) {
   const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32, parts = c.shape.parts, size = p.format == kEpE4m3 ? 1 : 2;
-  const EpRange tokens = ep_tokens_of_cta(num_tokens, blockIdx.x, c.shape.num_ctas);
-  const int num_pieces = (tokens.end - tokens.begin) * parts;
-  const int sender = role.warp() % kEpDispatchSendWarps;
-  const u64* flag =
-      op.word(c.rank, c.layout.token_flags, (source * c.shape.num_ctas + blockIdx.x) * kEpDispatchSendWarps + sender);
-  const auto choice_of = [&](int i) { return ep_choice(c, source, tokens.begin + i / parts) + lane; };
+  const int lane = threadIdx.x % 32, size = p.format == kEpE4m3 ? 1 : 2;
+  const EpPieces pieces = ep_pieces(c.shape, state.range(source));
+  const int* rows = state.rows(source) + lane;
   const auto row_of = [&](int i) {
-    return i < num_pieces && lane < c.shape.topk ? c.handle[c.handle_layout.rows + choice_of(i)] : kEpNotHere;
+    const bool has_choice = i < pieces.count() && lane < c.shape.topk;
+    return has_choice ? rows[(pieces.token(i) - pieces.tokens.begin) * c.shape.topk] : kEpNotHere;
   };
-  int next_row = row_of(role.warp());
-  u64 seen = 0;  // of the flag, by lane 0
-  for (int i = role.warp(); i < num_pieces; i += role.num_warps) {
-    const int token = tokens.begin + i / parts, part = i % parts, row = next_row;
+  int first = role.warp() - first_warp % role.num_warps;
+  if (first < 0) first += role.num_warps;
+  int next_row = row_of(first);
+#pragma unroll 1
+  for (int i = first; i < pieces.count(); i += role.num_warps) {
+    const int token = pieces.token(i);
+    float* stage = c.shape.staged ? state.stage(token - pieces.tokens.begin) : nullptr;
+    const EpTargets to = ep_rows(p, next_row, stage);
     next_row = row_of(i + role.num_warps);
-    const bool has_room = row >= 0 && row < p.capacity;
-    const EpRows to{p, p.row_stride * size, row, __ballot_sync(0xffffffffu, has_room)};
-    if (to.choices == 0) continue;
-    if (p.row_weights && part == 0 && has_room)
-      p.row_weights[row] = reinterpret_cast<const float*>(c.handle + c.handle_layout.weights)[choice_of(i)];
-    const EpRange cols = ep_columns_of_part(c.shape.hidden, part, parts);
+    if (to.lanes == 0) continue;
     if (source == c.rank) {
-      ep_move_own(p, token, cols, ring, to);
+      ep_move_own(p, token, pieces.cols(i), to);
       continue;
     }
     int fine = 1;
-    const u64 expected = ep_flag(op.epoch, p.format, i / kEpDispatchSendWarps + 1);
-    if (lane == 0 && seen < expected) {
-      fine = ep_wait(op, kEpPhaseTokens, source, flag, expected);
-      seen = ptx::load_acquire_sys(flag);
-    }
+    if (lane == 0) fine = ep_wait_for_piece(op, kEpPhaseTokens, source, c.layout.token_flags, p.format, i);
+    __syncwarp();
     if (!__shfl_sync(0xffffffffu, fine, 0)) return false;
     const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
     const u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
-    ep_move_row(p, slot, reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)), 1, cols, ring, to);
+    const float* scales = size == 1 ? reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
+    ep_copy(slot, scales, 1, pieces.cols(i), size, to);
   }
   return true;
 }
 
-__device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, const EpRole& role, int* vote, u8* ring,
-                                                    int* smem) {
+// Staged scales to their rows, in the order of rows: neighbouring lanes write neighbouring words, one block at a time.
+// By the whole role, behind a barrier.
+__device__ __forceinline__ void ep_write_staged_scales(const EpDispatchParams& p, const EpRole& role,
+                                                       const EpRouteState& state, int source) {
+  const EpCommon& c = p.c;
+  const EpRange tokens = state.range(source);
+  const i64 base = ep_choice(c, source, tokens.begin);
+  const int* rows = c.handle + c.handle_layout.rows + base;
+  const int* places = c.handle + c.handle_layout.places + base;
+#pragma unroll 1
+  for (int i = role.thread(); i < tokens.size() * c.shape.topk; i += role.num_threads()) {
+    const int row = rows[i];
+    if (row == kEpNotHere) continue;
+    state.staged_rows()[places[i]] = row;
+    state.staged_tokens()[places[i]] = i / c.shape.topk;
+    atomicAdd(&state.num_staged(), 1);
+  }
+  role.sync();
+  const int count = *static_cast<volatile int*>(&state.num_staged()), blocks = ceil_div(c.shape.hidden, kQuantizeBlock);
+#pragma unroll 1
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    const i64 row = state.staged_rows()[i];
+    if (row >= p.capacity) continue;
+    const float* scales = state.stage(state.staged_tokens()[i]);
+#pragma unroll 4
+    for (int b = role.warp(); b < blocks; b += role.num_warps) p.row_scales[row + b * p.row_scale_stride] = scales[b];
+  }
+  role.sync();
+  if (role.thread() == 0) state.num_staged() = 0;
+}
+
+// Its own tokens first: the others' are on their way meanwhile.
+__device__ __forceinline__ bool ep_receive_all_tokens(const EpDispatchParams& p, const EpOperation& op,
+                                                      const EpRole& role, const EpRouteState& state, int* vote) {
+  const EpShape& shape = p.c.shape;
+  bool fine = true;
+  int num_pieces = 0;
+#pragma unroll 1
+  for (int i = 0; i < shape.num_ranks; ++i) {
+    const int source = (p.c.rank + i) % shape.num_ranks;
+    fine = fine && ep_receive_tokens(p, op, role, state, source, num_pieces);
+    if (shape.staged && p.format == kEpE4m3) {
+      if (!role.all(fine, vote)) return false;
+      ep_write_staged_scales(p, role, state, source);
+    }
+    num_pieces += ep_pieces(shape, state.range(source)).count();
+  }
+  return role.all(fine, vote);
+}
+
+__device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, const EpRole& role, int* vote,
+                                                    const EpRouteState& state) {
   const EpCommon& c = p.c;
   const EpOperation op(c, kEpDispatchRecv);
-  const EpRouteState state(smem, c.shape, ep_num_local_experts(c));
   if (!ep_receive_routing(p, op, role, state, vote)) return;
   if (p.copy) {
     ep_write_padding(p, role, state);
-    bool fine = true;
-    for (int i = 0; fine && i < c.shape.num_ranks; ++i) {  // its own first: the others' are on their way meanwhile
-      const int source = (c.rank + i) % c.shape.num_ranks;
-      fine = ep_receive_tokens(p, op, role, source, state.num_tokens[source], ring);
-    }
-    if (!role.all(fine, vote)) return;
+    if (!ep_receive_all_tokens(p, op, role, state, vote)) return;
   }
   ep_finish(op, role, c.layout.dispatch_credit);
 }
 
 __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
-  extern __shared__ __align__(16) u8 ep_smem[];  // rings, then what routing needs
+  extern __shared__ __align__(16) u8 ep_smem[];  // EpRouteSmem
   __shared__ int votes[2];
   if (threadIdx.x < 2) votes[threadIdx.x] = 0;
   __syncthreads();
   ptx::grid_wait_dependencies();
-  u8* ring = ep_ring(ep_smem, kEpDispatchDepth);
-  int* routing = reinterpret_cast<int*>(ep_smem + kEpDispatchRingBytes);
-  const EpRole sender{1, 0, kEpDispatchSendWarps},
-      receiver{2, kEpDispatchSendWarps, kEpDispatchWarps - kEpDispatchSendWarps};
-  if (threadIdx.x < kEpDispatchSendWarps * 32) {
-    if (p.c.send) ep_dispatch_send(p, sender, &votes[0], ring, routing);
+  const EpRouteState state{p, reinterpret_cast<int*>(ep_smem)};
+  const EpRole sender{1, 0, kEpSendWarps}, receiver{2, kEpSendWarps, kEpDispatchWarps - kEpSendWarps};
+  if (threadIdx.x < kEpSendWarps * 32) {
+    if (p.c.send) ep_dispatch_send(p, sender, &votes[0], state);
   } else {
-    if (p.c.recv) ep_dispatch_receive(p, receiver, &votes[1], ring, routing);
+    if (p.c.recv) ep_dispatch_receive(p, receiver, &votes[1], state);
   }
 }
 

@@ -3,8 +3,8 @@
 //   rank d's buffer   words    stop, epochs and counts of finished CTAs (its own), credits, flags (written by peers)
 //                     then, once or twice ("buffers"; an operation of epoch n uses buffer n % num_buffers):
 //                     headers  [R]            how many tokens source s has
-//                     experts  [R][T][K]      s's topk_idx, int32
-//                     weights  [R][T][K]      s's topk_weights, FP32
+//                     choices  [R][T][K]      s's topk_idx, each with the epoch
+//                     weights  [R][T][K]      s's topk_weights, likewise
 //                     counts   [R][G][E]      where "counted": choices of this rank's experts by the tokens of s's CTA
 //                     tokens   [R - 1][T]     dispatch slots: s's token t, if it has an expert on d
 //                     sums     [R - 1][T]     combine slots: what rank s has summed for d's token t
@@ -12,7 +12,7 @@
 // A slot's number is the token's number at home, in both directions: a slot needs no agreement, only a credit.
 //
 // Work is cut the same way on every rank. CTA c of G owns the tokens [c * n, (c + 1) * n) of each source s, n =
-// ceil(tokens_s / G), and cuts each into `parts` pieces of columns. Warp w of its W copying warps takes the pieces w, w
+// ceil(tokens_s / G), and cuts each into 2^log2_parts pieces of columns. Warp w of its W copying warps takes the pieces w, w
 // + W, ..., in order, and after each raises its own flag at the destination. So the only one to wait for is the same
 // warp of the same CTA on another rank.
 #pragma once
@@ -26,24 +26,30 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 
 // Roles of a CTA's warps: the first ones send, the others receive. Dispatch writes each token once a rank and then once
 // a row; combine reads as many rows for others as for itself.
-constexpr int kEpDispatchWarps = 24, kEpDispatchSendWarps = 8;
-constexpr int kEpCombineWarps = 24, kEpCombineSendWarps = 12;
-// Then a receiving warp follows one sending warp, and need not look again at a flag that is ahead.
-static_assert((kEpDispatchWarps - kEpDispatchSendWarps) % kEpDispatchSendWarps == 0);
+constexpr int kEpSendWarps = 8;
+constexpr int kEpDispatchWarps = 16, kEpCombineWarps = 16;
 
-// Data pass through shared memory: 16-byte pieces that each thread has on their way, in a ring of its own.
-constexpr int kEpDispatchDepth = 14, kEpCombineDepth = 16;
-constexpr int kEpDispatchRingBytes = kEpDispatchWarps * 32 * 16 * kEpDispatchDepth;
-constexpr int kEpCombineRingBytes = kEpCombineWarps * 32 * 16 * kEpCombineDepth;
+// A flag is raised behind so many pieces of a warp, as the fence before it waits for all of the thread's stores; with few
+// tokens behind each.
+constexpr int kEpPiecesPerFlag = 2;
+
+// Pieces of 16 bytes that a thread of dispatch has on their way, in registers; and steps of so many that a thread of
+// combine has, in shared memory.
+constexpr int kEpDispatchPieces = 8, kEpCombinePieces = 4, kEpCombineSteps = 6;
+struct alignas(16) EpVector {
+  u32 word[4];
+};
+constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a thread's pieces to its next
+constexpr int kEpCombineSmemBytes = kEpCombineWarps * kEpPitch * kEpCombinePieces * kEpCombineSteps;
 
 // What is agreed upon by all ranks.
 struct EpShape {
   int num_ranks = 1, hidden = 0, topk = 1, max_tokens = 0;
-  int num_ctas = 1, parts = 1, num_buffers = 1;
+  int num_ctas = 1, log2_parts = 0, num_buffers = 1;  // buffers: 1 or 2
   int num_experts = 1, max_local_experts = 1;
-  int wide = 0;  // slots hold BF16, not only E4M3
-  int counted =
-      0;  // senders count their CTAs' choices: with many tokens, quicker than that every receiver counts all of them
+  int wide = 0;     // slots hold BF16, not only E4M3
+  int counted = 0;  // with many tokens: senders rank their CTAs' choices, so that receivers need not read all of them
+  int staged = 0;   // and scales are gathered in shared memory, so that neighbouring rows' are written together
 };
 
 constexpr i64 ep_align(i64 bytes) { return (bytes + 15) / 16 * 16; }
@@ -75,14 +81,14 @@ struct EpLayout {
   i64 route_flags;                      // u64 [R][G]
   i64 token_flags, sum_flags;           // u64 [R][G][sending warps]
   i64 buffers, buffer_stride;
-  i64 headers, experts, weights, counts, tokens, sums;  // within a buffer
+  i64 headers, choices, weights, counts, tokens, sums;  // within a buffer
   i64 token_slot, sum_slot;                             // bytes
   i64 bytes;                                            // of it all
 };
 
 constexpr EpLayout ep_layout(const EpShape& s) {
   const i64 ranks = s.num_ranks, peers = ranks - 1, tokens = s.max_tokens;
-  const i64 choices = ep_align_region(ranks * tokens * s.topk * 4);
+  const i64 choices = ep_align_region(ranks * tokens * s.topk * 8);
   EpLayout l{};
   l.token_slot = ep_token_slot(s);
   l.sum_slot = ep_sum_slot(s);
@@ -90,11 +96,11 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   l.combine_credit = l.dispatch_credit + ep_align_region(ranks * 8);
   l.route_flags = l.combine_credit + ep_align_region(ranks * 8);
   l.token_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
-  l.sum_flags = l.token_flags + ep_align_region(ranks * s.num_ctas * kEpCombineSendWarps * 8);
-  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpCombineSendWarps * 8);
+  l.sum_flags = l.token_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
+  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
   l.headers = 0;
-  l.experts = ep_align_region(ranks * 16);
-  l.weights = l.experts + choices;
+  l.choices = ep_align_region(ranks * 8);
+  l.weights = l.choices + choices;
   l.counts = l.weights + choices;
   l.tokens = l.counts + (s.counted ? ep_align_region(ranks * s.num_ctas * s.max_local_experts * 4) : 0);
   l.sums = l.tokens + ep_align_region(peers * tokens * l.token_slot);
@@ -113,8 +119,20 @@ constexpr int ep_peer_idx(int rank, int peer) { return peer < rank ? peer : peer
 constexpr u64 ep_flag(u64 epoch, u32 format, u32 count) { return epoch << 32 | u64(format) << 24 | count; }
 constexpr u32 ep_flag_format(u64 flag) { return u32(flag) >> 24; }
 constexpr u64 ep_flag_epoch(u64 flag) { return flag >> 32; }
+constexpr u32 ep_flag_count(u64 flag) { return u32(flag) & 0xffffffu; }
 
 enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEpSumsAndValues = 5 };
+
+// What 32 bits hold goes with its epoch in one word, so that it needs no flag.
+constexpr u64 ep_word(u64 epoch, u32 bits) { return epoch << 32 | bits; }
+
+// A choice. Where senders rank: the number among their CTA's choices of the expert, and the expert; else the expert
+// alone. -1: none.
+constexpr int kEpRankShift = 12;
+constexpr int kEpMaxCountedExperts = 1 << kEpRankShift, kEpMaxCountedChoices = 1 << (31 - kEpRankShift);
+constexpr int ep_numbered_choice(int expert, int number) { return expert < 0 ? -1 : number << kEpRankShift | expert; }
+constexpr int ep_choice_expert(int choice) { return choice < 0 ? -1 : choice & (kEpMaxCountedExperts - 1); }
+constexpr int ep_choice_number(int choice) { return choice >> kEpRankShift; }
 
 // --- the handle -----------------------------------------------------------------------------------------------------
 
@@ -125,6 +143,7 @@ struct EpHandleLayout {
   i64 counts;      // [local experts]: rows without padding
   i64 experts;     // [T][K]: this rank's own topk_idx, -1 where it is out of range
   i64 rows;        // [R][T][K]: the row of source s's token t for its choice k here, or kEpNotHere
+  i64 places;      // [R][T][K] where "staged": its place among the rows of its CTA and source
   i64 weights;     // [R][T][K] FP32
   i64 words;
 };
@@ -137,35 +156,62 @@ constexpr EpHandleLayout ep_handle_layout(const EpShape& s, int local_experts) {
   l.counts = l.offsets + local_experts + 1;
   l.experts = l.counts + local_experts;
   l.rows = l.experts + choices;
-  l.weights = l.rows + s.num_ranks * choices;
+  l.places = l.rows + s.num_ranks * choices;
+  l.weights = l.places + (s.staged ? s.num_ranks * choices : 0);
   l.words = l.weights + s.num_ranks * choices;
   return l;
 }
 
 // --- routing in shared memory ---------------------------------------------------------------------------------------
 
-// int32. Of the receivers: choices of (source, expert) in all, and those before this CTA's tokens; of experts: first
-// rows, counts; of sources: tokens; rows of each warp's next choices. Of the senders: choices of every expert.
+// int32 words.
 struct EpRouteSmem {
-  i64 before, offsets, counts, num_tokens, next, sent, words;
+  // Of receivers.
+  i64 total, before;    // [R][local experts]: choices in all; those before this CTA's tokens, then the first one's row
+  i64 offsets, counts;  // [local experts + 1], [local experts]
+  i64 num_tokens;       // [R]
+  i64 ranges;           // EpRange [R]: this CTA's tokens
+  i64 rows;             // [R][choices of a CTA]: where they are few, else only the handle has them
+  // Of senders that count.
+  i64 sent;  // [sending warps][E]
+  // Of receivers where scales are staged.
+  i64 places;                      // [R][local experts + 1]: of this CTA's rows of a source
+  i64 num_staged;                  // [1], rows of the present source
+  i64 staged_rows, staged_tokens;  // [choices of a CTA], in order
+  i64 stage;                       // [tokens of a CTA][pitch]: scales
+  i64 words;
 };
+constexpr int ep_tokens_per_cta(const EpShape& s) { return ceil_div(s.max_tokens, s.num_ctas); }
+constexpr int ep_choices_per_cta(const EpShape& s) { return ep_tokens_per_cta(s) * s.topk; }
+constexpr int ep_stage_pitch(int hidden) { return ceil_div(hidden, kEpColumns) | 1; }  // odd: no two in one bank
+
 constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
+  constexpr i64 kMaxRows = 4096;
+  const i64 ranks = s.num_ranks, choices = ep_choices_per_cta(s);
   EpRouteSmem l{};
-  l.before = i64(s.num_ranks) * local_experts;
+  l.before = ranks * local_experts;
   l.offsets = 2 * l.before;
   l.counts = l.offsets + local_experts + 1;
   l.num_tokens = l.counts + local_experts;
-  l.next = l.num_tokens + s.num_ranks;
-  l.sent = l.next + (kEpDispatchWarps - kEpDispatchSendWarps) * i64(local_experts);
-  l.words = l.sent + (s.counted ? s.num_experts : 0);
+  l.ranges = l.num_tokens + ranks;
+  l.rows = l.ranges + 2 * ranks;
+  l.sent = l.rows + (ranks * choices <= kMaxRows ? ranks * choices : 0);
+  l.places = l.sent + (s.counted ? kEpSendWarps * s.num_experts : 0);
+  l.num_staged = l.places + (s.staged ? ranks * (local_experts + 1) : 0);
+  l.staged_rows = l.num_staged + 1;
+  l.staged_tokens = l.staged_rows + (s.staged ? choices : 0);
+  l.stage = l.staged_tokens + (s.staged ? choices : 0);
+  l.words = l.stage + (s.staged ? i64(ep_tokens_per_cta(s)) * ep_stage_pitch(s.hidden) : 0);
   return l;
 }
-constexpr i64 kEpMaxRouteSmemBytes = 48 << 10;
+constexpr i64 kEpMaxRouteSmemBytes = 48 << 10;  // of experts and sources alone
+constexpr i64 kEpMaxSmemBytes = 224 << 10;
 
 // --- who does what --------------------------------------------------------------------------------------------------
 
 struct EpRange {
   int begin, end;
+  constexpr int size() const { return end - begin; }
 };
 // The tokens of a source that CTA `cta` handles.
 constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, int num_ctas) {
@@ -173,11 +219,21 @@ constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, int num_ctas) {
   const i64 begin = i64(piece) * cta;
   return {int(min_of<i64>(begin, num_tokens)), int(min_of<i64>(begin + piece, num_tokens))};
 }
-// The columns of a part.
-constexpr EpRange ep_columns_of_part(int hidden, int part, int parts) {
-  const int piece = ceil_div(ceil_div(hidden, kEpColumns), parts) * kEpColumns;
-  return {min_of(part * piece, hidden), min_of((part + 1) * piece, hidden)};
-}
+// Some tokens, cut into pieces: a token's parts are neighbours.
+struct EpPieces {
+  EpRange tokens;
+  int log2_parts, hidden;
+
+  constexpr int count() const { return tokens.size() << log2_parts; }
+  constexpr int token(int i) const { return tokens.begin + (i >> log2_parts); }
+  constexpr int part(int i) const { return i & ((1 << log2_parts) - 1); }
+  constexpr EpRange cols(int i) const {
+    const int blocks = ceil_div(hidden, kEpColumns);
+    const int step = ((blocks + (1 << log2_parts) - 1) >> log2_parts) * kEpColumns, begin = part(i) * step;
+    return {min_of(begin, hidden), min_of(begin + step, hidden)};
+  }
+};
+constexpr EpPieces ep_pieces(const EpShape& s, EpRange tokens) { return {tokens, s.log2_parts, s.hidden}; }
 // The rank that holds a global expert, or -1. Ranks hold [first[r], first[r + 1]).
 constexpr int ep_rank_of(const int* first, int num_ranks, i64 expert) {
   if (expert < 0 || expert >= first[num_ranks]) return -1;

@@ -43,6 +43,7 @@ constexpr int ep_num_local_experts(const EpCommon& c) { return c.first_expert[c.
 
 struct EpDispatchParams {
   EpCommon c;
+  EpRouteSmem smem;
   int route;  // exchange topk_idx and fill the handle; else the handle is given
   int copy;   // move tokens
 

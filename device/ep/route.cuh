@@ -1,30 +1,47 @@
-// Routing: every rank sends its topk_idx to all, itself included; each CTA then counts for itself, so that CTAs of a
-// GPU need not wait for each other.
+// Routing: every rank sends its topk_idx to all, itself included; each CTA then finds its rows for itself, so that CTAs
+// of a GPU need not wait for each other.
 //
 //   row(s, t, k) = first row of the expert + its choices by sources before s + its choices by tokens of s before t
 //
-//   whole role:    total[s][e] = choices of e by source s, before[s][e] = those by tokens before this CTA's: sums of
-//   what the
-//                  senders' CTAs have counted, or, with few tokens, counts of all choices
-//   one warp:      first rows, by a scan over the experts
-//   whole role:    each warp takes neighbouring tokens, counts them, and then gives them rows in order, one choice a
-//   lane
+//   few tokens ("latency"): a choice comes with its epoch in one word. Every CTA waits for all of them and counts.
+//   many ("counted"):       a sender's CTA numbers its choices of each expert, and sends how many there are behind a flag.
+//                           Receivers add up the CTAs before it, and that number.
 #pragma once
 #include "device/ep/signal.cuh"
 
 namespace phalanx {
 
+// Shared memory of a dispatch; see EpRouteSmem.
 struct EpRouteState {
-  int *total, *before, *offsets, *counts, *num_tokens, *next;
+  const EpDispatchParams& p;
+  int* smem;
 
-  __device__ __forceinline__ EpRouteState(int* smem, const EpShape& shape, int local_experts) {
-    const EpRouteSmem l = ep_route_smem(shape, local_experts);
-    total = smem;
-    before = smem + l.before;
-    offsets = smem + l.offsets;
-    counts = smem + l.counts;
-    num_tokens = smem + l.num_tokens;
-    next = smem + l.next;
+  __device__ __forceinline__ int* total(int s) const { return smem + s * ep_num_local_experts(p.c); }
+  __device__ __forceinline__ int* before(int s) const { return smem + p.smem.before + s * ep_num_local_experts(p.c); }
+  __device__ __forceinline__ int* offsets() const { return smem + p.smem.offsets; }
+  __device__ __forceinline__ int* counts() const { return smem + p.smem.counts; }
+  __device__ __forceinline__ int& num_tokens(int s) const { return smem[p.smem.num_tokens + s]; }
+  __device__ __forceinline__ EpRange& range(int s) const { return reinterpret_cast<EpRange*>(smem + p.smem.ranges)[s]; }
+  __device__ __forceinline__ void set_num_tokens(int s, int count) const {
+    num_tokens(s) = count;
+    range(s) = ep_tokens_of_cta(count, blockIdx.x, p.c.shape.num_ctas);
+  }
+  __device__ __forceinline__ bool has_rows() const { return p.smem.rows != p.smem.sent; }
+  // Of this CTA's tokens of a source.
+  __device__ __forceinline__ int* rows(int s) const {
+    if (has_rows()) return smem + p.smem.rows + i64(s) * ep_choices_per_cta(p.c.shape);
+    return p.c.handle + p.c.handle_layout.rows + ep_choice(p.c, s, range(s).begin);
+  }
+  __device__ __forceinline__ int* sent(int warp) const { return smem + p.smem.sent + warp * p.c.shape.num_experts; }
+  __device__ __forceinline__ int* places(int s) const {
+    return smem + p.smem.places + s * (ep_num_local_experts(p.c) + 1);
+  }
+  __device__ __forceinline__ int& num_staged() const { return smem[p.smem.num_staged]; }
+  __device__ __forceinline__ int* staged_rows() const { return smem + p.smem.staged_rows; }
+  __device__ __forceinline__ int* staged_tokens() const { return smem + p.smem.staged_tokens; }
+  // Of a token, counted from the CTA's first.
+  __device__ __forceinline__ float* stage(int token) const {
+    return reinterpret_cast<float*>(smem + p.smem.stage) + token * ep_stage_pitch(p.c.shape.hidden);
   }
 };
 
@@ -36,62 +53,126 @@ __device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 toke
   return expert < 0 || expert >= p.c.first_expert[p.c.shape.num_ranks] ? -1 : int(expert);
 }
 
-// This CTA's tokens: their choices to the handle and to every rank, what they add up to, and a flag behind.
-__device__ __forceinline__ void ep_send_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                int* smem) {
+// --- sending --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u64* ep_words_at(const EpOperation& op, int rank, i64 region, i64 at) {
+  return reinterpret_cast<u64*>(op.buffer(rank, region)) + at;
+}
+
+// This rank's choice, and its weight, to every rank.
+__device__ __noinline__ void ep_send_choice(const EpDispatchParams& p, u64 epoch, i64 buffer, i64 token, int k,
+                                            int choice) {
   const EpCommon& c = p.c;
-  const int topk = c.shape.topk, num_ranks = c.shape.num_ranks;
-  int* sent = smem + ep_route_smem(c.shape, ep_num_local_experts(c)).sent;
-  if (c.shape.counted) {
-    for (int e = role.thread(); e < c.shape.num_experts; e += role.num_threads()) sent[e] = 0;
-    role.sync();
-  }
-  const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas);
-  const i64 mine = ep_choice(c, c.rank, 0);
-  for (int i = tokens.begin * topk + role.thread(); i < tokens.end * topk; i += role.num_threads()) {
-    const int token = i / topk, k = i - token * topk;
-    const int expert = ep_own_expert(p, token, k);
-    const float weight = p.topk_weights ? p.topk_weights[token * p.weights_stride + k] : 1.0f;
-    c.handle[c.handle_layout.experts + i] = expert;
-    for (int r = 0; r < num_ranks; ++r) {
-      reinterpret_cast<int*>(op.buffer(r, c.layout.experts))[mine + i] = expert;
-      reinterpret_cast<float*>(op.buffer(r, c.layout.weights))[mine + i] = weight;
-    }
-    if (c.shape.counted && expert >= 0) atomicAdd(&sent[expert], 1);
-  }
-  const int rank = role.thread();
-  if (blockIdx.x == 0 && rank < num_ranks)
-    *reinterpret_cast<int*>(op.buffer(rank, c.layout.headers) + c.rank * 16) = c.num_tokens;
-  role.sync();
-  const i64 cta = i64(c.rank) * c.shape.num_ctas + blockIdx.x;
-  if (c.shape.counted) {
-    for (int e = role.thread(); e < c.shape.num_experts; e += role.num_threads()) {
-      const int r = ep_rank_of(c.first_expert, num_ranks, e);
-      reinterpret_cast<int*>(op.buffer(r, c.layout.counts))[cta * c.shape.max_local_experts + e - c.first_expert[r]] =
-          sent[e];
-    }
-    role.sync();
-  }
-  if (rank < num_ranks) {
-    ptx::fence_acq_rel_sys();
-    ptx::store_relaxed_sys(op.word(rank, c.layout.route_flags, int(cta)), ep_flag(op.epoch, kEpRouting, 1));
+  const i64 at = ep_choice(c, c.rank, token) + k;
+  const float weight = p.topk_weights ? p.topk_weights[token * p.weights_stride + k] : 1.0f;
+#pragma unroll 1
+  for (int r = 0; r < c.shape.num_ranks; ++r) {
+    u8* to = c.peers[r] + buffer + at * 8;
+    ptx::store_relaxed_sys(reinterpret_cast<u64*>(to + c.layout.choices), ep_word(epoch, u32(choice)));
+    ptx::store_relaxed_sys(reinterpret_cast<u64*>(to + c.layout.weights), ep_word(epoch, __float_as_uint(weight)));
   }
 }
 
-// Until every CTA of every rank has sent its choices.
-__device__ __forceinline__ bool ep_wait_for_routing(const EpOperation& op, const EpRole& role, int* vote) {
-  const EpCommon& c = op.c;
-  bool fine = true;
-  for (int i = role.thread(); fine && i < c.shape.num_ranks * c.shape.num_ctas; i += role.num_threads())
-    fine = ep_wait(op, kEpPhaseRouting, i / c.shape.num_ctas, op.word(c.rank, c.layout.route_flags, i),
-                   ep_flag(op.epoch, kEpRouting, 1));
-  return role.all(fine, vote);
+// Numbers choices, [tokens][topk] experts or below 0, in order: next[e] is the next choice's number of e. Writes -1
+// where there is no choice, and without `numbers` nothing; these may lie where the experts do. By a warp.
+__device__ __noinline__ void ep_number_choices(const int* experts, int num_tokens, int topk, int* next, int* numbers) {
+  constexpr int kAhead = 4;  // tokens whose choices are loaded at once
+  const int lane = threadIdx.x % 32;
+  const u32 lower_lanes = (1u << lane) - 1;
+#pragma unroll 1
+  for (int t = 0; t < num_tokens; t += kAhead) {
+    int expert[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      expert[j] = t + j < num_tokens && lane < topk ? experts[(t + j) * topk + lane] : -1;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int e = expert[j];
+      // A token may choose an expert twice: its lanes take numbers in order.
+      const u32 same = __match_any_sync(0xffffffffu, e >= 0 ? e : -1 - lane);
+      const int number = e >= 0 ? next[e] + __popc(same & lower_lanes) : -1;
+      __syncwarp();
+      if (e >= 0 && (same & lower_lanes) == 0) next[e] += __popc(same);
+      __syncwarp();
+      if (numbers && t + j < num_tokens && lane < topk) numbers[(t + j) * topk + lane] = number;
+    }
+  }
 }
+
+// Numbers this CTA's choices of each expert, into `numbers`, and sends how many there are.
+__device__ __forceinline__ void ep_count_own_choices(const EpOperation& op, const EpRole& role,
+                                                     const EpRouteState& state, const int* experts, int num_tokens,
+                                                     int* numbers) {
+  const EpCommon& c = op.c;
+  const int topk = c.shape.topk, piece = ceil_div(num_tokens, role.num_warps);
+  const int begin = min_of(role.warp() * piece, num_tokens), end = min_of(begin + piece, num_tokens);
+  int* next = state.sent(role.warp());
+#pragma unroll 1
+  for (int e = threadIdx.x % 32; e < c.shape.num_experts; e += 32) next[e] = 0;
+  role.sync();  // experts are written as well
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+    ep_number_choices(experts + begin * topk, end - begin, topk, next, pass == 0 ? nullptr : numbers + begin * topk);
+    role.sync();
+    if (pass == 1) return;
+#pragma unroll 1
+    for (int e = role.thread(); e < c.shape.num_experts; e += role.num_threads()) {
+      int sum = 0;
+#pragma unroll 1
+      for (int w = 0; w < role.num_warps; ++w) {
+        const int count = state.sent(w)[e];
+        state.sent(w)[e] = sum;
+        sum += count;
+      }
+      const int r = ep_rank_of(c.first_expert, c.shape.num_ranks, e);
+      const i64 cta = i64(c.rank) * c.shape.num_ctas + blockIdx.x;
+      reinterpret_cast<int*>(op.buffer(r, c.layout.counts))[cta * c.shape.max_local_experts + e - c.first_expert[r]] =
+          sum;
+    }
+    role.sync();
+  }
+}
+
+// This CTA's tokens: their choices to the handle and to every rank.
+__device__ __forceinline__ void ep_send_routing(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
+  const EpDispatchParams& p = state.p;
+  const EpCommon& c = p.c;
+  const int topk = c.shape.topk, rank = role.thread();
+  const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas);
+  if (blockIdx.x == 0 && rank < c.shape.num_ranks)
+    ptx::store_relaxed_sys(ep_words_at(op, rank, c.layout.headers, c.rank),
+                           ep_flag(op.epoch, kEpRouting, c.num_tokens));
+  int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * topk;
+  // Where this CTA's receivers will put rows later, behind the flag of this one too.
+  int* numbers = c.handle + c.handle_layout.rows + ep_choice(c, c.rank, tokens.begin);
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll 1
+    for (int i = role.thread(); i < tokens.size() * topk; i += role.num_threads()) {
+      const int token = i / topk, k = i - token * topk;
+      if (pass == 0) experts[i] = ep_own_expert(p, tokens.begin + token, k);
+      if (pass == 1 || !c.shape.counted)
+        ep_send_choice(p, op.epoch, op.buffer_offset, tokens.begin + token, k,
+                       pass == 0 ? experts[i] : ep_numbered_choice(experts[i], numbers[i]));
+    }
+    if (!c.shape.counted) return;
+    if (pass == 0) ep_count_own_choices(op, role, state, experts, tokens.size(), numbers);
+  }
+  role.sync();
+  if (rank < c.shape.num_ranks) {
+    ptx::fence_acq_rel_sys();
+    ptx::store_relaxed_sys(op.word(rank, c.layout.route_flags, c.rank * c.shape.num_ctas + int(blockIdx.x)),
+                           ep_flag(op.epoch, kEpRouting, 1));
+  }
+}
+
+// --- receiving: where each expert's rows begin ------------------------------------------------------------------------
 
 // Exclusive prefix sums of counts rounded up to the alignment, and the sum behind them. By one warp.
 __device__ __forceinline__ void ep_scan_experts(int* offsets, const int* counts, int num_experts, int alignment) {
   const int lane = threadIdx.x % 32;
   int carry = 0;
+#pragma unroll 1
   for (int first = 0; first < num_experts; first += 32) {
     const int e = first + lane;
     const int taken = e < num_experts ? ceil_div(counts[e], alignment) * alignment : 0;
@@ -107,158 +188,216 @@ __device__ __forceinline__ void ep_scan_experts(int* offsets, const int* counts,
   if (lane == 0) offsets[num_experts] = carry;
 }
 
-// Choices of source s, as they have come.
-__device__ __forceinline__ const int* ep_choices_of(const EpOperation& op, int source) {
-  return reinterpret_cast<const int*>(op.buffer(op.c.rank, op.c.layout.experts)) + ep_choice(op.c, source, 0);
+// By one thread: until the word of this epoch is here.
+__device__ __forceinline__ bool ep_wait_for_word(const EpOperation& op, int peer, const u64* word, u64& seen) {
+  EpPatience patience(op.c, kEpPhaseRouting, peer, ep_word(op.epoch, 0));
+#pragma unroll 1
+  for (;;) {
+    seen = ptx::load_relaxed_sys(word);
+    if (ep_flag_epoch(seen) == op.epoch) return true;
+    if (!patience.lasts(seen)) return false;
+  }
 }
 
-// total and before, from the counts of the senders' CTAs.
-__device__ __forceinline__ void ep_add_counts(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
+// Few tokens: the choices of a source as they come, those of numbers `first`, first + step, ... They add up in total and
+// before; those of this CTA's tokens become local experts, or kEpNotHere, in the place of their rows.
+__device__ __forceinline__ bool ep_count_source(const EpOperation& op, const EpRouteState& state, int source, int first,
+                                                int step) {
+  constexpr int kAhead = 8;  // words that a thread waits for at once
+  const EpCommon& c = op.c;
+  const int num_local = ep_num_local_experts(c), topk = c.shape.topk;
+  const u64* choices = ep_words_at(op, c.rank, c.layout.choices, ep_choice(c, source, 0));
+  const u64* header = ep_words_at(op, c.rank, c.layout.headers, source);
+  int num_choices = c.shape.max_tokens * topk;  // until the header says how many there are
+#pragma unroll 1
+  for (int i = first; i < num_choices; i += kAhead * step) {
+    EpPatience patience(op.c, kEpPhaseRouting, source, ep_word(op.epoch, 0));
+    u64 word[kAhead];
+    for (bool is_missing = true; is_missing;) {
+      const u64 head = ptx::load_relaxed_sys(header);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        word[j] = i + j * step < num_choices ? ptx::load_relaxed_sys(choices + i + j * step) : 0;
+      is_missing = ep_flag_epoch(head) != op.epoch;
+      u64 seen = head;
+      if (!is_missing) num_choices = int(ep_flag_count(head)) * topk;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (i + j * step >= num_choices || ep_flag_epoch(word[j]) == op.epoch) continue;
+        is_missing = true;
+        seen = word[j];
+      }
+      if (is_missing && !patience.lasts(seen)) return false;
+    }
+    const EpRange mine = ep_tokens_of_cta(num_choices / topk, blockIdx.x, c.shape.num_ctas);
+    int* rows =
+        state.has_rows() ? state.rows(source) : c.handle + c.handle_layout.rows + ep_choice(c, source, mine.begin);
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int number = i + j * step, choice = int(u32(word[j])), e = choice - c.first_expert[c.rank];
+      if (number >= num_choices) continue;
+      const bool is_here = choice >= 0 && e >= 0 && e < num_local;
+      if (is_here) atomicAdd(&state.total(source)[e], 1);
+      if (is_here && number < mine.begin * topk) atomicAdd(&state.before(source)[e], 1);
+      if (number >= mine.begin * topk && number < mine.end * topk)
+        rows[number - mine.begin * topk] = is_here ? e : kEpNotHere;
+    }
+  }
+  if (first == 0) {
+    // Where no token can be, nothing has been waited for.
+    const u64 head = c.shape.max_tokens > 0 ? ptx::load_relaxed_sys(header) : 0;
+    state.set_num_tokens(source, ep_flag_count(head));
+  }
+  return true;
+}
+
+// Of all sources, each by some of the warps.
+__device__ __forceinline__ bool ep_count_choices(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
+  const int num_ranks = op.c.shape.num_ranks, num_local = ep_num_local_experts(op.c);
+#pragma unroll 1
+  for (int i = role.thread(); i < 2 * num_ranks * num_local; i += role.num_threads()) state.total(0)[i] = 0;
+  role.sync();
+  const int groups = min_of(num_ranks, role.num_warps), group = role.warp() % groups;
+  const int first = role.warp() / groups * 32 + int(threadIdx.x) % 32;
+  const int step = ceil_div(role.num_warps - group, groups) * 32;
+  bool fine = true;
+#pragma unroll 1
+  for (int s = group; fine && s < num_ranks; s += groups) fine = ep_count_source(op, state, s, first, step);
+  return fine;
+}
+
+// Many tokens: total and before from the counts of the senders' CTAs, each behind its flag.
+__device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRole& role, const EpRouteState& state,
+                                              int* vote) {
   const EpCommon& c = op.c;
   const int num_local = ep_num_local_experts(c), num_ctas = c.shape.num_ctas;
+  bool fine = true;
+#pragma unroll 1
+  for (int i = role.thread(); fine && i < c.shape.num_ranks * num_ctas; i += role.num_threads())
+    fine = ep_wait(op.c, kEpPhaseRouting, i / num_ctas, op.word(c.rank, c.layout.route_flags, i),
+                   ep_flag(op.epoch, kEpRouting, 1));
+  if (!role.all(fine, vote)) return false;
+  if (const int s = role.thread(); s < c.shape.num_ranks)
+    state.set_num_tokens(s, ep_flag_count(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.headers, s))));
   const int* counts = reinterpret_cast<const int*>(op.buffer(c.rank, c.layout.counts));
+#pragma unroll 1
   for (int i = role.thread(); i < c.shape.num_ranks * num_local; i += role.num_threads()) {
     const int source = i / num_local, e = i - source * num_local;
     const int* column = counts + i64(source) * num_ctas * c.shape.max_local_experts + e;
     int total = 0, before = 0;
-#pragma unroll 16
+#pragma unroll 8
     for (int cta = 0; cta < num_ctas; ++cta) {
       const int count = column[i64(cta) * c.shape.max_local_experts];
       total += count;
       before += cta < int(blockIdx.x) ? count : 0;
     }
-    state.total[i] = total;
-    state.before[i] = before;
+    state.total(0)[i] = total;
+    state.before(0)[i] = before;
+    if (c.shape.staged) state.places(source)[e] = column[i64(blockIdx.x) * c.shape.max_local_experts];
   }
+  return true;
 }
 
-// total and before, from all choices.
-__device__ __forceinline__ void ep_count_choices(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
-  const EpCommon& c = op.c;
-  const int first = c.first_expert[c.rank], num_local = ep_num_local_experts(c);
-  for (int i = role.thread(); i < 2 * c.shape.num_ranks * num_local; i += role.num_threads()) state.total[i] = 0;
-  role.sync();
-  for (int s = 0; s < c.shape.num_ranks; ++s) {
-    const int* choices = ep_choices_of(op, s);
-    const int num_choices = state.num_tokens[s] * c.shape.topk;
-    const int here = ep_tokens_of_cta(state.num_tokens[s], blockIdx.x, c.shape.num_ctas).begin * c.shape.topk;
-#pragma unroll 4
-    for (int i = role.thread(); i < num_choices; i += role.num_threads()) {
-      const int e = choices[i] - first;
-      if (e < 0 || e >= num_local) continue;
-      atomicAdd(&state.total[s * num_local + e], 1);
-      if (i < here) atomicAdd(&state.before[s * num_local + e], 1);
-    }
-  }
-}
-
-// First rows of the experts; `before` becomes the row of this CTA's first choice.
-__device__ __forceinline__ void ep_place_experts(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                 const EpRouteState& state) {
+// First rows of the experts; `before` becomes the row of this CTA's first choice, `places` its place.
+__device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                 const EpRouteState& state, int* vote) {
   const EpCommon& c = p.c;
   const int num_local = ep_num_local_experts(c), num_ranks = c.shape.num_ranks;
-  if (role.thread() < num_ranks)
-    state.num_tokens[role.thread()] =
-        *reinterpret_cast<const int*>(op.buffer(c.rank, c.layout.headers) + role.thread() * 16);
-  role.sync();
-  if (c.shape.counted)
-    ep_add_counts(op, role, state);
-  else
-    ep_count_choices(op, role, state);
-  role.sync();
+  const bool fine = c.shape.counted ? ep_add_counts(op, role, state, vote) : ep_count_choices(op, role, state);
+  if (!role.all(fine, vote)) return false;
+#pragma unroll 1
   for (int e = role.thread(); e < num_local; e += role.num_threads()) {
     int count = 0;
-    for (int s = 0; s < num_ranks; ++s) count += state.total[s * num_local + e];
-    state.counts[e] = count;
+#pragma unroll 1
+    for (int s = 0; s < num_ranks; ++s) count += state.total(s)[e];
+    state.counts()[e] = count;
   }
   role.sync();
-  if (role.warp() == 0) ep_scan_experts(state.offsets, state.counts, num_local, p.alignment);
+#pragma unroll 1
+  for (int s = role.warp(); s <= (c.shape.staged ? num_ranks : 0); s += role.num_warps) {
+    int* places = state.places(s - 1);
+    ep_scan_experts(s == 0 ? state.offsets() : places, s == 0 ? state.counts() : places, num_local,
+                    s == 0 ? p.alignment : 1);
+  }
   role.sync();
+#pragma unroll 1
   for (int e = role.thread(); e < num_local; e += role.num_threads()) {
-    int base = state.offsets[e];
+    int base = state.offsets()[e];
+#pragma unroll 1
     for (int s = 0; s < num_ranks; ++s) {
-      state.before[s * num_local + e] += base;
-      base += state.total[s * num_local + e];
+      state.before(s)[e] += base;
+      base += state.total(s)[e];
     }
   }
   role.sync();
+  return true;
 }
 
-// One warp gives rows to tokens in order; next[e] is the row of the next choice of e. Without `rows` it only counts.
-__device__ __forceinline__ void ep_assign_range(const EpCommon& c, const int* choices, EpRange tokens, int* next,
-                                                int* rows) {
-  constexpr int kAhead = 4;  // tokens whose choices are loaded at once
-  const int topk = c.shape.topk, lane = threadIdx.x % 32;
-  const int first = c.first_expert[c.rank], num_local = ep_num_local_experts(c);
-  const u32 lower_lanes = (1u << lane) - 1;
-  for (int t = tokens.begin; t < tokens.end; t += kAhead) {
-    int expert[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      expert[j] = t + j < tokens.end && lane < topk ? choices[(t + j) * topk + lane] - first : -1;
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int e = expert[j];
-      const bool valid = e >= 0 && e < num_local;
-      // A token may choose an expert twice: its lanes take rows in order.
-      const u32 same = __match_any_sync(0xffffffffu, valid ? e : -1 - lane);
-      const int row = valid ? next[e] + __popc(same & lower_lanes) : kEpNotHere;
-      __syncwarp();
-      if (valid && (same & lower_lanes) == 0) next[e] += __popc(same);
-      __syncwarp();
-      if (rows && t + j < tokens.end && lane < topk) rows[(t + j) * topk + lane] = row;
-    }
+// --- receiving: the rows of this CTA's tokens -------------------------------------------------------------------------
+
+// Few tokens: local experts become rows. A warp takes a source, token by token.
+__device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRouteState& state) {
+  const EpShape& shape = state.p.c.shape;
+#pragma unroll 1
+  for (int s = role.warp(); s < shape.num_ranks; s += role.num_warps) {
+    int* rows = state.rows(s);
+    ep_number_choices(rows, state.range(s).size(), shape.topk, state.before(s), rows);
   }
 }
 
-// Rows and weights of this CTA's tokens, to the handle.
-__device__ __forceinline__ void ep_assign_rows(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
+// Many tokens: the row of a choice of source s, and its place among those of this CTA.
+__device__ __forceinline__ int ep_row_of_choice(const EpOperation& op, const EpRouteState& state, int s, i64 at) {
   const EpCommon& c = op.c;
   const int num_local = ep_num_local_experts(c);
-  const float* weights = reinterpret_cast<const float*>(op.buffer(c.rank, c.layout.weights));
-  for (int s = 0; s < c.shape.num_ranks; ++s) {
-    const EpRange tokens = ep_tokens_of_cta(state.num_tokens[s], blockIdx.x, c.shape.num_ctas);
-    const i64 base = ep_choice(c, s, 0);
-    const int* choices = ep_choices_of(op, s);
-    int* rows = c.handle + c.handle_layout.rows + base;
-    for (int i = tokens.begin * c.shape.topk + role.thread(); i < tokens.end * c.shape.topk; i += role.num_threads())
-      reinterpret_cast<float*>(c.handle + c.handle_layout.weights)[base + i] = weights[base + i];
+  const int choice = int(u32(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, at))));
+  const int e = ep_choice_expert(choice) - c.first_expert[c.rank];
+  const bool is_here = choice >= 0 && e >= 0 && e < num_local;
+  if (c.shape.staged)
+    c.handle[c.handle_layout.places + at] = is_here ? state.places(s)[e] + ep_choice_number(choice) : 0;
+  return is_here ? state.before(s)[e] + ep_choice_number(choice) : kEpNotHere;
+}
 
-    const int num_tokens = tokens.end - tokens.begin, piece = ceil_div(num_tokens, role.num_warps);
-    const EpRange mine{min_of(tokens.begin + role.warp() * piece, tokens.end),
-                       min_of(tokens.begin + (role.warp() + 1) * piece, tokens.end)};
-    if (num_tokens <= 4) {  // not worth the barriers
-      if (role.warp() == s % role.num_warps) ep_assign_range(c, choices, tokens, state.before + s * num_local, rows);
-      continue;
-    }
-    int* next = state.next + role.warp() * num_local;
-    for (int e = threadIdx.x % 32; e < num_local; e += 32) next[e] = 0;
-    __syncwarp();
-    ep_assign_range(c, choices, mine, next, nullptr);
-    role.sync();
-    for (int e = role.thread(); e < num_local; e += role.num_threads()) {
-      int row = state.before[s * num_local + e];
-      for (int w = 0; w < role.num_warps; ++w) {
-        const int count = state.next[w * num_local + e];
-        state.next[w * num_local + e] = row;
-        row += count;
+// Rows and weights of this CTA's tokens, to the handle and to where they are wanted.
+__device__ __forceinline__ bool ep_keep_rows(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                             const EpRouteState& state) {
+  const EpCommon& c = p.c;
+  int* handle_rows = c.handle + c.handle_layout.rows;
+  float* handle_weights = reinterpret_cast<float*>(c.handle + c.handle_layout.weights);
+  bool fine = true;
+#pragma unroll 1
+  for (int s = 0; s < c.shape.num_ranks; ++s) {
+    const EpRange tokens = state.range(s);
+    int* rows = state.rows(s);
+    const i64 base = ep_choice(c, s, tokens.begin);
+#pragma unroll 1
+    for (int i = role.thread(); fine && i < tokens.size() * c.shape.topk; i += role.num_threads()) {
+      if (p.route) {
+        const int row = c.shape.counted ? ep_row_of_choice(op, state, s, base + i) : rows[i];
+        u64 weight;
+        fine = ep_wait_for_word(op, s, ep_words_at(op, c.rank, c.layout.weights, base + i), weight);
+        rows[i] = row;
+        handle_rows[base + i] = row;
+        handle_weights[base + i] = __uint_as_float(u32(weight));
+      } else if (state.has_rows()) {
+        rows[i] = handle_rows[base + i];
       }
+      if (p.row_weights && rows[i] >= 0 && rows[i] < p.capacity) p.row_weights[rows[i]] = handle_weights[base + i];
     }
-    role.sync();
-    ep_assign_range(c, choices, mine, next, rows);
-    __syncwarp();
   }
+  return fine;
 }
 
 // What the handle said at an earlier dispatch.
 __device__ __forceinline__ void ep_recall_routing(const EpCommon& c, const EpRole& role, const EpRouteState& state) {
   const int num_local = ep_num_local_experts(c);
+#pragma unroll 1
   for (int i = role.thread(); i <= num_local; i += role.num_threads()) {
-    state.offsets[i] = c.handle[c.handle_layout.offsets + i];
-    if (i < num_local) state.counts[i] = c.handle[c.handle_layout.counts + i];
+    state.offsets()[i] = c.handle[c.handle_layout.offsets + i];
+    if (i < num_local) state.counts()[i] = c.handle[c.handle_layout.counts + i];
   }
+#pragma unroll 1
   for (int s = role.thread(); s < c.shape.num_ranks; s += role.num_threads())
-    state.num_tokens[s] = c.handle[c.handle_layout.num_tokens + s];
+    state.set_num_tokens(s, c.handle[c.handle_layout.num_tokens + s]);
 }
 
 // By the first CTA: what concerns all of them.
@@ -266,35 +405,38 @@ __device__ __forceinline__ void ep_publish_routing(const EpDispatchParams& p, co
                                                    const EpRouteState& state) {
   const EpCommon& c = p.c;
   const int num_local = ep_num_local_experts(c);
+#pragma unroll 1
   for (int i = role.thread(); i <= num_local; i += role.num_threads()) {
-    if (p.route) c.handle[c.handle_layout.offsets + i] = state.offsets[i];
-    if (p.offsets) p.offsets[i] = state.offsets[i];
+    if (p.route) c.handle[c.handle_layout.offsets + i] = state.offsets()[i];
+    if (p.offsets) p.offsets[i] = state.offsets()[i];
     if (i == num_local) continue;
-    if (p.route) c.handle[c.handle_layout.counts + i] = state.counts[i];
-    if (p.counts) p.counts[i] = state.counts[i];
+    if (p.route) c.handle[c.handle_layout.counts + i] = state.counts()[i];
+    if (p.counts) p.counts[i] = state.counts()[i];
   }
   if (p.route)
+#pragma unroll 1
     for (int s = role.thread(); s < c.shape.num_ranks; s += role.num_threads())
-      c.handle[c.handle_layout.num_tokens + s] = state.num_tokens[s];
-  if (p.copy && role.thread() == 0 && state.offsets[num_local] > p.capacity) {
+      c.handle[c.handle_layout.num_tokens + s] = state.num_tokens(s);
+  if (p.copy && role.thread() == 0 && state.offsets()[num_local] > p.capacity) {
     c.status->rows_given = p.capacity;
-    ptx::store_release_sys(&c.status->rows_needed, state.offsets[num_local]);
+    ptx::store_release_sys(&c.status->rows_needed, state.offsets()[num_local]);
   }
 }
 
-// By the whole role; false if a peer did not come. Afterwards the handle holds the rows of this CTA's tokens.
+// By the whole role; false if a peer did not come. Afterwards the rows of this CTA's tokens are known.
 __device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                    const EpRouteState& state, int* vote) {
+  if (p.c.shape.staged && role.thread() == 0) state.num_staged() = 0;
   if (p.route) {
-    if (!ep_wait_for_routing(op, role, vote)) return false;
-    ep_place_experts(p, op, role, state);
-    ep_assign_rows(op, role, state);
+    if (!ep_place_experts(p, op, role, state, vote)) return false;
+    if (!p.c.shape.counted) ep_number_rows(role, state);
   } else {
     ep_recall_routing(p.c, role, state);
   }
   role.sync();
+  const bool fine = ep_keep_rows(p, op, role, state);
   if (blockIdx.x == 0) ep_publish_routing(p, role, state);
-  return true;
+  return role.all(fine, vote);
 }
 
 }  // namespace phalanx

@@ -22,28 +22,30 @@ struct EpOperation {
   const EpCommon& c;
   u64 epoch;
   EpSequence sequence;
+  i64 buffer_offset;
 
   __device__ __forceinline__ EpOperation(const EpCommon& common, EpSequence s)
-      : c(common), epoch(ptx::load_relaxed_sys(&ep_words(common)->epoch[s]) + 1), sequence(s) {}
+      : c(common), epoch(ptx::load_relaxed_sys(&ep_words(common)->epoch[s]) + 1), sequence(s) {
+    const bool is_second = common.shape.num_buffers == 2 && epoch % 2 != 0;
+    buffer_offset = common.layout.buffers + (is_second ? common.layout.buffer_stride : 0);
+  }
 
   // Rank r's memory at `offset` of this operation's buffer.
-  __device__ __forceinline__ u8* buffer(int r, i64 offset) const {
-    return c.peers[r] + c.layout.buffers + i64(epoch % c.shape.num_buffers) * c.layout.buffer_stride + offset;
-  }
+  __device__ __forceinline__ u8* buffer(int r, i64 offset) const { return c.peers[r] + buffer_offset + offset; }
   __device__ __forceinline__ u64* word(int r, i64 offset, int index) const {
     return reinterpret_cast<u64*>(c.peers[r] + offset) + index;
   }
 };
 
-__device__ __noinline__ void ep_record(const EpCommon& c, u64 epoch, EpState state, EpPhase phase, int peer,
-                                       u64 expected, u64 seen, u64 who) {
+__device__ __noinline__ void ep_record(const EpCommon& c, EpState state, EpPhase phase, int peer, u64 expected,
+                                       u64 seen, u64 who) {
   EpWords* words = ep_words(c);
   if (ptx::atomic_exchange_relaxed_gpu(&words->recorded, 1) == 0) {
     EpStatus* status = c.status;
     status->peer = peer;
     status->phase = phase;
     status->aborter = int(who) - 1;
-    status->epoch = epoch;
+    status->epoch = ep_flag_epoch(expected);
     status->expected = expected;
     status->seen = seen;
     ptx::store_release_sys(&status->state, state);
@@ -51,25 +53,39 @@ __device__ __noinline__ void ep_record(const EpCommon& c, u64 epoch, EpState sta
   ptx::store_relaxed_sys(&words->stop, u64(1 + c.rank));
 }
 
+// Called in every turn of a wait: false when it is time to give up.
+struct EpPatience {
+  static constexpr int kTurnsPerLook = 64;
+  const EpCommon& c;
+  EpPhase phase;
+  int peer, turns = 0;
+  u64 expected, start = 0;
+
+  __device__ __forceinline__ EpPatience(const EpCommon& common, EpPhase wait_phase, int wait_peer, u64 wanted)
+      : c(common), phase(wait_phase), peer(wait_peer), expected(wanted) {}
+
+  __device__ __forceinline__ bool lasts(u64 seen) {
+    if (++turns % kTurnsPerLook != 0) return true;
+    const u64 now = ptx::global_timer();
+    if (start == 0) start = now;
+    const u64 who = ptx::load_relaxed_sys(&ep_words(c)->stop);
+    if (who == 0 && now - start <= c.timeout_ns) return true;
+    ep_record(c, who ? kEpAborted : kEpTimeout, phase, peer, expected, seen, who);
+    return false;
+  }
+};
+
 // By one thread: until the flag of this rank has the epoch and count of `expected`, or more. False: it failed.
-__device__ __forceinline__ bool ep_wait(const EpOperation& op, EpPhase phase, int peer, const u64* flag, u64 expected) {
+__device__ __noinline__ bool ep_wait(const EpCommon& c, EpPhase phase, int peer, const u64* flag, u64 expected) {
   constexpr u64 kOrder = ~(u64(0xff) << 24);  // all but the format
-  constexpr int kSpinsPerLook = 64;
-  u64 seen = ptx::load_acquire_sys(flag), start = 0;
-  for (int spins = 1; (seen & kOrder) < (expected & kOrder); ++spins) {
-    if (spins % kSpinsPerLook == 0) {
-      const u64 now = ptx::global_timer();
-      if (start == 0) start = now;
-      const u64 who = ptx::load_relaxed_sys(&ep_words(op.c)->stop);
-      if (who != 0 || now - start > op.c.timeout_ns) {
-        ep_record(op.c, op.epoch, who ? kEpAborted : kEpTimeout, phase, peer, expected, seen, who);
-        return false;
-      }
-    }
+  EpPatience patience(c, phase, peer, expected);
+  u64 seen = ptx::load_acquire_sys(flag);
+  while ((seen & kOrder) < (expected & kOrder)) {
+    if (!patience.lasts(seen)) return false;
     seen = ptx::load_acquire_sys(flag);
   }
   if (ep_flag_epoch(seen) == ep_flag_epoch(expected) && ep_flag_format(seen) != ep_flag_format(expected)) {
-    ep_record(op.c, op.epoch, kEpMismatch, phase, peer, expected, seen, 0);
+    ep_record(c, kEpMismatch, phase, peer, expected, seen, 0);
     return false;
   }
   return true;
@@ -99,7 +115,7 @@ __device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, const
   bool fine = true;
   const int peer = role.thread();
   if (peer < op.c.shape.num_ranks && op.epoch > buffers)
-    fine = ep_wait(op, phase, peer, op.word(op.c.rank, credits, peer), ep_flag(op.epoch - buffers, 0, 0));
+    fine = ep_wait(op.c, phase, peer, op.word(op.c.rank, credits, peer), ep_flag(op.epoch - buffers, 0, 0));
   return role.all(fine, vote);
 }
 
@@ -116,8 +132,37 @@ __device__ __forceinline__ void ep_finish(const EpOperation& op, const EpRole& r
   words->epoch[op.sequence] = op.epoch;
   if (credits == 0) return;
   ptx::fence_acq_rel_sys();
+#pragma unroll 1
   for (int r = 0; r < c.shape.num_ranks; ++r)
     ptx::store_relaxed_sys(op.word(r, credits, c.rank), ep_flag(op.epoch, 0, 0));
+}
+
+// --- pieces: a sending warp's flags tell how many of its own have come ----------------------------------------------
+
+__device__ __forceinline__ u64* ep_piece_flag(const EpOperation& op, int at, i64 flags, int source, int piece) {
+  return op.word(at, flags, (source * op.c.shape.num_ctas + int(blockIdx.x)) * kEpSendWarps + piece % kEpSendWarps);
+}
+
+// By a warp that has sent piece i, of so many: raises its flag at the ranks [begin, end), if it is time.
+__device__ __forceinline__ void ep_tell(const EpOperation& op, EpRange ranks, i64 flags, EpFormat format, int i,
+                                        int num_pieces) {
+  const EpCommon& c = op.c;
+  const int count = i / kEpSendWarps + 1;
+  if (c.shape.log2_parts == 0 && count % kEpPiecesPerFlag != 0 && i + kEpSendWarps < num_pieces) return;
+  __syncwarp();
+#pragma unroll 1
+  for (int r = ranks.begin + int(threadIdx.x) % 32; r < ranks.end; r += 32) {
+    if (r == c.rank) continue;
+    ptx::fence_acq_rel_sys();
+    ptx::store_relaxed_sys(ep_piece_flag(op, r, flags, c.rank, i), ep_flag(op.epoch, format, count));
+  }
+}
+
+// By one thread: until source's piece i is here.
+__device__ __forceinline__ bool ep_wait_for_piece(const EpOperation& op, EpPhase phase, int source, i64 flags,
+                                                  EpFormat format, int i) {
+  return ep_wait(op.c, phase, source, ep_piece_flag(op, op.c.rank, flags, source, i),
+                 ep_flag(op.epoch, format, i / kEpSendWarps + 1));
 }
 
 // --- the choices of a token, one a lane -----------------------------------------------------------------------------

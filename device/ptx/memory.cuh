@@ -34,6 +34,16 @@ __device__ __forceinline__ u32 load_cluster_u32(const void* p, u32 cta_rank) {
   return v;
 }
 
+// 16 bytes past L1, which may hold what another GPU has overwritten since.
+__device__ __forceinline__ uint4 load_cg_16(const void* global) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(global)
+               : "memory");
+  return v;
+}
+
 // Starts to fetch the 128 bytes around `global` into the L2.
 __device__ __forceinline__ void prefetch_l2(const void* global) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(global));

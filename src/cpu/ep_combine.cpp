@@ -15,7 +15,7 @@ u8* sum_slot(const EpOperation& op, const EpCommon& c, int at, int source, i64 t
 }
 
 // Of one CTA and one warp.
-int sum_flag_idx(int source) { return source * kEpCombineSendWarps; }
+int sum_flag_idx(int source) { return source * kEpSendWarps; }
 
 // FMA on machines that have it; the library's, with the same bits, elsewhere.
 [[gnu::target_clones("arch=haswell", "default")]] void add_row(const Bf16* row, float weight, float* sum, int count) {

@@ -13,7 +13,7 @@ u8* token_slot(const EpOperation& op, const EpCommon& c, int at, int source, i64
 }
 
 // Of one CTA and one warp.
-int token_flag_idx(int source) { return source * kEpDispatchSendWarps; }
+int token_flag_idx(int source) { return source * kEpSendWarps; }
 
 i64 element_size(EpFormat format) { return format == kEpE4m3 ? 1 : 2; }
 
@@ -69,9 +69,9 @@ void send_routing(const EpCommon& c, const EpOperation& op, const EpHandle& hand
   for (int r = 0; r < c.shape.num_ranks; ++r) {
     if (r == c.rank) continue;
     op.delay();
-    std::memcpy(op.buffer(r, c.layout.experts) + at, handle.experts(0), choices * 4);
+    std::memcpy(op.buffer(r, c.layout.choices) + at, handle.experts(0), choices * 4);
     std::memcpy(op.buffer(r, c.layout.weights) + at, handle.weights(c.rank, 0), choices * 4);
-    std::memcpy(op.buffer(r, c.layout.headers) + c.rank * 16, &c.num_tokens, sizeof(int));
+    std::memcpy(op.buffer(r, c.layout.headers) + c.rank * 8, &c.num_tokens, sizeof(int));
     op.signal(op.word(r, c.layout.route_flags, c.rank), ep_flag(op.epoch(), kEpRouting, 1));
   }
 }
@@ -98,7 +98,7 @@ bool receive_routing(const EpCommon& c, const EpOperation& op, const EpHandle& h
     if (s == c.rank) continue;
     if (!op.wait(kEpPhaseRouting, s, op.word(c.rank, c.layout.route_flags, s), ep_flag(op.epoch(), kEpRouting, 1)))
       return false;
-    std::memcpy(&handle.num_tokens(s), op.buffer(c.rank, c.layout.headers) + s * 16, sizeof(int));
+    std::memcpy(&handle.num_tokens(s), op.buffer(c.rank, c.layout.headers) + s * 8, sizeof(int));
     const i64 bytes = i64(handle.num_tokens(s)) * c.shape.topk * 4;
     std::memcpy(handle.weights(s, 0), op.buffer(c.rank, c.layout.weights) + handle.choice(s, 0) * 4, bytes);
   }
@@ -111,7 +111,7 @@ void assign_rows(const EpDispatchParams& p, const EpOperation& op, const EpHandl
   const int first = c.first_expert[c.rank], num_local = ep_num_local_experts(c);
   const auto for_each_choice = [&](auto&& f) {
     for (int s = 0; s < c.shape.num_ranks; ++s) {
-      const int* theirs = reinterpret_cast<int*>(op.buffer(c.rank, c.layout.experts)) + handle.choice(s, 0);
+      const int* theirs = reinterpret_cast<int*>(op.buffer(c.rank, c.layout.choices)) + handle.choice(s, 0);
       const int* experts = s == c.rank ? handle.experts(0) : theirs;
       for (i64 i = 0; i < i64(handle.num_tokens(s)) * c.shape.topk; ++i) f(experts[i] - first, handle.rows(s, 0)[i]);
     }

@@ -22,7 +22,6 @@ namespace {
 using std::int64_t;
 
 constexpr int kThroughputSms = 32, kLatencySms = 128;
-constexpr int kMaxCountedExperts = 2048;  // in shared memory of the senders
 
 /// Memory of the host in which kernels leave what went wrong.
 std::shared_ptr<EpStatus> make_status(Device device) {
@@ -87,11 +86,17 @@ EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType
                  : config.num_sms ? config.num_sms
                  : config.latency ? kLatencySms
                                   : kThroughputSms;
+    const auto fits = [&](int EpShape::*what) {
+      s.*what = 1;
+      if (4 * ep_route_smem(s, s.max_local_experts).words > kEpMaxSmemBytes) s.*what = 0;
+    };
     // Adding up the counts of all CTAs must be less work than counting all choices.
-    s.counted = int64_t{config.max_tokens} * config.topk > int64_t{4} * s.num_ctas * s.max_local_experts &&
-                config.num_experts <= kMaxCountedExperts;
+    if (int64_t{config.max_tokens} * config.topk > int64_t{4} * s.num_ctas * s.max_local_experts &&
+        config.num_experts <= kEpMaxCountedExperts && ep_choices_per_cta(s) < kEpMaxCountedChoices)
+      fits(&EpShape::counted);
+    if (s.counted) fits(&EpShape::staged);
     // So that with a token or two for each CTA, every sending warp has work.
-    if (config.latency) s.parts = std::min(kEpDispatchSendWarps, ceil_div(config.hidden, kEpColumns));
+    if (config.latency) s.log2_parts = log2_of(std::min(kEpSendWarps, ceil_div(config.hidden, kEpColumns)));
   }
   return s;
 }
@@ -154,14 +159,13 @@ struct ExpertParallel::Impl {
     common.handle_layout = ep_handle_layout(shape, num_local_experts());
     common.status = status.get();
     common.timeout_ns = static_cast<u64>(g.timeout * 1e9);
-    route_smem_bytes = 4 * ep_route_smem(shape, num_local_experts()).words;
+    route_smem = ep_route_smem(shape, num_local_experts());
     memory = g.allocate(common.layout.bytes);
     for (int r = 0; r < g.size; ++r) common.peers[r] = static_cast<u8*>(memory->blocks[r].get());
     if (g.device.type == DeviceType::cuda) {
       const cuda::ContextGuard context(g.device.index);
-      dispatch_kernel =
-          &load_kernel(g.device.index, jit::ep_dispatch_source(), kEpDispatchRingBytes + kEpMaxRouteSmemBytes);
-      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(), kEpCombineRingBytes);
+      dispatch_kernel = &load_kernel(g.device.index, jit::ep_dispatch_source(), static_cast<int>(kEpMaxSmemBytes));
+      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(), kEpCombineSmemBytes);
     }
   }
 
@@ -230,6 +234,7 @@ struct ExpertParallel::Impl {
     const Tensor& tokens = args.topk_idx ? *args.topk_idx : args.x;
     EpDispatchParams p{};
     p.c = common_of(args.handle, args.part, static_cast<int>(tokens.rows()));
+    p.smem = route_smem;
     p.route = args.topk_idx.has_value();
     p.copy = copy;
     p.alignment = config.alignment;
@@ -265,7 +270,7 @@ struct ExpertParallel::Impl {
       }
       if (args.row_weights) p.row_weights = static_cast<float*>(args.row_weights->data);
     }
-    run(p, cpu::ep_dispatch, dispatch_kernel, kEpDispatchWarps, kEpDispatchRingBytes + route_smem_bytes, args.stream);
+    run(p, cpu::ep_dispatch, dispatch_kernel, kEpDispatchWarps, static_cast<int>(4 * route_smem.words), args.stream);
   }
 
   void combine(const EpCombine& args) {
@@ -286,7 +291,7 @@ struct ExpertParallel::Impl {
     p.values = args.row_values.has_value();
     if (args.row_values) p.row_values = static_cast<const float*>(args.row_values->data);
     if (args.topk_values) p.topk_values = static_cast<float*>(args.topk_values->data);
-    run(p, cpu::ep_combine, combine_kernel, kEpCombineWarps, kEpCombineRingBytes, args.stream);
+    run(p, cpu::ep_combine, combine_kernel, kEpCombineWarps, kEpCombineSmemBytes, args.stream);
   }
 
   int64_t num_rows(const Tensor& handle, Stream stream) {
@@ -312,7 +317,7 @@ struct ExpertParallel::Impl {
   std::shared_ptr<EpStatus> status;
   std::shared_ptr<ep::SymmetricMemory> memory;
   const cuda::Kernel *dispatch_kernel = nullptr, *combine_kernel = nullptr;
-  int route_smem_bytes = 0;
+  EpRouteSmem route_smem{};
 };
 
 ExpertParallel::ExpertParallel(const Group& group, const ExpertParallelConfig& config)

@@ -35,6 +35,18 @@ inline void on_ranks(int num_ranks, const std::function<void(int)>& f) {
     if (error) std::rethrow_exception(error);
 }
 
+template <class F>
+void expect_error(ErrorCode code, std::initializer_list<const char*> words, F&& f) {
+  try {
+    f();
+    ADD_FAILURE() << "nothing was thrown";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), code) << error.what();
+    for (const char* word : words)
+      EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << word << ": " << error.what();
+  }
+}
+
 inline Tensor vector_of(void* data, DType dtype, std::int64_t length) { return {data, dtype, {}, 1, {length}, {1}}; }
 
 /// One rank's arguments and results.

@@ -158,6 +158,7 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   for (int i = 0; i < simt::kWarp; ++i) bits |= unsigned(all[i]) << i;
   return bits;
 }
+inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline bool __all_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 inline unsigned __reduce_or_sync(unsigned, unsigned value) {
   unsigned bits = 0;

@@ -10,8 +10,8 @@
 namespace phalanx {
 
 // The kernels' dynamic shared memory. Of each CTA, as it is a thread.
-alignas(16) thread_local u8 ep_smem[kEpDispatchRingBytes + kEpMaxRouteSmemBytes];
-static_assert(sizeof ep_smem >= kEpCombineRingBytes);
+alignas(16) thread_local u8 ep_smem[kEpMaxSmemBytes];
+static_assert(sizeof ep_smem >= kEpCombineSmemBytes);
 
 namespace test {
 namespace {
@@ -69,6 +69,41 @@ TEST_P(Simulated, RowsLongerThanTheRings) {
   auto groups = Group::local(cpus(2), kPatient);
   auto eps = make_all(groups, config);
   for (const bool e4m3 : {false, true}) run_round(eps, random_problem(2, config, rng), {.e4m3 = e4m3}, 1);
+}
+
+// Senders number their choices, and scales are staged.
+TEST_P(Simulated, ManyTokensAndFewExperts) {
+  std::mt19937 rng(kSeed + GetParam());
+  for (const int hidden : {272, 3 * 1024}) {
+    const ExpertParallelConfig config{.hidden = hidden,
+                                      .num_experts = 5,
+                                      .topk = 8,
+                                      .max_tokens = 30,
+                                      .dtype = DType::bf16,
+                                      .alignment = int(1 + rng() % 4)};
+    auto groups = Group::local(cpus(2), kPatient);
+    auto eps = make_all(groups, config);
+    for (int round = 0; round < 3; ++round) {
+      run_round(eps, random_problem(2, config, rng, 10, round * 30), {.e4m3 = round < 2, .exact = round == 1},
+                unsigned(rng()));
+      if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_P(Simulated, AMissingRankIsNamed) {
+  std::mt19937 rng(kSeed);
+  for (const bool latency : {false, true}) {
+    const ExpertParallelConfig config{
+        .hidden = 272, .num_experts = 4, .topk = 4, .max_tokens = 40, .dtype = DType::bf16, .latency = latency};
+    auto groups = Group::local(cpus(2), kHasty);
+    auto eps = make_all(groups, config);
+    const EpProblem p = random_problem(2, config, rng);
+    Rank mine(p, 0, eps[0], eps[0].max_rows(), false);
+    expect_error(ErrorCode::timeout, {"rank 0 of 2", "peer 1", "routing", "operation 1", "0.3 s"},
+                 [&] { eps[0].dispatch(mine.args); });
+    expect_error(ErrorCode::timeout, {"peer 1"}, [&] { eps[0].combine(mine.combine); });
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Ctas, Simulated, ::testing::Values(1, 3));

@@ -14,7 +14,11 @@ inline u64 load_acquire_sys(const u64* p) {
   simt::yield();
   return value;
 }
-inline u64 load_relaxed_sys(const u64* p) { return simt_atomic(p).load(std::memory_order_relaxed); }
+inline u64 load_relaxed_sys(const u64* p) {
+  const u64 value = simt_atomic(p).load(std::memory_order_relaxed);
+  simt::yield();
+  return value;
+}
 inline void store_relaxed_sys(u64* p, u64 value) { simt_atomic(p).store(value, std::memory_order_release); }
 inline void store_release_sys(int* p, int value) { simt_atomic(p).store(value, std::memory_order_release); }
 inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
