@@ -38,6 +38,19 @@ struct BenchOptions {
 /// Times `gemm_fp8` through the public API.
 int bench(const BenchOptions& options);
 
+struct BenchEpOptions {
+  std::string device = "auto";  ///< cuda: all GPUs; cpu; auto: whichever there is
+  int ranks = 0;                ///< 0: one a GPU, or two on the CPU
+  int tokens = 0;               ///< of each rank
+  int hidden = 7168, experts = 256, topk = 8;
+  int num_sms = 0;
+  bool latency = false;
+  int repeats = 20;
+  std::filesystem::path json;
+};
+/// Times dispatch and combine between ranks that are threads of this process.
+int bench_ep(const BenchEpOptions& options);
+
 struct TuneOptions {
   std::vector<std::string> shapes;  ///< "64x7168x2048"
   std::string device = "auto";

@@ -66,7 +66,41 @@ int run_command_line(int argc, char** argv) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   bench_command->add_option("--json", bench_options.json, "Write the rows here (- to print)");
-  bench_command->callback([&] { run = [&] { return bench(bench_options); }; });
+
+  BenchEpOptions ep_options;
+  auto* ep_command = bench_command->add_subcommand("ep", "Time dispatch and combine between the GPUs, or on the CPU");
+  ep_command->add_option("--device", ep_options.device, "cuda: all GPUs; cpu; auto: whichever there is")
+      ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+      ->capture_default_str();
+  ep_command->add_option("--ranks", ep_options.ranks, "0: one a GPU, or two on the CPU")
+      ->check(CLI::Range(0, 64))
+      ->capture_default_str();
+  ep_command
+      ->add_option("--tokens", ep_options.tokens, "Of each rank; 0: 4096, or 128 with --latency, or 32 on the CPU")
+      ->check(CLI::NonNegativeNumber);
+  ep_command->add_option("--hidden", ep_options.hidden, "Columns of a token")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  ep_command->add_option("--experts", ep_options.experts, "Of all ranks")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  ep_command->add_option("--topk", ep_options.topk, "Experts of a token")
+      ->check(CLI::Range(1, 32))
+      ->capture_default_str();
+  ep_command->add_option("--num-sms", ep_options.num_sms, "SMs of a call (0: 32, or 128 with --latency)")
+      ->check(CLI::NonNegativeNumber);
+  ep_command->add_flag("--latency", ep_options.latency, "The regime for few tokens");
+  ep_command->add_option("--repeats", ep_options.repeats, "Timed calls")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  ep_command->add_option("--json", ep_options.json, "Write the rows here (- to print)");
+
+  bench_command->callback([&] {
+    if (ep_command->parsed())
+      run = [&] { return bench_ep(ep_options); };
+    else
+      run = [&] { return bench(bench_options); };
+  });
 
   TuneOptions tune_options;
   auto* tune_command = app.add_subcommand("tune", "Measure every kernel on shapes of your own, and keep the choices");

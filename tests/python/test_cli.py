@@ -100,9 +100,22 @@ def test_bench_times_one_shape_on_the_cpu():
     assert row["tflops"] == pytest.approx(2 * 3 * 20 * 144 / row["median_us"] * 1e-6)
 
 
+def test_bench_ep_times_ranks_on_the_cpu():
+    shape = "--ranks 3 --tokens 5 --hidden 144 --experts 7 --topk 2"
+    result = run(f"bench ep --device cpu {shape} --repeats 2 --json -")
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout)
+    assert measured["ranks"] == 3
+    dispatch, _, combine = measured["rows"]
+    assert (dispatch["op"], combine["op"]) == ("dispatch bf16", "combine bf16")
+    assert dispatch["gbps"] == pytest.approx(5 * 2 * 288 / dispatch["median_us"] * 1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        ("bench ep --device cpu --topk 3 --experts 2", "--topk: 3"),
+        ("bench ep --device cpu --hidden 9", "hidden is 9"),
         ("bench --device tpu", "--device: tpu"),
         ("bench --set nothing", "--set: nothing"),
         ("bench --m 4", "--m requires"),
