@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bench.machine import commit
+
 HIDDEN, EXPERTS, TOPK = 7168, 256, 8
 
 
@@ -55,7 +57,6 @@ extern "C" __global__ void __launch_bounds__(1024) peer(const PeerWords* from, P
                     times.append(start.elapsed_time(end) * 1e-3)
                 result[name][sms] = num_bytes / statistics.median(times) * 1e-9
     result["local store"] = probe_local_stores()
-    result["flag round trip ns"] = probe_flags()
     return result
 
 
@@ -439,7 +440,8 @@ def main() -> None:
     links = probe_links()
     print("links", links)
     path = Path(arguments.out)
-    path.write_text(json.dumps({**json.loads(path.read_text()), "links_gbps": links}, indent=1) + "\n")
+    described = {"round_trip_ns": {"flag": probe_flags()}, "commit": commit(), "links_gbps": links}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **described}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Plots of a results file, as SVG and PNG: `python -m bench.plot bench/results/dense_fp8.json`.
+"""Plots of results files, as SVG and PNG: `python -m bench.plot bench/results/dense_fp8.json bench/results/ep.json`.
 
 The background is transparent and the ink a middle grey: the pictures read on a light page and on a dark one.
 """
@@ -54,12 +54,52 @@ def plot_dense(path: Path) -> list[Path]:
         _legend(figure, axes[0, 0])
         figure.text(0.995, 0.005, _caption(result), ha="right", va="bottom", fontsize=7.5)
         figure.tight_layout(rect=(0, 0.02, 1, 0.95))
-        written = [path.with_suffix(".svg"), path.with_suffix(".png")]
-        for target in written:
-            metadata = {"Date": None} if target.suffix == ".svg" else None
-            figure.savefig(target, transparent=True, dpi=160, metadata=metadata)
-        plt.close(figure)
+        return _save(figure, path)
+
+
+def _save(figure, path: Path) -> list[Path]:
+    written = [path.with_suffix(".svg"), path.with_suffix(".png")]
+    for target in written:
+        metadata = {"Date": None} if target.suffix == ".svg" else None
+        figure.savefig(target, transparent=True, dpi=160, metadata=metadata)
+    plt.close(figure)
     return written
+
+
+EP_COLORS = {
+    "dispatch e4m3": "#f97316",
+    "dispatch e4m3, handle": "#f9a316",
+    "dispatch bf16": "#3b82f6",
+    "dispatch bf16 as e4m3": "#a371c9",
+    "combine bf16": "#76a832",
+}
+
+
+def plot_expert_parallel(path: Path) -> list[Path]:
+    """Time by number of SMs beside the probes' rates, from `bench.ep`'s JSON at `path`, beside it."""
+    result = json.loads(path.read_text())
+    plain = [row for row in result["throughput"] if not row.get("hot") and not row.get("empty_rank")]
+    tokens = min(row["tokens"] for row in plain)
+    with plt.rc_context(RC):
+        figure, (times, rates) = plt.subplots(1, 2, figsize=(10.5, 4.2))
+        for op, color in EP_COLORS.items():
+            points = sorted((row["sms"], row["us"]) for row in plain if row["op"] == op and row["tokens"] == tokens)
+            if points:
+                times.plot(*zip(*points, strict=True), "o-", color=color, label=op)
+        for name, label in (("store", "to the peer"), ("local store", "to its own memory")):
+            points = sorted((int(sms), gbps) for sms, gbps in result["links_gbps"].get(name, {}).items())
+            if points:
+                rates.plot(*zip(*points, strict=True), "o-", color=INK if name == "store" else FAINT, label=label)
+        _finish(times, "us", f"{tokens} tokens a rank, by SMs: lower is better")
+        _finish(rates, "GB/s", "what the SMs store, and nothing else")
+        for ax in (times, rates):
+            ax.set_xlabel("SMs")
+            ax.set_ylim(0)
+            ax.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+        caption = f"{result['gpu']}, commit {result.get('commit', '?')}; the slowest rank's median, cold L2"
+        figure.text(0.995, 0.005, caption, ha="right", va="bottom", fontsize=7.5)
+        figure.tight_layout(rect=(0, 0.02, 1, 1))
+        return _save(figure, path)
 
 
 def _draw_tflops(ax: Axes, rows: list[dict], ceilings: dict[str, float]) -> None:
@@ -142,7 +182,8 @@ def _caption(result: dict) -> str:
 
 def main() -> None:
     for name in sys.argv[1:]:
-        for written in plot_dense(Path(name)):
+        plot = plot_expert_parallel if "throughput" in json.loads(Path(name).read_text()) else plot_dense
+        for written in plot(Path(name)):
             print(written)
 
 
