@@ -61,10 +61,9 @@ __device__ __forceinline__ u64* ep_words_at(const EpOperation& op, int rank, i64
 
 // This rank's choice, and its weight, to every rank.
 __device__ __noinline__ void ep_send_choice(const EpDispatchParams& p, u64 epoch, i64 buffer, i64 token, int k,
-                                            int choice) {
+                                            int choice, float weight) {
   const EpCommon& c = p.c;
   const i64 at = ep_choice(c, c.rank, token) + k;
-  const float weight = p.topk_weights ? p.topk_weights[token * p.weights_stride + k] : 1.0f;
 #pragma unroll 1
   for (int r = 0; r < c.shape.num_ranks; ++r) {
     u8* to = c.peers[r] + buffer + at * 8;
@@ -150,10 +149,12 @@ __device__ __forceinline__ void ep_send_routing(const EpOperation& op, const EpR
 #pragma unroll 1
     for (int i = role.thread(); i < tokens.size() * topk; i += role.num_threads()) {
       const int token = i / topk, k = i - token * topk;
+      // Asked for before the choice is waited for.
+      const float weight = p.topk_weights ? p.topk_weights[(tokens.begin + token) * p.weights_stride + k] : 1.0f;
       if (pass == 0) experts[i] = ep_own_expert(p, tokens.begin + token, k);
       if (pass == 1 || !c.shape.counted)
         ep_send_choice(p, op.epoch, op.buffer_offset, tokens.begin + token, k,
-                       pass == 0 ? experts[i] : ep_numbered_choice(experts[i], numbers[i]));
+                       pass == 0 ? experts[i] : ep_numbered_choice(experts[i], numbers[i]), weight);
     }
     if (!c.shape.counted) return;
     if (pass == 0) ep_count_own_choices(op, role, state, experts, tokens.size(), numbers);
