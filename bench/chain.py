@@ -50,6 +50,7 @@ def _row(
     calls, errors, skipped = {}, {}, {}
     for library in libraries:
         try:
+            library.constant_weights = True
             replay = Captured([library.prepare(problem, log) for problem in problems])
             errors[library.name] = _largest_error(replay, problems)
         except Exception as reason:

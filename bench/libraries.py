@@ -25,6 +25,7 @@ class Library:
     name = ""
     label = ""  # in tables and plots
     operand_bytes = 1  # of an element of A and B
+    constant_weights = False  # of a chain: no kernel of it writes them
 
     def prepare(self, problem: Problem, log: Log) -> Call:
         """A call that writes the product to `problem.out`. Whatever can be done once is done here."""
@@ -46,7 +47,7 @@ class Phalanx(Library):
     def prepare(self, problem: Problem, log: Log) -> Call:
         gemm, out = self.module.gemm_fp8, problem.out
         a, b = (problem.a, problem.sfa), (problem.b, problem.sfb)
-        return lambda: gemm(a, b, out=out)
+        return lambda: gemm(a, b, out=out, constant_b=self.constant_weights)
 
 
 class PhalanxBatchInvariant(Phalanx):

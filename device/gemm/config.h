@@ -40,13 +40,16 @@ struct GemmConfig {
   Operand operand = Operand::e4m3;
   Major major_a = Major::k, major_b = Major::k;
 
+  // Fewer rows than a product has: then B's rows fill it, and consumers take k-blocks in turn (gemm_fp8_few.cuh).
+  constexpr bool few_rows() const { return scaled() && block_m < 64; }
   constexpr int block_k() const { return operand == Operand::e4m3 ? kBlockK : kBf16BlockK; }
   constexpr int consumer_rows() const { return block_m / num_consumers; }
   constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
   // Registers of a thread, moved between the warpgroups at the start; a lone consumer has enough.
   constexpr int consumer_registers() const { return num_consumers == 3 ? 160 : 232; }
   constexpr int producer_registers() const { return num_consumers == 3 ? 32 : 40; }
-  constexpr int num_threads() const { return kWarpgroup * (num_consumers + 1); }
+  constexpr int num_threads() const { return kWarpgroup * num_consumers + (few_rows() ? 64 : kWarpgroup); }
+  constexpr int ctas_per_sm() const { return few_rows() ? 2 : 1; }  // that registers must suffice for
   // Columns of a tile that share a scale of B wherever the tile begins, and the number of scales that a tile can meet.
   constexpr int scale_group() const { return gcd_of(block_n, kScaleBlock); }
   constexpr int num_scales_b() const { return 1 + ceil_div(block_n - scale_group(), kScaleBlock); }
@@ -71,7 +74,11 @@ struct GemmConfig {
     return row / rows * scales_a_box_pitch() + row % rows;
   }
   // BF16 tiles leave through shared memory by TMA; FP32, narrow and split-K tiles straight from registers.
-  constexpr bool stores_by_tma() const { return out == OutType::bf16 && split_k == 1 && block_n % kPanelColumns == 0; }
+  constexpr bool stores_by_tma() const {
+    return out == OutType::bf16 && split_k == 1 && block_n % kPanelColumns == 0 && !few_rows();
+  }
+  // Few rows: sums of one column of D in shared memory, in floats; the padding keeps columns in different banks.
+  constexpr int column_pitch() const { return block_m + 2; }
 
   friend constexpr bool operator==(const GemmConfig&, const GemmConfig&) = default;
 };
@@ -87,6 +94,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.b = s.a + c.num_stages * c.block_m * kBlockK;
   s.d = s.b + c.num_stages * c.block_n * kBlockK;
   const int d_bytes = c.grouping == Grouping::columns ? c.num_consumers * 2 * kGradientPanelBytes
+                      : c.few_rows()                  ? 4 * c.num_consumers * c.block_n * c.column_pitch()
                       : c.split_k > 1                 ? 4 * c.block_m * (c.block_n + kPartialPad)
                       : c.stores_by_tma()             ? 2 * c.block_m * c.block_n
                                                       : 0;
@@ -107,6 +115,8 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
 
 // Whether the kernel can be instantiated; the planner and the tests ask, the kernel asserts.
 constexpr bool is_valid(const GemmConfig& c) {
+  const bool few_rows = (c.block_m == 8 || c.block_m == 16) && c.block_n == 64 && c.num_consumers >= 1 &&
+                        c.num_stages % c.num_consumers == 0 && !c.multicasts() && !c.grouped();
   const bool tile = c.num_consumers >= 1 && c.num_consumers <= 3 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
                     c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 32 && c.num_scales_b() <= 2;
   const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);
@@ -117,7 +127,8 @@ constexpr bool is_valid(const GemmConfig& c) {
   const bool majors = (c.major_a == Major::k || c.block_m / c.cluster_n % kPanelRows == 0) &&
                       (c.major_b == Major::k || c.block_n / c.cluster_m % kPanelRows == 0) &&
                       (!c.scaled() || (c.major_a == Major::k && c.major_b == Major::k));
-  return tile && cluster && majors && c.num_stages >= 2 && smem_layout(c).total <= kMaxSmemBytes;
+  return (c.few_rows() ? few_rows : tile) && cluster && majors && c.num_stages >= 2 &&
+         smem_layout(c).total <= kMaxSmemBytes;
 }
 
 }  // namespace phalanx

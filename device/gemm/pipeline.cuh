@@ -14,6 +14,11 @@ struct Pipeline {
   __device__ void advance() {
     if (++stage == kNumStages) stage = 0, phase ^= 1;
   }
+  __device__ void advance(int count) {
+    stage += count;
+    phase ^= stage / kNumStages & 1;
+    stage %= kNumStages;
+  }
   __device__ void wait_empty() const { ptx::mbarrier_wait(&empty[stage], phase ^ 1); }  // the first lap passes at once
   __device__ void wait_full() const { ptx::mbarrier_wait(&full[stage], phase); }
 };

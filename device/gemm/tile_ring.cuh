@@ -48,7 +48,7 @@ struct TilesOfThread {
   __device__ bool next(Tile& t) {
     t = ring.take();
     ring.advance();
-    return __any_sync(0xffffffff, t.group >= 0);
+    return __any_sync(__activemask(), t.group >= 0);  // of one lane, but uniform for the compiler
   }
 };
 

@@ -34,6 +34,19 @@ __device__ __forceinline__ u32 load_cluster_u32(const void* p, u32 cta_rank) {
   return v;
 }
 
+// Writes to shared memory of a CTA of the cluster, at the address that `p` has in this one, and counts the bytes on the barrier
+// there.
+__device__ __forceinline__ void store_async_cluster_f2(void* p, float2 v, u64* bar, u32 cta_rank) {
+  asm volatile(
+      "{ .reg .b32 remote, remote_bar;\n"
+      "mapa.shared::cluster.u32 remote, %0, %4;\n"
+      "mapa.shared::cluster.u32 remote_bar, %3, %4;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [remote], {%1, %2}, [remote_bar]; }" ::"r"(
+          smem_addr(p)),
+      "f"(v.x), "f"(v.y), "r"(smem_addr(bar)), "r"(cta_rank)
+      : "memory");
+}
+
 // 16 bytes past L1, which may hold what another GPU has overwritten since.
 __device__ __forceinline__ uint4 load_cg_16(const void* global) {
   uint4 v;
@@ -57,6 +70,11 @@ __device__ __forceinline__ void cp_async_4(void* smem, const void* global) {
 // The same of 16 bytes, past L1; counted by groups of the thread.
 __device__ __forceinline__ void cp_async_16(void* smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(smem)), "l"(global) : "memory");
+}
+// `bytes` of 16, and zeros behind them.
+__device__ __forceinline__ void cp_async_16_zero_fill(void* smem, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_addr(smem)), "l"(global), "r"(bytes)
+               : "memory");
 }
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the last kPending groups of this thread have landed.

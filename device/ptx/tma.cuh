@@ -18,6 +18,17 @@ __device__ __forceinline__ void tma_load_2d(void* smem, const TensorMap* map, u6
       : "memory");
 }
 
+// The same of data that is read once: first to leave the L2.
+__device__ __forceinline__ void tma_load_2d_once(void* smem, const TensorMap* map, u64* bar, int x, int y) {
+  asm volatile(
+      "{ .reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4}], [%2], policy; }" ::"r"(smem_addr(smem)),
+      "l"(map), "r"(smem_addr(bar)), "r"(x), "r"(y)
+      : "memory");
+}
+
 // The same box lands at the same offset in every CTA of `cta_mask` and counts on the barrier at the same offset there.
 __device__ __forceinline__ void tma_load_2d_multicast(void* smem, const TensorMap* map, u64* bar, int x, int y,
                                                       u16 cta_mask) {

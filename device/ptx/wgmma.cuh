@@ -1,6 +1,6 @@
-// Warpgroup matrix multiply: descriptors and ordering. The product itself is generated: wgmma_e4m3.cuh.
+// Warpgroup matrix multiply: ordering. The product itself is generated: wgmma_e4m3.cuh.
 #pragma once
-#include "device/ptx/memory.cuh"
+#include "device/ptx/wgmma_descriptor.cuh"
 #include "device/ptx/wgmma_e4m3.cuh"
 
 namespace phalanx::ptx {
@@ -9,24 +9,6 @@ namespace phalanx::ptx {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-
-// A K-major operand of 128-byte rows with the 128-byte swizzle: groups of 8 rows are 1024 bytes apart.
-__device__ __forceinline__ u64 wgmma_descriptor(const void* smem) {
-  constexpr u64 kSwizzle128 = u64{1} << 62, kGroupStride = u64{1024 >> 4} << 32, kUnusedLeading = u64{1} << 16;
-  return kSwizzle128 | kGroupStride | kUnusedLeading | ((smem_addr(smem) & 0x3ffff) >> 4);
-}
-
-// An MN-major operand of panels of 64 BF16 rows, `panel_bytes` apart: in each, a 128-byte line for every k, with the 128-byte
-// swizzle; groups of 8 lines are 1024 bytes apart.
-__device__ __forceinline__ u64 wgmma_descriptor_mn(const void* smem, int panel_bytes) {
-  constexpr u64 kSwizzle128 = u64{1} << 62, kGroupStride = u64{1024 >> 4} << 32;
-  return kSwizzle128 | kGroupStride | static_cast<u64>(panel_bytes >> 4) << 16 | ((smem_addr(smem) & 0x3ffff) >> 4);
-}
-
-// The same operand `bytes` further on. Shared memory is small: the address never carries out of the lower half.
-__device__ __forceinline__ u64 wgmma_advance(u64 descriptor, int bytes) {
-  return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + bytes / 16);
 }
 
 }  // namespace phalanx::ptx

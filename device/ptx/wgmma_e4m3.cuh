@@ -12,6 +12,78 @@ template <int N>
 struct WgmmaE4m3;
 
 template <>
+struct WgmmaE4m3<8> {
+  static __device__ __forceinline__ void multiply(float (&d)[4], u64 a, u64 b, bool accumulate) {
+    asm volatile(
+        "{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\n"
+        "setp.ne.b32 p, %6, 0; setp.eq.b32 always, 0, 0;\n"
+        "mov.b64 a, %4; mov.b64 {al, ah}, a; mov.b64 b, %5; mov.b64 {bl, bh}, b;\n"
+        "wgmma.fence.sync.aligned;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3"
+        "}, a, b, p, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
+        "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3"
+        "}, a, b, always, 1, 1;\n"
+        "wgmma.commit_group.sync.aligned; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "l"(a), "l"(b), "r"(int(accumulate))
+        : "memory");
+  }
+  // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
+  static __device__ __forceinline__ void pin(float (&d)[4]) {
+    asm volatile(
+        ""
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])::"memory");
+  }
+};
+
+template <>
+struct WgmmaE4m3<16> {
+  static __device__ __forceinline__ void multiply(float (&d)[8], u64 a, u64 b, bool accumulate) {
+    asm volatile(
+        "{ .reg .pred p, always; .reg .b32 al, ah, bl, bh; .reg .b64 a, b;\n"
+        "setp.ne.b32 p, %10, 0; setp.eq.b32 always, 0, 0;\n"
+        "mov.b64 a, %8; mov.b64 {al, ah}, a; mov.b64 b, %9; mov.b64 {bl, bh}, b;\n"
+        "wgmma.fence.sync.aligned;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, a, b, p, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, a, b, always, 1, 1;\n"
+        "add.u32 al, al, 2; mov.b64 a, {al, ah}; add.u32 bl, bl, 2; mov.b64 b, {bl, bh};\n"
+        "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7"
+        "}, a, b, always, 1, 1;\n"
+        "wgmma.commit_group.sync.aligned; }"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+        : "l"(a), "l"(b), "r"(int(accumulate))
+        : "memory");
+  }
+  // No access to `d` moves across this: the compiler does not know that a product in flight writes it.
+  static __device__ __forceinline__ void pin(float (&d)[8]) {
+    asm volatile(
+        ""
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])::"memory");
+  }
+};
+
+template <>
 struct WgmmaE4m3<32> {
   static __device__ __forceinline__ void multiply(float (&d)[16], u64 a, u64 b, bool accumulate) {
     asm volatile(

@@ -18,6 +18,9 @@ struct GemmOptions {
   /// A row of D depends, to the bit, on its row of A (and C) and on B alone: not on M, its place, the other rows or
   /// `num_sms`. Costs a little where few rows would have K split among SMs.
   bool batch_invariant = false;
+  /// B was complete before the kernel ahead of this one in the stream began, as weights are. With few rows the first part of
+  /// it is then read while that kernel still runs.
+  bool constant_b = false;
 };
 
 /// D = A · Bᵀ (+ C), each 128-deep k-block accumulated by the tensor cores and promoted in FP32 with its scales.

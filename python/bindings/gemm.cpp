@@ -4,7 +4,7 @@ namespace phalanx::python {
 namespace {
 
 void gemm_fp8(AnyView a_data, AnyView a_scales, AnyView b_data, AnyView b_scales, AnyView d, AnyView c,
-              std::int64_t num_sms, bool batch_invariant, Optional<std::int64_t> stream) {
+              std::int64_t num_sms, bool batch_invariant, bool constant_b, Optional<std::int64_t> stream) {
   translating_errors([&] {
     const ScaledTensor a{to_tensor("a.data", a_data), to_tensor("a.scales", a_scales)};
     const ScaledTensor b{to_tensor("b.data", b_data), to_tensor("b.scales", b_scales)};
@@ -13,6 +13,7 @@ void gemm_fp8(AnyView a_data, AnyView a_scales, AnyView b_data, AnyView b_scales
     options.stream = to_stream(a.data.device, stream);
     options.num_sms = to_num_sms(num_sms);
     options.batch_invariant = batch_invariant;
+    options.constant_b = constant_b;
     phalanx::gemm_fp8(a, b, to_tensor("d", d), options);
   });
 }

@@ -75,6 +75,7 @@ def gemm_fp8(
     out_dtype: Any = None,
     num_sms: int = 0,
     batch_invariant: bool = False,
+    constant_b: bool = False,
 ) -> ArrayT: ...
 def quantize(
     x: ArrayT,

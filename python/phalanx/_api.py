@@ -16,7 +16,7 @@ class Quantized(NamedTuple):
     scales: Any
 
 
-def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=False):
+def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=False, constant_b=False):
     """D = A · Bᵀ (+ C), each 128-deep k-block accumulated by the tensor cores and promoted in FP32 with its scales.
 
     a:          Quantized or (data, scales): data E4M3 [M, K], scales FP32 [M, ceil(K / 128)], any strides; MN-major, as
@@ -29,6 +29,8 @@ def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=
     num_sms:    SMs that the kernel may use, to leave room for others; 0: all
     batch_invariant:  a row of D depends, to the bit, on its row of A (and C) and on B alone: not on M, its place, the
                 other rows or num_sms. Costs a little where few rows would have K split among SMs
+    constant_b: b was complete before the kernel ahead of this one in the stream began, as weights are. With few rows
+                the first part of it is then read while that kernel still runs
 
     M >= 0, N >= 1, K >= 1; bases 16-byte aligned, row strides multiples of 16 bytes. Work is enqueued on the library's
     current stream; on the CPU, and with JAX, it is done on return. Same input, same bits. Not differentiable. Under
@@ -44,7 +46,9 @@ def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=
         raise_no_pair(a=a, b=b)
     # What `of` would find, without the call: this is the call that decoding waits for.
     framework = _frameworks.by_type.get(type(a_data)) or _frameworks.of(a_data, "a")
-    return framework.gemm_fp8(a_data, a_scales, b_data, b_scales, c, out, out_dtype, num_sms, batch_invariant)
+    return framework.gemm_fp8(
+        a_data, a_scales, b_data, b_scales, c, out, out_dtype, num_sms, batch_invariant, constant_b
+    )
 
 
 def quantize(x, block=(1, 128), pow2_scales=False, out=None):

@@ -3,7 +3,7 @@
 `phalanx.gemm_fp8` and the others call these by themselves where they are traced. Importing `phalanx` after `torch`
 imports this module, as does a first eager call on a tensor; else import it yourself before the first compiled call.
 
-    gemm_fp8(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant=False) -> D
+    gemm_fp8(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant=False, constant_b=False) -> D
     quantize(x, blocks, pow2_scales) -> (data, scales)        blocks: 128 x 128 rather than 1 x 128
     dequantize(data, scales, dtype=None) -> x
 
@@ -37,7 +37,7 @@ def define_operator(schema: str, fake):
     return define
 
 
-def _empty_product(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant=False):
+def _empty_product(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant=False, constant_b=False):
     return framework.empty_product(a, b, c, out_dtype)
 
 
@@ -60,21 +60,21 @@ def nothing(*args, **kwargs):
 
 @define_operator(
     "gemm_fp8_out(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor(out!) out, Tensor? c=None, int num_sms=0,"
-    " bool batch_invariant=False) -> ()",
+    " bool batch_invariant=False, bool constant_b=False) -> ()",
     nothing,
 )
-def _gemm_fp8_out(a, sfa, b, sfb, out, c=None, num_sms=0, batch_invariant=False):
-    _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, None)
+def _gemm_fp8_out(a, sfa, b, sfb, out, c=None, num_sms=0, batch_invariant=False, constant_b=False):
+    _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b, None)
 
 
 @define_operator(
     "gemm_fp8(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor? c=None, ScalarType? out_dtype=None, int num_sms=0,"
-    " bool batch_invariant=False) -> Tensor",
+    " bool batch_invariant=False, bool constant_b=False) -> Tensor",
     _empty_product,
 )
-def _gemm_fp8(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant=False):
+def _gemm_fp8(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant=False, constant_b=False):
     out = framework.empty_product(a, b, c, out_dtype)
-    _gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms, batch_invariant)
+    _gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b)
     return out
 
 

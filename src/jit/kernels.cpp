@@ -29,17 +29,19 @@ KernelSource gemm_source(const GemmConfig& config) {
           .text = fmt::format(R"(#include "device/gemm/{}.cuh"
 using namespace phalanx;
 constexpr GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = OutType::{}, .grouping = Grouping::{}, .operand = Operand::{}, .major_a = Major::{}, .major_b = Major::{}}};
-extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), 1) {}(const __grid_constant__ GemmParams params) {{ {}<kConfig>(params); }}
+extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), kConfig.ctas_per_sm()) {}(const __grid_constant__ GemmParams params) {{ {}<kConfig>(params); }}
 )",
-                              bf16        ? "gemm_bf16"
-                              : fp8_wgrad ? "gemm_fp8_wgrad"
-                                          : "gemm_fp8",
+                              bf16                ? "gemm_bf16"
+                              : fp8_wgrad         ? "gemm_fp8_wgrad"
+                              : config.few_rows() ? "gemm_fp8_few"
+                                                  : "gemm_fp8",
                               block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, name_of(out),
                               kGroupings[int(grouping)], kOperands[int(operand)], majors, kMajors[int(major_b)],
                               kEntryPoint,
-                              bf16        ? "gemm_bf16"
-                              : fp8_wgrad ? "wgrad_fp8"
-                                          : "gemm_fp8")};
+                              bf16                ? "gemm_bf16"
+                              : fp8_wgrad         ? "wgrad_fp8"
+                              : config.few_rows() ? "gemm_fp8_few"
+                                                  : "gemm_fp8")};
 }
 
 std::vector<KernelSource> all_kernels() {

@@ -23,7 +23,7 @@ struct PlanKey {
   friend bool operator==(const PlanKey&, const PlanKey&) = default;
   std::size_t hash() const {
     const plan::GemmProblem& p = problem;
-    return hash_of(p.m, p.n, p.k, p.out, p.batch_invariant, num_sms, device);
+    return hash_of(p.m, p.n, p.k, p.out, p.batch_invariant, p.constant_b, num_sms, device);
   }
 };
 
@@ -78,7 +78,7 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
 
   const cuda::ContextGuard context(ordinal);
-  const PlanKey key{{m, n, k, out, options.batch_invariant}, num_sms, ordinal};
+  const PlanKey key{{m, n, k, out, options.batch_invariant, options.constant_b}, num_sms, ordinal};
   const auto [plan, kernel] = tuned_gemm(key);
   const GemmConfig& config = plan.config;
 
@@ -90,13 +90,18 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   // For few rows, a box of those alone: with full boxes, 1 and 16 rows took longer than 64 (docs/tuning.md). What shared
   // memory holds in the others' place only reaches rows of D that are not stored.
   p.rows_a = config.cluster_n > 1 ? config.block_m : std::min(config.block_m, m);
-  p.a = tensor_map(a.data, p.rows_a / config.cluster_n, kBlockK);
+  if (config.few_rows()) {
+    p.a_ptr = static_cast<const u8*>(a.data.data), p.a_stride = row_stride(a.data);
+    p.constant_b = options.constant_b;
+  } else {
+    p.a = tensor_map(a.data, p.rows_a / config.cluster_n, kBlockK);
+  }
   p.b = tensor_map(b.data, config.block_n / config.cluster_m, kBlockK);
   if (config.stores_by_tma()) {
     p.d = tensor_map(d, config.consumer_rows(), kPanelColumns);
     if (options.c) p.c = tensor_map(*options.c, config.consumer_rows(), kPanelColumns);
   }
-  p.sfa_by_tma = tma_reads(a.scales);
+  p.sfa_by_tma = !config.few_rows() && tma_reads(a.scales);
   if (p.sfa_by_tma) {
     const std::int64_t column_bytes = a.scales.cols() > 1 ? a.scales.strides[1] * 4 : 16;
     p.sfa_map = cuda::make_tensor_map({DType::f32, a.scales.data, a.scales.cols(), m, column_bytes, 1, config.block_m});

@@ -32,8 +32,28 @@ std::vector<GemmConfig> make_configs() {
     for (const int split_k : {4, 8})
       list.push_back(with_stages({.block_m = 64, .block_n = 64, .num_consumers = 1, .split_k = split_k, .out = out},
                                  kSmemPerSm / 2 - 1024));
+    // The fewest rows. Two CTAs on an SM: the next kernel's begins to stream while this one's ends.
+    for (const int block_m : {8, 16})
+      for (const int split_k : {1, 2, 4})
+        list.push_back(
+            with_stages({.block_m = block_m, .block_n = 64, .split_k = split_k, .out = out}, kSmemPerSm / 2 - 1024));
   }
   return list;
+}
+
+// Streaming weights beside the previous kernel's end pays as soon as they are known by then; CTAs of one kernel leave room on
+// each SM for those of the next.
+bool streams_weights(const GemmProblem& p) { return p.constant_b && p.m <= 16 && !p.batch_invariant; }
+
+const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
+  const GemmConfig* best = nullptr;
+  for (const GemmConfig& config : all_gemm_configs()) {
+    if (!config.few_rows() || config.out != p.out || p.m > config.block_m) continue;
+    if (best && config.block_m > best->block_m) break;
+    const bool fits = plan_with(config, kDefaultGroupM, p, num_sms).num_ctas <= num_sms;
+    if (config.split_k == 1 || (fits && config.split_k <= ceil_div(p.k, kBlockK))) best = &config;
+  }
+  return best;
 }
 
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in order.
@@ -84,10 +104,12 @@ GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& pro
 }
 
 GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
+  if (streams_weights(problem))
+    return plan_with(*weight_streaming_config(problem, num_sms), kDefaultGroupM, problem, num_sms);
   const GemmConfig* best = nullptr;
   double best_cycles = 0;
   for (const GemmConfig& config : all_gemm_configs()) {
-    if (config.out != problem.out) continue;
+    if (config.out != problem.out || config.few_rows()) continue;
     if (problem.batch_invariant && config.split_k > 1) continue;
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
@@ -125,7 +147,7 @@ std::optional<ParsedConfig> parse_config(std::string_view text, const GemmConfig
 
 std::optional<GemmPlan> parse_plan(std::string_view text, const GemmProblem& problem, int num_sms) {
   const auto parsed = parse_config(text, {.out = problem.out});
-  if (!parsed) return std::nullopt;
+  if (!parsed || (parsed->config.few_rows() && problem.m > parsed->config.block_m)) return std::nullopt;
   return plan_with(parsed->config, parsed->group_m, problem, num_sms);
 }
 

@@ -13,6 +13,7 @@ struct GemmProblem {
   int m, n, k;
   OutType out;
   bool batch_invariant = false;  ///< the split of K may not depend on M
+  bool constant_b = false;       ///< B does not come from the previous kernel
 
   friend bool operator==(const GemmProblem&, const GemmProblem&) = default;
 };

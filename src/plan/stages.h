@@ -11,7 +11,8 @@ constexpr int kSmemPerSm = 233472;  ///< bytes that the CTAs of one SM share
 
 /// `c` with the deepest pipeline that fits in `smem_bytes`, up to 12 stages: more were never faster.
 constexpr GemmConfig with_stages(GemmConfig c, int smem_bytes = kMaxSmemBytes) {
-  for (c.num_stages = 12; c.num_stages > 2 && smem_layout(c).total > smem_bytes;) --c.num_stages;
+  const int step = c.few_rows() ? c.num_consumers : 1;  // they take stages in turn
+  for (c.num_stages = 12; c.num_stages > 2 && smem_layout(c).total > smem_bytes;) c.num_stages -= step;
   return c;
 }
 

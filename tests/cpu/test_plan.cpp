@@ -32,7 +32,8 @@ TEST(Plan, ReturnsOnlyEnumeratedConfigs) {
   const auto& all = plan::all_gemm_configs();
   for (int i = 0; i < 20000; ++i) {
     const auto size = [&] { return 1 + int(std::exp(std::uniform_real_distribution(0.0, 10.0)(rng))); };
-    const plan::GemmProblem problem{size(), size(), size(), rng() % 2 ? OutType::bf16 : OutType::f32};
+    const plan::GemmProblem problem{size(),         size(),        size(), rng() % 2 ? OutType::bf16 : OutType::f32,
+                                    rng() % 4 == 0, rng() % 2 == 0};
     const int num_sms = 1 + rng() % 132;
     const plan::GemmPlan p = plan::plan_gemm(problem, num_sms);
     ASSERT_NE(std::find(all.begin(), all.end(), p.config), all.end());
@@ -51,6 +52,12 @@ std::string table_of_choices() {
         table += fmt::format("{} {} {} {} {}: {}, {}\n", m, n, k, out == OutType::bf16 ? "bf16" : "f32", num_sms,
                              jit::gemm_source(p.config).name, p.num_ctas);
       }
+  table += "# B is constant\n";
+  for (const int m : {1, 9, 16, 17})
+    for (const auto& [n, k] : kLayers) {
+      const plan::GemmPlan p = plan::plan_gemm({.m = m, .n = n, .k = k, .out = OutType::bf16, .constant_b = true}, 132);
+      table += fmt::format("{} {} {} bf16 132: {}, {}\n", m, n, k, jit::gemm_source(p.config).name, p.num_ctas);
+    }
   return table;
 }
 

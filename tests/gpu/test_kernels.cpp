@@ -66,9 +66,10 @@ void check_gemm(const GemmConfig& config, const Shape& shape, bool with_c, Order
 TEST_F(OnGpu, EveryGemmKernelGivesTheBitsOfTheCpu) {
   std::mt19937 rng(kSeed);
   // Ragged in each dimension; more k-blocks than any pipeline has stages; several tiles of several CTAs.
-  const Shape shapes[] = {{1, 1, 1}, {3, 40, 100}, {130, 200, 1000}, {300, 456, 1700}, {515, 129, 300}};
+  const Shape shapes[] = {{1, 1, 1}, {3, 40, 100}, {8, 456, 1700}, {130, 200, 1000}, {300, 456, 1700}, {515, 129, 300}};
   for (const GemmConfig& config : plan::all_gemm_configs()) {
     for (const Shape& shape : shapes) {
+      if (config.few_rows() && shape.m > config.block_m) continue;
       for (const bool with_c : {false, true}) {
         const Order order = with_c ? Order::row_major : Order::col_major;  // A's scales by cp.async, by TMA
         SCOPED_TRACE(::testing::Message() << jit::gemm_source(config).name << " " << shape.m << "x" << shape.n << "x"
@@ -101,7 +102,7 @@ void check_equal_bits(OutType out, std::mt19937& rng) {
 
   std::map<int, Matrix<T>> by_split;
   for (const GemmConfig& config : plan::all_gemm_configs()) {
-    if (config.out != out) continue;
+    if (config.out != out || config.few_rows()) continue;  // the few rows' kernels sum K in parts of their own
     force(config);
     for (const int rows : {kRows, 1, 3, 64, 65, 129}) {
       SCOPED_TRACE(::testing::Message() << jit::gemm_source(config).name << ", " << rows << " rows");

@@ -75,6 +75,7 @@ def check(pools, rng, m: int, n: int, k: int) -> None:
         product += values
     inside(expected, m, n, dtype).copy_(product)  # through FP32, which is exact, then rounded once
     options = {"num_sms": rng.choice((0, 0, 0, 7, 100)), "batch_invariant": rng.random() < 0.2}
+    options["constant_b"] = rng.random() < 0.5  # nothing that is under way writes it
     what = f"{m}x{n}x{k} {dtype}, C {'none' if c is None else 'D' if c is out else 'apart'}, {options}"
 
     before = None if c is None else c.clone()

@@ -328,6 +328,6 @@ def test_a_gpu_that_is_not_there(good):
 
     (a, sfa), (b, sfb), out = good["a"], good["b"], good["out"]
     with pytest.raises((phalanx.UnsupportedError, ValueError), match=r"driver|99"):
-        _native.gemm_fp8(*(claim(x) for x in (a, sfa, b, sfb, out)), None, 0, False, None)
+        _native.gemm_fp8(*(claim(x) for x in (a, sfa, b, sfb, out)), None, 0, False, False, None)
     with pytest.raises(ValueError, match=r"b\.data.*device"):
-        _native.gemm_fp8(claim(a), claim(sfa), claim(b, 98), claim(sfb), claim(out), None, 0, False, None)
+        _native.gemm_fp8(claim(a), claim(sfa), claim(b, 98), claim(sfb), claim(out), None, 0, False, False, None)

@@ -95,7 +95,7 @@ class Framework:
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
-    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant):
+    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant, constant_b):
         if out is None:
             if out_dtype is None:
                 out_dtype = self.bf16 if c is None else c.dtype
@@ -106,7 +106,7 @@ class Framework:
         c_view = None if c is None else view(c)
         out_view = self.writable_view(out)
         operands = view(a), view(sfa), view(b), view(sfb), out_view, c_view
-        _native.gemm_fp8(*operands, num_sms, batch_invariant, self.stream(a))
+        _native.gemm_fp8(*operands, num_sms, batch_invariant, constant_b, self.stream(a))
         self.finish(a)
         return out
 

@@ -40,17 +40,17 @@ class Torch(Framework):
         getattr(torch.ops.phalanx, name + "_out")(*operands, out, *options)
         return out
 
-    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant):
+    def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant, constant_b):
         if _is_traced() or type(a) not in _PLAIN:
             if out is None:
-                return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms, batch_invariant)
-            torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms, batch_invariant)
+                return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms, batch_invariant, constant_b)
+            torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b)
             return out
         if out is None:
             out = self.empty_product(a, b, c, out_dtype)
         else:
             self.check_out(out, out_dtype)
-        _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, None)
+        _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b, None)
         return out
 
     def empty_product(self, a, b, c, out_dtype):
