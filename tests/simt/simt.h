@@ -18,6 +18,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -37,7 +38,12 @@ constexpr int kWarp = 32;
 struct AsyncCopy {
   void* to;
   const void* from;
-  int bytes;
+  int bytes, zeros = 0;  // behind them
+
+  void perform() const {
+    std::memcpy(to, from, bytes);
+    std::memset(static_cast<char*>(to) + bytes, 0, zeros);
+  }
 };
 
 struct Fiber {
@@ -46,6 +52,8 @@ struct Fiber {
   bool done = false;
   std::vector<AsyncCopy> open_group;
   std::deque<std::vector<AsyncCopy>> groups;
+  std::deque<std::function<void()>> products, stores;  // of WGMMA, of TMA: not done before they are waited for
+  std::vector<std::function<void()>> open_stores;
 };
 
 struct Barrier {
@@ -59,8 +67,23 @@ struct Warp {
   Barrier barrier;
 };
 
+struct Cta;
+
+/// CTAs that see each other's shared memory.
+struct Cluster {
+  std::vector<Cta*> ctas;
+  std::mutex mutex;  // of what the CTAs write into each other's memory
+  int arrived = 0;
+  std::uint64_t turn = 0;
+};
+
 struct Cta {
-  int index = 0, current = 0;  // current: the thread that runs
+  int index = 0, num_ctas = 1, current = 0;  // current: the thread that runs
+  Cluster* cluster = nullptr;
+  int rank = 0;  // in the cluster
+  unsigned char* shared = nullptr;
+  std::vector<std::function<void()>> under_way;  // copies of TMA, in no order
+  std::uint32_t random = 1;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;
@@ -73,8 +96,11 @@ inline thread_local Cta* cta = nullptr;
 /// Lets others run.
 void yield();
 
-/// Runs a kernel of `num_ctas` CTAs to its end.
-void launch(int num_ctas, int num_threads, const std::function<void()>& kernel);
+/// Runs a kernel of `num_ctas` CTAs to its end. A CTA's dynamic shared memory holds NaN. Aborts if it takes minutes.
+void launch(int num_ctas, int num_threads, const std::function<void()>& kernel, int cluster_size = 1);
+
+/// Some time later, after other things that began later, or before them.
+inline void later(std::function<void()> action) { cta->under_way.push_back(std::move(action)); }
 
 inline Fiber& fiber() { return cta->fibers[cta->current]; }
 
@@ -111,6 +137,11 @@ inline int lane() { return cta->current % kWarp; }
 
 // --- the language ---------------------------------------------------------------------------------------------------
 
+/// Dynamic shared memory, by the name that kernels give it.
+namespace phalanx {
+extern thread_local unsigned char smem_base[];
+}
+
 struct SimtThreadIdx {
   struct {
     operator unsigned() const { return unsigned(simt::cta->current); }
@@ -121,7 +152,19 @@ struct SimtBlockIdx {
     operator unsigned() const { return unsigned(simt::cta->index); }
   } x;
 };
+struct SimtGridDim {
+  struct {
+    operator unsigned() const { return unsigned(simt::cta->num_ctas); }
+  } x;
+};
 inline constexpr SimtThreadIdx threadIdx{};
+inline constexpr SimtGridDim gridDim{};
+struct SimtBlockDim {
+  struct {
+    operator unsigned() const { return unsigned(simt::cta->fibers.size()); }
+  } x;
+};
+inline constexpr SimtBlockDim blockDim{};
 inline constexpr SimtBlockIdx blockIdx{};
 
 struct alignas(8) uint2 {
@@ -133,6 +176,10 @@ struct alignas(16) uint4 {
 struct float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -158,7 +205,10 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   for (int i = 0; i < simt::kWarp; ++i) bits |= unsigned(all[i]) << i;
   return bits;
 }
-inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline unsigned __activemask() { return 1u << simt::lane(); }  // of more nobody may be sure
+inline bool __any_sync(unsigned mask, bool predicate) {
+  return mask == __activemask() ? predicate : __ballot_sync(mask, predicate) != 0;
+}
 inline bool __all_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 inline unsigned __reduce_or_sync(unsigned, unsigned value) {
   unsigned bits = 0;
@@ -179,6 +229,8 @@ inline unsigned __match_any_sync(unsigned, int value) {
 inline void __syncwarp() { simt::exchange(0); }
 inline void __syncthreads() { simt::meet(simt::cta->barriers[0], int(simt::cta->fibers.size())); }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned shift) {
   return unsigned((std::uint64_t(hi) << 32 | lo) >> (shift % 32));

@@ -3,7 +3,28 @@
 
 namespace phalanx::ptx {
 
+inline bool elect_one() { return simt::lane() == 0; }
+inline void keep_in_register(int&) {}
+template <int kCount>
+void register_increase() {}
+template <int kCount>
+void register_decrease() {}
+
 inline void named_barrier_sync(int id, int num_threads) { simt::meet(simt::cta->barriers[id], num_threads); }
+
+inline u32 cluster_ctarank() { return u32(simt::cta->rank); }
+inline void cluster_sync() {
+  simt::Cluster& cluster = *simt::cta->cluster;
+  std::unique_lock lock(cluster.mutex);
+  const u64 turn = cluster.turn;
+  if (++cluster.arrived == int(cluster.ctas.size() * simt::cta->fibers.size())) cluster.arrived = 0, ++cluster.turn;
+  while (cluster.turn == turn) {
+    lock.unlock();
+    simt::yield();
+    lock.lock();
+  }
+}
+
 inline void grid_wait_dependencies() {}
 inline void grid_launch_dependents() {}
 
