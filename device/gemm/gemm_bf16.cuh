@@ -13,7 +13,9 @@
 // Either operand is K-major, as E4M3 is, or MN-major: panels of 64 rows, which lie in shared memory as 64 lines of 128 bytes,
 // one for each k. The tensor cores read both.
 #pragma once
-#include "device/gemm/gemm_fp8.cuh"
+#include "device/gemm/origin.cuh"
+#include "device/gemm/roles.cuh"
+#include "device/ptx/wgmma.cuh"
 #include "device/ptx/wgmma_bf16.cuh"
 
 namespace phalanx {

@@ -12,7 +12,8 @@
 // their order. In a cluster each CTA adds a slice of the columns: the others send theirs as soon as they have them, and a
 // barrier counts the bytes. Small enough that two CTAs share an SM, this kernel's and the next one's.
 #pragma once
-#include "device/gemm/gemm_fp8.cuh"
+#include "device/gemm/roles.cuh"
+#include "device/ptx/wgmma.cuh"
 
 namespace phalanx {
 

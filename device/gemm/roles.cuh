@@ -1,0 +1,152 @@
+// What all kernels of products share: the shared memory of a CTA, its tiles, and its warps' roles.
+//
+//     warpgroups 0 .. num_consumers - 1    multiply
+//     the last one, by warps               0 loads operands, 1 copies scales that TMA cannot read, 2 finds the tiles of groups
+#pragma once
+#include "device/gemm/gradient.cuh"
+#include "device/gemm/group_table.cuh"
+#include "device/gemm/grouped_tiles.h"
+#include "device/gemm/pipeline.cuh"
+#include "device/gemm/tile_ring.cuh"
+
+namespace phalanx {
+
+template <GemmConfig C>
+struct SharedMemory {
+  static constexpr SmemLayout kLayout = smem_layout(C);
+  u8* base;
+
+  __device__ u8* a(int stage) const { return base + kLayout.a + stage * C.block_m * kBlockK; }
+  __device__ u8* b(int stage) const { return base + kLayout.b + stage * C.block_n * kBlockK; }
+  __device__ float* partial() const { return reinterpret_cast<float*>(base + kLayout.d); }
+  __device__ GradientStore<C> gradient() const { return {base + kLayout.d}; }
+  __device__ StagedTile<C> staged() const { return {base + kLayout.d, reinterpret_cast<u64*>(base + kLayout.c_full)}; }
+  __device__ float* sfa(int stage) const {
+    return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.scales_a_pitch();
+  }
+  __device__ float* sfb(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfb) + stage * C.block_n; }
+  __device__ GroupEntry* groups() const { return reinterpret_cast<GroupEntry*>(base + kLayout.groups); }
+  __device__ TileRing tiles() const {
+    return {reinterpret_cast<TileRing::Slot*>(base + kLayout.tiles), reinterpret_cast<u64*>(base + kLayout.tile_full),
+            reinterpret_cast<u64*>(base + kLayout.tile_empty)};
+  }
+  __device__ u64* sfa_empty() const { return reinterpret_cast<u64*>(base + kLayout.sfa_empty); }
+  __device__ Pipeline<C.num_stages> pipeline() const {
+    return {reinterpret_cast<u64*>(base + kLayout.full), reinterpret_cast<u64*>(base + kLayout.empty)};
+  }
+};
+
+// Which part of K this CTA sums for a tile.
+template <GemmConfig C>
+__device__ KRange my_k_range(const GemmParams& p, const Tile& t) {
+  if constexpr (C.grouping == Grouping::columns) return k_range(t);
+  return k_range(p.k, C.split_k, C.split_k > 1 ? int(ptx::cluster_ctarank()) : 0, C.block_k());
+}
+
+// The tiles of this CTA, for one of its warps or, where groups are, for one thread.
+template <GemmConfig C, class FromRing = TilesOfWarp>
+__device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
+  if constexpr (C.grouped())
+    return FromRing{smem.tiles()};
+  else
+    return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+}
+
+// A guess before it is known which groups have rows: that each has one tile. Its first weights then come from L2.
+template <GemmConfig C>
+__device__ void prefetch_weights(const GemmParams& p) {
+  const int tiles_n = ceil_div(p.n, C.block_n), group = blockIdx.x / tiles_n;
+  if (group >= p.groups.num_groups) return;
+#pragma unroll 1
+  for (int kb = 0; kb < min_of(ceil_div(p.k, kBlockK), C.num_stages); ++kb)
+    ptx::tma_prefetch_2d(&p.b, kb * kBlockK, group * p.groups.b_pitch + blockIdx.x % tiles_n * C.block_n);
+}
+
+// --- scheduler of groups ----------------------------------------------------------------------------------------------
+
+// One warp, when load_spans has filled the table.
+template <GemmConfig C>
+__device__ void schedule_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
+  constexpr bool kRows = C.grouping == Grouping::rows;
+  GroupEntry* table = smem.groups();
+  const int num_tiles =
+      index_groups(p.groups, table, kRows ? C.block_m * C.cluster_m : 0, ceil_div(p.n, C.block_n * C.cluster_n));
+  __syncwarp();
+  if (threadIdx.x % 32 != 0) return;
+  auto tiles = [&] {
+    if constexpr (kRows)
+      return GroupedTiles(C, table, num_tiles, p.n, p.group_m, blockIdx.x, gridDim.x);
+    else
+      return ColumnGroupTiles(C, table, p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+  }();
+  auto ring = smem.tiles();
+  for (Tile t; tiles.next(t);) ring.put(t);
+  ring.put({.m = 0, .n = 0, .group = -1});
+}
+
+// --- roles ----------------------------------------------------------------------------------------------------------
+
+// `produce(smem, warp)` is what a warp of the producer does, `consume(smem, consumer)` what a consumer warpgroup does.
+template <GemmConfig C, class Produce, class Consume>
+__device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& produce, const Consume& consume) {
+  static_assert(is_valid(C));
+  constexpr int kProducer = C.num_consumers;
+
+  extern __shared__ __align__(1024) u8 smem_base[];
+  const SharedMemory<C> smem{smem_base};
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);  // tells the compiler that a warp agrees
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
+
+  ptx::grid_launch_dependents();
+  if (threadIdx.x == 0) {
+    const auto pipe = smem.pipeline();
+    for (int s = 0; s < C.num_stages; ++s) {
+      ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + 32);  // the producer, and the lanes of copy_scales
+      ptx::mbarrier_init(&smem.sfa_empty()[s], C.num_consumers * kWarpgroup);
+      ptx::mbarrier_init(&pipe.empty[s],
+                         C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
+    }
+    if constexpr (C.stores_by_tma())
+      for (int i = 0; i < C.num_consumers; ++i) ptx::mbarrier_init(&smem.staged().c_full[i], 1);
+    if constexpr (C.grouped()) {
+      const TileRing tiles = smem.tiles();
+#pragma unroll 1
+      for (int s = 0; s < kTileSlots; ++s) {
+        ptx::mbarrier_init(&tiles.full[s], 1);
+        ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + (p.sfa_by_tma ? 1 : 2));  // warps, and the producer
+      }
+    }
+    ptx::fence_mbarrier_init();
+    ptx::prefetch_tensor_map(&p.a);
+    ptx::prefetch_tensor_map(&p.b);
+    if constexpr (C.stores_by_tma()) ptx::prefetch_tensor_map(&p.d);
+    if constexpr (C.grouping == Grouping::rows && C.block_m == 64 && C.scaled()) prefetch_weights<C>(p);
+  }
+  if constexpr (C.cluster_size() > 1)
+    ptx::cluster_sync();
+  else
+    __syncthreads();
+  ptx::grid_wait_dependencies();  // from here on we read what the previous kernel wrote, and overwrite what it read
+  if constexpr (C.grouped()) load_spans(p.groups, smem.groups());
+
+  if (warpgroup == kProducer) {
+    if constexpr (C.num_consumers > 1) ptx::register_decrease<C.producer_registers()>();
+    produce(smem, warp);
+    if constexpr (C.grouped())
+      if (warp == 2) schedule_tiles<C>(p, smem);
+  } else {
+    if constexpr (C.num_consumers > 1) ptx::register_increase<C.consumer_registers()>();
+    consume(smem, warpgroup);
+  }
+
+  if constexpr (C.split_k > 1) {  // the grid is one cluster per tile
+    __syncwarp();
+    ptx::cluster_sync();  // publishes every partial tile
+    Tile t;
+    my_tiles<C>(p, smem).next(t);
+    SplitKReduction<C>{smem.partial()}.sum_and_store(p, t, ptx::cluster_ctarank());
+    ptx::cluster_sync();  // our shared memory lives until the peers have read it
+  }
+}
+
+}  // namespace phalanx
