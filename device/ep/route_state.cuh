@@ -1,0 +1,49 @@
+// What routing keeps in shared memory, and this rank's own choices.
+#pragma once
+#include "device/ep/signal.cuh"
+
+namespace phalanx {
+
+// Shared memory of a dispatch; see EpRouteSmem.
+struct EpRouteState {
+  const EpDispatchParams& p;
+  int* smem;
+
+  __device__ __forceinline__ int* total(int s) const { return smem + s * ep_num_local_experts(p.c); }
+  __device__ __forceinline__ int* before(int s) const { return smem + p.smem.before + s * ep_num_local_experts(p.c); }
+  __device__ __forceinline__ int* offsets() const { return smem + p.smem.offsets; }
+  __device__ __forceinline__ int* counts() const { return smem + p.smem.counts; }
+  __device__ __forceinline__ int& num_tokens(int s) const { return smem[p.smem.num_tokens + s]; }
+  __device__ __forceinline__ EpRange& range(int s) const { return reinterpret_cast<EpRange*>(smem + p.smem.ranges)[s]; }
+  __device__ __forceinline__ void set_num_tokens(int s, int count) const {
+    num_tokens(s) = count;
+    range(s) = ep_tokens_of_cta(count, blockIdx.x, p.c.shape.num_ctas);
+  }
+  __device__ __forceinline__ bool has_rows() const { return p.smem.rows != p.smem.sent; }
+  // Of this CTA's tokens of a source.
+  __device__ __forceinline__ int* rows(int s) const {
+    if (has_rows()) return smem + p.smem.rows + i64(s) * ep_choices_per_cta(p.c.shape);
+    return p.c.handle + p.c.handle_layout.rows + ep_choice(p.c, s, range(s).begin);
+  }
+  __device__ __forceinline__ int* sent(int warp) const { return smem + p.smem.sent + warp * p.c.shape.num_experts; }
+  __device__ __forceinline__ int* places(int s) const {
+    return smem + p.smem.places + s * (ep_num_local_experts(p.c) + 1);
+  }
+  __device__ __forceinline__ int& num_staged() const { return smem[p.smem.num_staged]; }
+  __device__ __forceinline__ int* staged_rows() const { return smem + p.smem.staged_rows; }
+  __device__ __forceinline__ int* staged_tokens() const { return smem + p.smem.staged_tokens; }
+  // Of a token, counted from the CTA's first.
+  __device__ __forceinline__ float* stage(int token) const {
+    return reinterpret_cast<float*>(smem + p.smem.stage) + token * ep_stage_pitch(p.c.shape.hidden);
+  }
+};
+
+// This rank's choice, -1 if it is none.
+__device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 token, int k) {
+  if (!p.route) return p.c.handle[p.c.handle_layout.experts + token * p.c.shape.topk + k];
+  const i64 at = token * p.idx_stride + k;
+  const i64 expert = p.idx_is_64 ? static_cast<const i64*>(p.topk_idx)[at] : static_cast<const int*>(p.topk_idx)[at];
+  return expert < 0 || expert >= p.c.first_expert[p.c.shape.num_ranks] ? -1 : int(expert);
+}
+
+}  // namespace phalanx
