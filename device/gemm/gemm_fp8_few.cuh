@@ -208,7 +208,7 @@ template <GemmConfig C>
 __device__ void consume_few_rows(const GemmParams& p, const SharedMemory<C>& smem, int consumer) {
   constexpr int kBarrier = 1, kThreads = C.num_consumers * kWarpgroup;
   const int rank = C.split_k > 1 ? int(ptx::cluster_ctarank()) : 0, part = rank * C.num_consumers + consumer;
-  const SliceSum<C> slice{smem.partial(), smem.staged().c_full};
+  const SliceSum<C> slice{smem.partial(), smem.c_full()};
   const KRange ks = my_k_range<C>(p, {});
   auto tiles = my_tiles<C>(p, smem);
   FewRowsConsumer<C> self(p, smem, consumer);
@@ -246,7 +246,7 @@ __device__ __forceinline__ void gemm_fp8_few(const GemmParams& p) {
       ptx::mbarrier_init(&pipe.full[s], 1 + 32);  // stream_weights, and the lanes of copy_activations
       ptx::mbarrier_init(&pipe.empty[s], 4);      // the warps of one consumer
     }
-    ptx::mbarrier_init(smem.staged().c_full, 1);
+    ptx::mbarrier_init(smem.c_full(), 1);
     ptx::fence_mbarrier_init();
     ptx::prefetch_tensor_map(&p.b);
   }

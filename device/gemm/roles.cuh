@@ -20,7 +20,8 @@ struct SharedMemory {
   __device__ u8* b(int stage) const { return base + kLayout.b + stage * C.block_n * kBlockK; }
   __device__ float* partial() const { return reinterpret_cast<float*>(base + kLayout.d); }
   __device__ GradientStore<C> gradient() const { return {base + kLayout.d}; }
-  __device__ StagedTile<C> staged() const { return {base + kLayout.d, reinterpret_cast<u64*>(base + kLayout.c_full)}; }
+  __device__ u64* c_full() const { return reinterpret_cast<u64*>(base + kLayout.c_full); }
+  __device__ StagedTile<C> staged() const { return {base + kLayout.d, c_full()}; }
   __device__ float* sfa(int stage) const {
     return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.scales_a_pitch();
   }
