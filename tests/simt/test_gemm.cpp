@@ -1,6 +1,8 @@
 // The kernels of products, simulated on the host: the bits of the CPU backend, and nothing written beside them.
 //
 // Operands are small integers, scales powers of two: every sum is exact in every order.
+#include "simt.h"  // first: what CUDA C++ is to the device code
+
 #include <gtest/gtest.h>
 
 #include <random>
@@ -15,7 +17,6 @@
 #include "ops/check.h"
 #include "ops/check_bf16.h"
 #include "plan/plan.h"
-#include "simt.h"
 #include "tests/cpu/matrix.h"
 
 namespace phalanx::test {
