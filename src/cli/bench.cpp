@@ -1,13 +1,12 @@
 #include "cli/bench.h"
 
-#include <fmt/format.h>
-
 #include <cstdio>
 #include <vector>
 
 #include "cli/commands.h"
 #include "cli/format.h"
 #include "cli/operands.h"
+#include "text/text.h"
 
 namespace phalanx::cli {
 namespace {
@@ -38,7 +37,7 @@ std::vector<Shape> shapes_to_run(const BenchOptions& options, Device device) {
     if (!all.contains(set)) {
       std::string names;
       for (const auto& [name, list] : all.items()) names += (names.empty() ? "" : ", ") + name;
-      throw Error(ErrorCode::invalid_argument, fmt::format("--set: {}; expected one of {}", set, names));
+      throw Error(ErrorCode::invalid_argument, format_text("--set: {}; expected one of {}", set, names));
     }
     for (const auto& shape : all[set]) {
       if (shape[0] > 0) shapes.push_back({shape[0], shape[1], shape[2]});
@@ -55,16 +54,16 @@ int bench(const BenchOptions& options) {
   const DType out_dtype = options.out_dtype == "f32" ? DType::f32 : DType::bf16;
   std::FILE* table = options.json == "-" ? stderr : stdout;
 
-  fmt::print(table, "gemm_fp8 to {} on {}, median of at least {} runs\n", options.out_dtype, machine->name(),
+  print_text(table, "gemm_fp8 to {} on {}, median of at least {} runs\n", options.out_dtype, machine->name(),
              options.min_repeats);
-  fmt::print(table, "{:>7} {:>7} {:>7} {:>12} {:>9} {:>9}\n", "M", "N", "K", "median us", "TFLOPS", "GB/s");
+  print_text(table, "{:>7} {:>7} {:>7} {:>12} {:>9} {:>9}\n", "M", "N", "K", "median us", "TFLOPS", "GB/s");
   Json rows = Json::array();
   for (const Shape& shape : shapes) {
     const double m = shape.m, n = shape.n, k = shape.k;
     const double seconds = median_seconds(*machine, make_operands(*machine, shape, out_dtype), options);
     const double tflops = 2 * m * n * k / seconds * 1e-12;
     const double gbps = (m * k + n * k + m * n * size_of(out_dtype)) / seconds * 1e-9;
-    fmt::print(table, "{:>7} {:>7} {:>7} {:>12.1f} {:>9.3f} {:>9.1f}\n", shape.m, shape.n, shape.k, seconds * 1e6,
+    print_text(table, "{:>7} {:>7} {:>7} {:>12.1f} {:>9.3f} {:>9.1f}\n", shape.m, shape.n, shape.k, seconds * 1e6,
                tflops, gbps);
     std::fflush(table);
     rows.push_back({{"op", "gemm_fp8"},

@@ -1,6 +1,4 @@
 // `phalanx bench ep`: ranks are threads of this process, one a GPU, or on the CPU.
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <exception>
@@ -13,6 +11,7 @@
 #include "cli/machine.h"
 #include "cuda/cuda.h"
 #include "phalanx/phalanx.h"
+#include "text/text.h"
 
 namespace phalanx::cli {
 namespace {
@@ -28,7 +27,7 @@ std::vector<Device> devices_of(const BenchEpOptions& options) {
   const bool on_cpu = devices.empty();
   const int ranks = options.ranks > 0 ? options.ranks : on_cpu ? 2 : static_cast<int>(devices.size());
   if (!on_cpu && ranks > static_cast<int>(devices.size()))
-    throw Error(ErrorCode::invalid_argument, fmt::format("--ranks: {}; there are {} GPUs", ranks, devices.size()));
+    throw Error(ErrorCode::invalid_argument, format_text("--ranks: {}; there are {} GPUs", ranks, devices.size()));
   devices.resize(ranks);
   return devices;
 }
@@ -40,7 +39,7 @@ class Rank {
       : group_(group),
         options_(options),
         machine_(open_machine(group.device().type == DeviceType::cpu ? "cpu"
-                                                                     : fmt::format("cuda:{}", group.device().index))),
+                                                                     : format_text("cuda:{}", group.device().index))),
         ep_(group, config) {
     const std::int64_t tokens = options.tokens, hidden = options.hidden, blocks = (hidden + 127) / 128;
     std::mt19937 rng(1 + group.rank());
@@ -147,7 +146,7 @@ int bench_ep(const BenchEpOptions& given) {
                                     .latency = options.latency,
                                     .num_sms = options.num_sms};
   if (options.topk > options.experts)
-    throw Error(ErrorCode::invalid_argument, fmt::format("--topk: {}; expected at most --experts", options.topk));
+    throw Error(ErrorCode::invalid_argument, format_text("--topk: {}; expected at most --experts", options.topk));
   auto groups = Group::local(devices);
   const std::size_t n = groups.size();
   struct Operation {
@@ -182,14 +181,14 @@ int bench_ep(const BenchEpOptions& given) {
     if (error) std::rethrow_exception(error);
 
   std::FILE* table = options.json == "-" ? stderr : stdout;
-  fmt::print(table, "expert parallelism, {} ranks ({}), {} tokens, hidden {}, top-{} of {}, median of {}\n", n, name,
+  print_text(table, "expert parallelism, {} ranks ({}), {} tokens, hidden {}, top-{} of {}, median of {}\n", n, name,
              options.tokens, options.hidden, options.topk, options.experts, options.repeats);
-  fmt::print(table, "{:<24} {:>12} {:>14}\n", "", "us", "GB/s of rows");
+  print_text(table, "{:<24} {:>12} {:>14}\n", "", "us", "GB/s of rows");
   Json rows = Json::array();
   for (std::size_t i = 0; i < std::size(operations); ++i) {
     const double time = seconds_of(seconds[i]);
     const double gbps = double(options.tokens) * options.topk * operations[i].token_bytes / time * 1e-9;
-    fmt::print(table, "{:<24} {:>12.1f} {:>14.1f}\n", operations[i].name, time * 1e6, gbps);
+    print_text(table, "{:<24} {:>12.1f} {:>14.1f}\n", operations[i].name, time * 1e6, gbps);
     rows.push_back({{"op", operations[i].name}, {"median_us", time * 1e6}, {"gbps", gbps}});
   }
   if (!options.json.empty()) write_json(options.json, {{"device", name}, {"ranks", n}, {"rows", rows}});

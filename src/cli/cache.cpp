@@ -1,8 +1,7 @@
-#include <fmt/format.h>
-
 #include "cli/commands.h"
 #include "cli/format.h"
 #include "jit/jit.h"
+#include "text/text.h"
 
 namespace phalanx::cli {
 
@@ -20,15 +19,15 @@ int cache_show(bool json) {
     write_json("-", {{"directory", directory.string()}, {"bytes", bytes}, {"entries", list}});
     return 0;
   }
-  for (const auto& entry : entries) fmt::print("{:>10}  {}\n", human_bytes(entry.bytes), entry.kernel);
-  fmt::print("{} kernels, {} in {}\n", entries.size(), human_bytes(bytes),
+  for (const auto& entry : entries) print_text("{:>10}  {}\n", human_bytes(entry.bytes), entry.kernel);
+  print_text("{} kernels, {} in {}\n", entries.size(), human_bytes(bytes),
              directory.empty() ? "no directory (set PHALANX_CACHE_DIR or HOME)" : directory.string());
   return 0;
 }
 
 int cache_clear() {
   const int count = jit::clear_cache();
-  fmt::print("Deleted {} kernels from {}\n", count, jit::cache_dir().string());
+  print_text("Deleted {} kernels from {}\n", count, jit::cache_dir().string());
   return 0;
 }
 

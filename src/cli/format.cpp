@@ -1,12 +1,12 @@
 #include "cli/format.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdio>
 #include <fstream>
 #include <stdexcept>
+
+#include "text/text.h"
 
 namespace phalanx::cli {
 
@@ -18,7 +18,7 @@ std::string human_bytes(std::uintmax_t bytes) {
     value /= 1024;
     ++unit;
   }
-  return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, kUnits[unit]);
+  return unit == 0 ? format_text("{} B", bytes) : format_text("{:.1f} {}", value, kUnits[unit]);
 }
 
 void write_json(const std::filesystem::path& path, const Json& value) {
@@ -30,7 +30,7 @@ void write_json(const std::filesystem::path& path, const Json& value) {
   std::ofstream file(path);
   file << text;
   file.close();
-  if (!file) throw std::runtime_error(fmt::format("--json: cannot write {}", path.string()));
+  if (!file) throw std::runtime_error(format_text("--json: cannot write {}", path.string()));
 }
 
 double median(std::vector<double> values) {

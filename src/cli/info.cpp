@@ -1,4 +1,3 @@
-#include <fmt/format.h>
 #include <sys/utsname.h>
 #include <unistd.h>
 
@@ -11,6 +10,7 @@
 #include "cuda/cuda.h"
 #include "jit/jit.h"
 #include "phalanx/version.h"
+#include "text/text.h"
 
 extern char** environ;
 
@@ -28,7 +28,7 @@ std::string cpu_name() {
 std::string system_name() {
   utsname name{};
   uname(&name);
-  return fmt::format("{} {} {}", name.sysname, name.release, name.machine);
+  return format_text("{} {} {}", name.sysname, name.release, name.machine);
 }
 
 // The variables that change what Phalanx finds. Others stay private: this is pasted into bug reports.
@@ -105,7 +105,7 @@ Json collect() {
   info["gpus"] = gpus();
   info["links"] = links();
   info["nvrtc"] = {{"available", nvrtc.available},
-                   {"version", fmt::format("{}.{}", nvrtc.major, nvrtc.minor)},
+                   {"version", format_text("{}.{}", nvrtc.major, nvrtc.minor)},
                    {"path", nvrtc.path},
                    {"error", nvrtc.error}};
   info["cache"] = {{"directory", jit::cache_dir().string()}, {"entries", entries.size()}, {"bytes", cache_bytes}};
@@ -114,13 +114,13 @@ Json collect() {
   return info;
 }
 
-void print_line(std::string_view label, std::string_view value) { fmt::print("{:<12}{}\n", label, value); }
+void print_line(std::string_view label, std::string_view value) { print_text("{:<12}{}\n", label, value); }
 
 void print_gpus(const Json& list) {
   if (list.empty()) print_line("GPU", "none: operations run on the CPU");
   for (const auto& gpu : list) {
-    print_line(fmt::format("GPU {}", gpu["ordinal"].get<int>()),
-               fmt::format("{}, {}, {} SMs, {} MHz, {}, L2 {}{}", gpu["name"].get<std::string>(),
+    print_line(format_text("GPU {}", gpu["ordinal"].get<int>()),
+               format_text("{}, {}, {} SMs, {} MHz, {}, L2 {}{}", gpu["name"].get<std::string>(),
                            gpu["arch"].get<std::string>(), gpu["sms"].get<int>(), gpu["clock_mhz"].get<int>(),
                            human_bytes(gpu["memory_bytes"].get<std::uintmax_t>()),
                            human_bytes(gpu["l2_bytes"].get<std::uintmax_t>()),
@@ -130,7 +130,7 @@ void print_gpus(const Json& list) {
 
 void print_links(const Json& list) {
   for (const auto& link : list) {
-    print_line("link", fmt::format("GPU {} to GPU {}: {}", link["from"].get<int>(), link["to"].get<int>(),
+    print_line("link", format_text("GPU {} to GPU {}: {}", link["from"].get<int>(), link["to"].get<int>(),
                                    !link["access"].get<bool>()   ? "no access"
                                    : link["atomics"].get<bool>() ? "peer access with atomics, as over NVLink"
                                                                  : "peer access without atomics, as over PCIe"));
@@ -138,29 +138,29 @@ void print_links(const Json& list) {
 }
 
 void print_text(const Json& info) {
-  print_line("phalanx", fmt::format("{}, built with g++ {}", info["version"].get<std::string>(),
+  print_line("phalanx", format_text("{}, built with g++ {}", info["version"].get<std::string>(),
                                     info["compiler"].get<std::string>()));
   print_line("system", info["system"].get<std::string>());
-  print_line("CPU", fmt::format("{}, {} threads", info["cpu"]["name"].get<std::string>(),
+  print_line("CPU", format_text("{}, {} threads", info["cpu"]["name"].get<std::string>(),
                                 info["cpu"]["threads"].get<unsigned>()));
   const int driver = info["driver"]["version"].get<int>();
   print_line("driver", info["driver"]["available"].get<bool>()
-                           ? fmt::format("CUDA {}.{}", driver / 1000, driver % 1000 / 10)
+                           ? format_text("CUDA {}.{}", driver / 1000, driver % 1000 / 10)
                            : "none: " + info["driver"]["error"].get<std::string>());
   print_gpus(info["gpus"]);
   print_links(info["links"]);
   print_line("NVRTC", info["nvrtc"]["available"].get<bool>()
-                          ? fmt::format("{}, {}", info["nvrtc"]["version"].get<std::string>(),
+                          ? format_text("{}, {}", info["nvrtc"]["version"].get<std::string>(),
                                         info["nvrtc"]["path"].get<std::string>())
                           : "none: " + info["nvrtc"]["error"].get<std::string>());
-  print_line("cache", fmt::format("{}: {} kernels, {}", info["cache"]["directory"].get<std::string>(),
+  print_line("cache", format_text("{}: {} kernels, {}", info["cache"]["directory"].get<std::string>(),
                                   info["cache"]["entries"].get<std::size_t>(),
                                   human_bytes(info["cache"]["bytes"].get<std::uintmax_t>())));
   for (const auto& pack : info["packs"]) {
     print_line("pack", pack["directory"].get<std::string>() + (pack["exists"].get<bool>() ? "" : " (missing)"));
   }
   for (const auto& [name, value] : info["environment"].items()) {
-    print_line("variable", fmt::format("{}={}", name, value.get<std::string>()));
+    print_line("variable", format_text("{}={}", name, value.get<std::string>()));
   }
 }
 

@@ -1,7 +1,5 @@
 #include "cli/machine.h"
 
-#include <fmt/format.h>
-
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -10,13 +8,14 @@
 
 #include "cuda/cuda.h"
 #include "phalanx/status.h"
+#include "text/text.h"
 
 namespace phalanx::cli {
 namespace {
 
 class CpuMachine final : public Machine {
  public:
-  std::string name() const override { return fmt::format("CPU, {} threads", std::thread::hardware_concurrency()); }
+  std::string name() const override { return format_text("CPU, {} threads", std::thread::hardware_concurrency()); }
   Device device() const override { return {}; }
 
   std::shared_ptr<void> allocate(std::size_t bytes) override {
@@ -46,7 +45,7 @@ std::unique_ptr<Machine> open_machine(const std::string& device) {
   if (device == "cuda") return open_cuda_machine(0);
   if (int ordinal = 0; std::sscanf(device.c_str(), "cuda:%d", &ordinal) == 1) return open_cuda_machine(ordinal);
   throw Error(ErrorCode::invalid_device,
-              fmt::format("--device: {}; expected auto, cpu, cuda or cuda:<ordinal>", device));
+              format_text("--device: {}; expected auto, cpu, cuda or cuda:<ordinal>", device));
 }
 
 }  // namespace phalanx::cli

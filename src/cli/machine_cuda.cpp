@@ -1,8 +1,7 @@
-#include <fmt/format.h>
-
 #include "cli/machine.h"
 #include "cuda/cuda.h"
 #include "cuda/driver.h"
+#include "text/text.h"
 
 namespace phalanx::cli {
 namespace {
@@ -21,7 +20,7 @@ class CudaMachine final : public Machine {
     cuda::driver().cuEventDestroy(start_);
   }
 
-  std::string name() const override { return fmt::format("{} (cuda:{})", info_.name, info_.ordinal); }
+  std::string name() const override { return format_text("{} (cuda:{})", info_.name, info_.ordinal); }
   Device device() const override { return {DeviceType::cuda, info_.ordinal}; }
 
   std::shared_ptr<void> allocate(std::size_t bytes) override {

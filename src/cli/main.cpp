@@ -1,6 +1,4 @@
 // `phalanx`: looks at the machine, compiles kernels ahead of time, keeps the cache, and measures.
-#include <fmt/format.h>
-
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
@@ -8,6 +6,7 @@
 
 #include "cli/commands.h"
 #include "phalanx/version.h"
+#include "text/text.h"
 
 namespace phalanx::cli {
 namespace {
@@ -16,7 +15,7 @@ namespace {
 int run_command_line(int argc, char** argv) {
   CLI::App app("FP8 matrix products for NVIDIA Hopper: look at the machine, compile kernels ahead of time, measure.");
   app.name("phalanx");
-  app.set_version_flag("--version", fmt::format("phalanx {}", version()));
+  app.set_version_flag("--version", format_text("phalanx {}", version()));
   app.require_subcommand(1);
   std::function<int()> run;
 
@@ -128,7 +127,7 @@ int main(int argc, char** argv) {
   try {
     return phalanx::cli::run_command_line(argc, argv);
   } catch (const std::exception& error) {
-    fmt::print(stderr, "phalanx: {}\n", error.what());
+    phalanx::print_text(stderr, "phalanx: {}\n", error.what());
     return 1;
   }
 }

@@ -1,10 +1,10 @@
 #include "cli/operands.h"
 
-#include <fmt/format.h>
-
 #include <cstdio>
 #include <random>
 #include <vector>
+
+#include "text/text.h"
 
 namespace phalanx::cli {
 namespace {
@@ -46,7 +46,7 @@ Shape parse_shape(const std::string& text, const char* option) {
   if (std::sscanf(text.c_str(), "%dx%dx%d%n", &shape.m, &shape.n, &shape.k, &length) == 3 &&
       length == static_cast<int>(text.size()) && shape.m > 0 && shape.n > 0 && shape.k > 0)
     return shape;
-  throw Error(ErrorCode::invalid_argument, fmt::format("{}: {}; expected MxNxK, as in 64x7168x2048", option, text));
+  throw Error(ErrorCode::invalid_argument, format_text("{}: {}; expected MxNxK, as in 64x7168x2048", option, text));
 }
 
 Operands make_operands(Machine& machine, const Shape& shape, DType out_dtype) {

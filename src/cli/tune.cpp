@@ -1,6 +1,4 @@
 // Measures every kernel on shapes of one's own and keeps the choices, which then go before the planner's.
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -14,6 +12,7 @@
 #include "cuda/cuda.h"
 #include "jit/kernels.h"
 #include "plan/tuned.h"
+#include "text/text.h"
 
 namespace phalanx::cli {
 namespace {
@@ -29,7 +28,7 @@ plan::TunedGemms read_tuned(const std::filesystem::path& path) {
     return plan::TunedGemms::from_json(std::string(std::istreambuf_iterator<char>(file), {}));
   } catch (const std::exception& error) {
     throw Error(ErrorCode::invalid_argument,
-                fmt::format("{}: not what phalanx tune writes ({}); move it away first", path.string(), error.what()));
+                format_text("{}: not what phalanx tune writes ({}); move it away first", path.string(), error.what()));
   }
 }
 
@@ -105,9 +104,9 @@ int tune(const TuneOptions& options) {
   gemm.stream = machine->stream();
   gemm.num_sms = num_sms;
 
-  fmt::print("gemm_fp8 to {} on {}, {} SMs, cold L2, median of {}\n", options.out_dtype, machine->name(), num_sms,
+  print_text("gemm_fp8 to {} on {}, {} SMs, cold L2, median of {}\n", options.out_dtype, machine->name(), num_sms,
              options.rounds);
-  fmt::print("{:>7} {:>7} {:>7} {:>11} {:>9} {:>7}  {}\n", "M", "N", "K", "planner us", "best us", "gain", "kernel");
+  print_text("{:>7} {:>7} {:>7} {:>11} {:>9} {:>7}  {}\n", "M", "N", "K", "planner us", "best us", "gain", "kernel");
   for (const auto& [m, n, k] : shapes) {
     const plan::GemmProblem problem{m, n, k, is_f32 ? OutType::f32 : OutType::bf16};
     auto candidates = candidates_for(problem, num_sms);
@@ -125,12 +124,12 @@ int tune(const TuneOptions& options) {
     else
       tuned.erase(gpu.name, problem, num_sms);
     write_tuned(path, tuned);
-    fmt::print("{:>7} {:>7} {:>7} {:>11.2f} {:>9.2f} {:>6.1f}%  {}\n", m, n, k, planner_us, best->median_us(),
+    print_text("{:>7} {:>7} {:>7} {:>11.2f} {:>9.2f} {:>6.1f}%  {}\n", m, n, k, planner_us, best->median_us(),
                100 * (planner_us / best->median_us() - 1),
                keep ? jit::gemm_source(best->plan.config).name : "the planner's");
     std::fflush(stdout);
   }
-  fmt::print("{} choices in {}\n", tuned.entries().size(), path.string());
+  print_text("{} choices in {}\n", tuned.entries().size(), path.string());
   return 0;
 }
 

@@ -1,4 +1,3 @@
-#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include "cli/format.h"
 #include "jit/jit.h"
 #include "jit/kernels.h"
+#include "text/text.h"
 
 namespace phalanx::cli {
 namespace {
@@ -50,10 +50,10 @@ class Progress {
     if (terminal_) {
       constexpr int kWidth = 32;
       const int filled = kWidth * done_ / total_;
-      fmt::print(stderr, "\r\033[K[{:#<{}}{:.<{}}] {}/{} {}", "", filled, "", kWidth - filled, done_, total_, kernel);
-      if (done_ == total_) fmt::print(stderr, "\r\033[K");
+      print_text(stderr, "\r\033[K[{:#<{}}{:.<{}}] {}/{} {}", "", filled, "", kWidth - filled, done_, total_, kernel);
+      if (done_ == total_) print_text(stderr, "\r\033[K");
     } else {
-      fmt::print(stderr, "[{:>3}/{}] {:<44} {:>8} {:6.2f} s {:4} registers{}\n", done_, total_, kernel,
+      print_text(stderr, "[{:>3}/{}] {:<44} {:>8} {:6.2f} s {:4} registers{}\n", done_, total_, kernel,
                  name_of(outcome.origin), outcome.info.seconds, outcome.info.registers, outcome.good() ? "" : "  BAD");
     }
     std::fflush(stderr);
@@ -115,7 +115,7 @@ Json to_json(const std::vector<jit::KernelSource>& kernels, const std::vector<Ou
   }
   const auto nvrtc = jit::nvrtc_info();
   return {{"arch", options.arch},
-          {"nvrtc", fmt::format("{}.{}", nvrtc.major, nvrtc.minor)},
+          {"nvrtc", format_text("{}.{}", nvrtc.major, nvrtc.minor)},
           {"wall_seconds", wall_seconds},
           {"kernels", rows}};
 }
@@ -123,9 +123,9 @@ Json to_json(const std::vector<jit::KernelSource>& kernels, const std::vector<Ou
 std::string fault_of(const Outcome& outcome) {
   if (!outcome.error.empty()) return outcome.error;
   std::string fault;
-  if (outcome.info.spill_bytes > 0) fault += fmt::format("spills {} bytes; ", outcome.info.spill_bytes);
-  if (outcome.info.stack_bytes > 0) fault += fmt::format("has a stack of {} bytes; ", outcome.info.stack_bytes);
-  return fault + fmt::format("{}", fmt::join(outcome.info.warnings, "; "));
+  if (outcome.info.spill_bytes > 0) fault += format_text("spills {} bytes; ", outcome.info.spill_bytes);
+  if (outcome.info.stack_bytes > 0) fault += format_text("has a stack of {} bytes; ", outcome.info.stack_bytes);
+  return fault + format_text("{}", fmt::join(outcome.info.warnings, "; "));
 }
 
 // Says what is wrong with the bad kernels, each fault once; returns how many are bad.
@@ -137,7 +137,7 @@ int print_faults(const std::vector<jit::KernelSource>& kernels, const std::vecto
     ++num_bad;
     names_by_fault[fault_of(outcomes[i])].push_back(kernels[i].name);
   }
-  for (const auto& [fault, names] : names_by_fault) fmt::print(stderr, "{}: {}\n", fmt::join(names, ", "), fault);
+  for (const auto& [fault, names] : names_by_fault) print_text(stderr, "{}: {}\n", fmt::join(names, ", "), fault);
   return num_bad;
 }
 
@@ -156,14 +156,14 @@ int warmup(const WarmupOptions& options) {
   for (const auto& outcome : outcomes) {
     if (outcome.origin == jit::Origin::compiled && outcome.error.empty()) seconds.push_back(outcome.info.seconds);
   }
-  fmt::print(stderr, "{} kernels for {} in {:.1f} s: {} compiled", kernels.size(), options.arch, wall_seconds,
+  print_text(stderr, "{} kernels for {} in {:.1f} s: {} compiled", kernels.size(), options.arch, wall_seconds,
              seconds.size());
   if (!seconds.empty()) {
-    fmt::print(stderr, " (median {:.2f} s, slowest {:.2f} s)", median(seconds),
+    print_text(stderr, " (median {:.2f} s, slowest {:.2f} s)", median(seconds),
                *std::max_element(seconds.begin(), seconds.end()));
   }
-  fmt::print(stderr, ", {} bad{}\n", num_bad,
-             options.out.empty() ? "" : fmt::format("; pack in {}", options.out.string()));
+  print_text(stderr, ", {} bad{}\n", num_bad,
+             options.out.empty() ? "" : format_text("; pack in {}", options.out.string()));
   if (!options.json.empty()) write_json(options.json, to_json(kernels, outcomes, options, wall_seconds));
   return num_bad == 0 ? 0 : 1;
 }

@@ -1,5 +1,3 @@
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <deque>
 #include <mutex>
@@ -9,6 +7,7 @@
 #include "cuda/cuda.h"
 #include "cuda/driver.h"
 #include "phalanx/status.h"
+#include "text/text.h"
 
 namespace phalanx::cuda {
 namespace {
@@ -61,13 +60,13 @@ DeviceState& state_of(int ordinal) {
   auto& all = states();
   if (ordinal < 0 || ordinal >= static_cast<int>(all.size()))
     throw Error(ErrorCode::invalid_device,
-                fmt::format("device cuda:{} does not exist: there are {}", ordinal, all.size()));
+                format_text("device cuda:{} does not exist: there are {}", ordinal, all.size()));
   return all[ordinal];
 }
 
 }  // namespace
 
-std::string DeviceInfo::arch() const { return fmt::format("sm_{}{}{}", major, minor, major >= 9 ? "a" : ""); }
+std::string DeviceInfo::arch() const { return format_text("sm_{}{}{}", major, minor, major >= 9 ? "a" : ""); }
 
 std::vector<DeviceInfo> devices() {
   std::vector<DeviceInfo> list;

@@ -1,10 +1,9 @@
 #include "cuda/driver.h"
 
 #include <dlfcn.h>
-#include <fmt/format.h>
-
 #include "cuda/cuda.h"
 #include "phalanx/status.h"
+#include "text/text.h"
 
 namespace phalanx::cuda {
 namespace {
@@ -19,20 +18,20 @@ Loaded load() {
   Loaded l;
   void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (!library) {
-    l.error = fmt::format("the NVIDIA driver is not installed ({})", dlerror());
+    l.error = format_text("the NVIDIA driver is not installed ({})", dlerror());
     return l;
   }
 #define PHALANX_LOAD(name, symbol, arguments)                                      \
   l.table.name = reinterpret_cast<decltype(l.table.name)>(dlsym(library, symbol)); \
   if (!l.table.name && l.error.empty())                                            \
-    l.error = fmt::format("the NVIDIA driver is too old: it lacks {}; CUDA 12.3 or later is needed", symbol);
+    l.error = format_text("the NVIDIA driver is too old: it lacks {}; CUDA 12.3 or later is needed", symbol);
   PHALANX_DRIVER_FUNCTIONS(PHALANX_LOAD)
 #undef PHALANX_LOAD
   if (!l.error.empty()) return l;
   if (const CUresult result = l.table.cuInit(0); result != kSuccess) {
     const char* text = nullptr;
     l.table.cuGetErrorString(result, &text);
-    l.error = fmt::format("the NVIDIA driver does not start: {}", text ? text : "unknown error");
+    l.error = format_text("the NVIDIA driver does not start: {}", text ? text : "unknown error");
     return l;
   }
   l.table.cuDriverGetVersion(&l.version);
@@ -62,7 +61,7 @@ void check(CUresult result, const char* call) {
   const char *name = nullptr, *text = nullptr;
   driver().cuGetErrorName(result, &name);
   driver().cuGetErrorString(result, &text);
-  throw Error(ErrorCode::cuda_error, fmt::format("{} failed: {} ({})", call, name ? name : "?", text ? text : "?"));
+  throw Error(ErrorCode::cuda_error, format_text("{} failed: {} ({})", call, name ? name : "?", text ? text : "?"));
 }
 
 }  // namespace phalanx::cuda

@@ -1,22 +1,21 @@
 #include "ep/group.h"
 
-#include <fmt/format.h>
-
 #include <mutex>
 #include <tuple>
 
 #include "device/ep/layout.h"
 #include "ep/memory.h"
+#include "text/text.h"
 
 namespace phalanx::ep {
 
 void check_size(const char* function, int size, const GroupOptions& options) {
   if (size < 1 || size > kEpMaxRanks)
     throw Error(ErrorCode::invalid_argument,
-                fmt::format("{}: {} ranks, expected 1 to {}", function, size, kEpMaxRanks));
+                format_text("{}: {} ranks, expected 1 to {}", function, size, kEpMaxRanks));
   if (!(options.timeout > 0 && options.timeout < 1e6))
     throw Error(ErrorCode::invalid_argument,
-                fmt::format("{}: options.timeout is {:g} s, expected more than 0 and less than 1e6", function,
+                format_text("{}: options.timeout is {:g} s, expected more than 0 and less than 1e6", function,
                             options.timeout));
 }
 
@@ -41,7 +40,7 @@ std::vector<std::string> GroupState::all_gather(const std::string& mine, const c
     auto all = exchange(mine, what);
     if (static_cast<int>(all.size()) != size)
       throw Error(ErrorCode::invalid_argument,
-                  fmt::format("all_gather returned {} items, expected {}, one a rank", all.size(), size));
+                  format_text("all_gather returned {} items, expected {}, one a rank", all.size(), size));
     return all;
   } catch (const Error& error) {
     if (error.code() == ErrorCode::timeout) fail(error.code(), error.what());
@@ -62,7 +61,7 @@ std::shared_ptr<SymmetricMemory> GroupState::allocate(std::size_t bytes) {
   const auto check_all = [&](const std::vector<std::string>& all) {
     for (int r = 0; r < size; ++r) {
       if (all[r].empty() || all[r].starts_with(kFailed))
-        throw Error(ErrorCode::unsupported, fmt::format("rank {} of {}, sharing memory: {}", r, size,
+        throw Error(ErrorCode::unsupported, format_text("rank {} of {}, sharing memory: {}", r, size,
                                                         all[r].empty() ? "no answer" : all[r].substr(1)));
     }
   };
@@ -90,7 +89,7 @@ std::shared_ptr<SymmetricMemory> GroupState::allocate(std::size_t bytes) {
 }
 
 void GroupState::abort() {
-  fail(ErrorCode::aborted, fmt::format("rank {} of {} has aborted the group", rank, size));
+  fail(ErrorCode::aborted, format_text("rank {} of {} has aborted the group", rank, size));
   std::vector<std::shared_ptr<SymmetricMemory>> memories;
   {
     const std::lock_guard lock(mutex_);

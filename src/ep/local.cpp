@@ -1,5 +1,4 @@
 // Ranks that are threads of one process.
-#include <fmt/format.h>
 #include <fmt/ranges.h>
 
 #include <chrono>
@@ -9,6 +8,7 @@
 #include "cuda/cuda.h"
 #include "ep/group.h"
 #include "ep/memory.h"
+#include "text/text.h"
 
 namespace phalanx::ep {
 namespace {
@@ -50,10 +50,10 @@ class LocalGroup final : public GroupState {
     };
     while (!missing().empty()) {
       if (board_->aborter >= 0)
-        throw Error(ErrorCode::aborted, fmt::format("rank {} of {}, waiting for {}: rank {} has aborted the group",
+        throw Error(ErrorCode::aborted, format_text("rank {} of {}, waiting for {}: rank {} has aborted the group",
                                                     rank, size, what, board_->aborter));
       if (board_->changed.wait_until(lock, deadline) == std::cv_status::timeout && !missing().empty())
-        throw Error(ErrorCode::timeout, fmt::format("rank {} of {}, waiting for {}: rank {} did not come within {:g} s",
+        throw Error(ErrorCode::timeout, format_text("rank {} of {}, waiting for {}: rank {} did not come within {:g} s",
                                                     rank, size, what, fmt::join(missing(), ", "), timeout));
     }
     return slots;

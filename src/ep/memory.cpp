@@ -1,7 +1,5 @@
 #include "ep/memory.h"
 
-#include <fmt/format.h>
-
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -9,6 +7,7 @@
 #include "cuda/cuda.h"
 #include "cuda/driver.h"
 #include "device/ep/layout.h"
+#include "text/text.h"
 
 namespace phalanx::ep {
 namespace {
@@ -62,7 +61,7 @@ void enable_peer_access(int from, int to) {
   if (!reachable)
     throw Error(
         ErrorCode::unsupported,
-        fmt::format("cuda:{} cannot reach the memory of cuda:{}: expert parallelism needs NVLink, or PCIe peer access",
+        format_text("cuda:{} cannot reach the memory of cuda:{}: expert parallelism needs NVLink, or PCIe peer access",
                     from, to));
   const cuda::ContextGuard context(from);
   const cuda::CUresult result = cuda::driver().cuCtxEnablePeerAccess(cuda::context_of(to), 0);

@@ -1,7 +1,5 @@
 // The part of NCCL's API that we use, declared here and loaded with dlopen.
 #include <dlfcn.h>
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -11,6 +9,7 @@
 #include "cuda/cuda.h"
 #include "cuda/driver.h"
 #include "ep/group.h"
+#include "text/text.h"
 
 namespace phalanx::ep {
 namespace {
@@ -50,7 +49,7 @@ Nccl load() {
   }
 #define PHALANX_LOAD(name, arguments)                                 \
   n.name = reinterpret_cast<decltype(n.name)>(dlsym(library, #name)); \
-  if (!n.name) n.error = fmt::format("{} lacks {}", path, #name);
+  if (!n.name) n.error = format_text("{} lacks {}", path, #name);
   PHALANX_NCCL_FUNCTIONS(PHALANX_LOAD)
 #undef PHALANX_LOAD
   n.ncclGetErrorString = reinterpret_cast<const char* (*)(int)>(dlsym(library, "ncclGetErrorString"));
@@ -62,7 +61,7 @@ const Nccl& nccl() {
   if (!loaded.error.empty())
     throw Error(
         ErrorCode::unsupported,
-        fmt::format("NCCL is not available: {}. Install nvidia-nccl-cu13, or let PHALANX_NCCL name libnccl.so.2",
+        format_text("NCCL is not available: {}. Install nvidia-nccl-cu13, or let PHALANX_NCCL name libnccl.so.2",
                     loaded.error));
   return loaded;
 }
@@ -70,7 +69,7 @@ const Nccl& nccl() {
 void check(int result, const char* call) {
   if (result == 0) return;
   const char* text = nccl().ncclGetErrorString ? nccl().ncclGetErrorString(result) : "unknown error";
-  throw Error(ErrorCode::cuda_error, fmt::format("{} failed: {}", call, text));
+  throw Error(ErrorCode::cuda_error, format_text("{} failed: {}", call, text));
 }
 #define PHALANX_NCCL_CALL(call) check(nccl().call, #call)
 
@@ -85,7 +84,7 @@ std::string NcclComm::unique_id() {
 std::shared_ptr<NcclComm> NcclComm::create(const std::string& text, int rank, int size, Device device) {
   UniqueId id;
   if (text.size() != sizeof id.bytes)
-    throw Error(ErrorCode::invalid_argument, fmt::format("Group::nccl: id has {} bytes, expected the {} of nccl_id()",
+    throw Error(ErrorCode::invalid_argument, format_text("Group::nccl: id has {} bytes, expected the {} of nccl_id()",
                                                          text.size(), sizeof id.bytes));
   std::memcpy(id.bytes, text.data(), sizeof id.bytes);
   const cuda::ContextGuard context(device.index);
@@ -148,7 +147,7 @@ std::string NcclComm::gather_fixed(const std::string& mine, double timeout) {
     if (result != cuda::kNotReady) cuda::check(result, "ncclAllGather");
     if (std::chrono::steady_clock::now() > deadline)
       throw Error(ErrorCode::timeout,
-                  fmt::format("rank {} of {}: NCCL did not gather from all ranks within {:g} s", rank, size, timeout));
+                  format_text("rank {} of {}: NCCL did not gather from all ranks within {:g} s", rank, size, timeout));
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
   PHALANX_CUDA(cuMemcpyDtoH(all.data(), scratch.memory + bytes, all.size()));

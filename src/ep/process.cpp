@@ -1,5 +1,4 @@
 // Ranks that are processes of one host, each with its GPU.
-#include <fmt/format.h>
 #include <unistd.h>
 
 #include <fstream>
@@ -7,6 +6,7 @@
 #include "cuda/cuda.h"
 #include "ep/group.h"
 #include "ep/memory.h"
+#include "text/text.h"
 
 namespace phalanx::ep {
 namespace {
@@ -35,7 +35,7 @@ class ProcessGroup final : public GroupState {
     if (description.substr(0, end) != host_id())
       throw Error(
           ErrorCode::unsupported,
-          fmt::format("rank {} is on another host; expert parallelism works within one NVLink domain of one host",
+          format_text("rank {} is on another host; expert parallelism works within one NVLink domain of one host",
                       peer));
     return import_block(description.substr(end + 1), device);
   }
@@ -50,7 +50,7 @@ std::shared_ptr<GroupState> make_process(int rank, int size, Device device, AllG
   check_size("Group::process", size, options);
   if (rank < 0 || rank >= size)
     throw Error(ErrorCode::invalid_argument,
-                fmt::format("Group::process: rank is {}, expected 0 to {}", rank, size - 1));
+                format_text("Group::process: rank is {}, expected 0 to {}", rank, size - 1));
   if (device.type != DeviceType::cuda)
     throw Error(ErrorCode::invalid_device,
                 "Group::process: device is the CPU; ranks on the CPU are threads of one process, Group::local");

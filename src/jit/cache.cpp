@@ -1,6 +1,4 @@
 // get_cubin: memory, packs, disk, compiler.
-#include <fmt/format.h>
-
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -11,6 +9,7 @@
 #include "jit/file_lock.h"
 #include "jit/log.h"
 #include "jit/nvrtc.h"
+#include "text/text.h"
 
 namespace phalanx::jit {
 namespace {
@@ -55,7 +54,7 @@ void warn_once(const std::string& reason) {
   static std::atomic_flag warned;
   if (warned.test_and_set()) return;
   log_warning(
-      fmt::format("kernels cannot be kept on disk, so every process compiles them anew: {}. "
+      format_text("kernels cannot be kept on disk, so every process compiles them anew: {}. "
                   "Set PHALANX_CACHE_DIR to a writable directory.",
                   reason));
 }
@@ -75,7 +74,7 @@ std::optional<Cubin> search_packs(const EntryKey& key) {
 Cubin compile_and_keep(const KernelSource& source, const std::string& arch, const EntryKey& key,
                        const fs::path& directory) {
   Cubin cubin = compile(source, arch);
-  log_info(fmt::format("compiled {} in {:.2f} s", source.name, cubin.info.seconds));
+  log_info(format_text("compiled {} in {:.2f} s", source.name, cubin.info.seconds));
   if (directory.empty()) {
     warn_once("none of PHALANX_CACHE_DIR, XDG_CACHE_HOME and HOME is set");
     return cubin;
@@ -107,7 +106,7 @@ Cubin find_or_compile(const KernelSource& source, const std::string& arch, const
 
 std::shared_ptr<const Cubin> get_cubin(const KernelSource& source, const std::string& arch) {
   const NvrtcInfo& compiler = nvrtc().info;
-  const std::string version = compiler.available ? fmt::format("{}.{}", compiler.major, compiler.minor) : "";
+  const std::string version = compiler.available ? format_text("{}.{}", compiler.major, compiler.minor) : "";
   const EntryKey key = entry_key(source, arch, version);
   const auto slot = memory().slot(file_name(key));
   const std::lock_guard lock(slot->mutex);

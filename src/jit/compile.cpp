@@ -1,7 +1,5 @@
 #include "jit/compile.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <chrono>
 #include <regex>
@@ -10,6 +8,7 @@
 #include "jit/nvrtc.h"
 #include "jit/sources.h"
 #include "phalanx/status.h"
+#include "text/text.h"
 
 namespace phalanx::jit {
 namespace {
@@ -28,7 +27,7 @@ class Program {
                                              static_cast<int>(texts.size()), texts.data(), names.data());
     if (result != 0) {
       throw Error(ErrorCode::compilation_failed,
-                  fmt::format("NVRTC could not start on kernel {}: {}", source.name, nvrtc_.error_string(result)));
+                  format_text("NVRTC could not start on kernel {}: {}", source.name, nvrtc_.error_string(result)));
     }
   }
   ~Program() { nvrtc_.destroy_program(&program_); }
@@ -71,7 +70,7 @@ int number_before(const std::string& line, const std::string& unit) {
 
 std::vector<std::string> compile_flags(std::string_view arch) {
   return {
-      fmt::format("-arch={}", arch),
+      format_text("-arch={}", arch),
       "-std=c++20",
       "-default-device",     // constexpr functions that host and device share need no annotation
       "-no-source-include",  // nothing but the embedded files: the working directory is no business of ours
@@ -105,12 +104,12 @@ Cubin compile(const KernelSource& source, const std::string& arch) {
   if (result == 0) cubin.bytes = program.cubin();
   if (cubin.bytes.empty()) {
     throw Error(ErrorCode::compilation_failed,
-                fmt::format("NVRTC {}.{} ({}) failed on kernel {} for {}: {}\n{}", nvrtc.info.major, nvrtc.info.minor,
+                format_text("NVRTC {}.{} ({}) failed on kernel {} for {}: {}\n{}", nvrtc.info.major, nvrtc.info.minor,
                             nvrtc.info.path, source.name, arch, nvrtc.error_string(result), log));
   }
   cubin.info = parse_log(log);
   cubin.info.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  cubin.info.nvrtc = fmt::format("{}.{}", nvrtc.info.major, nvrtc.info.minor);
+  cubin.info.nvrtc = format_text("{}.{}", nvrtc.info.major, nvrtc.info.minor);
   cubin.origin = Origin::compiled;
   return cubin;
 }

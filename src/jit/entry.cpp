@@ -1,7 +1,6 @@
 #include "jit/entry.h"
 
 #include <fcntl.h>
-#include <fmt/format.h>
 #include <unistd.h>
 #include <xxhash.h>
 
@@ -16,6 +15,7 @@
 
 #include "jit/compile.h"
 #include "jit/log.h"
+#include "text/text.h"
 
 namespace phalanx::jit {
 namespace {
@@ -27,7 +27,7 @@ constexpr std::string_view kMagic = "phalanx-cubin ";
 constexpr std::size_t kDigits = 32;
 constexpr std::uintmax_t kMaxEntryBytes = 64 << 20;  // a foreign file of that size is not worth reading
 
-std::string to_hex(XXH128_hash_t hash) { return fmt::format("{:016x}{:016x}", hash.high64, hash.low64); }
+std::string to_hex(XXH128_hash_t hash) { return format_text("{:016x}{:016x}", hash.high64, hash.low64); }
 
 std::string hash_of(std::string_view bytes) { return to_hex(XXH3_128bits(bytes.data(), bytes.size())); }
 
@@ -63,7 +63,7 @@ std::optional<Cubin> read_one(const fs::path& directory, const EntryKey& key) {
   const auto bytes = read_file(path);
   if (!bytes) return std::nullopt;
   auto cubin = decode(*bytes, key);
-  if (!cubin) log_info(fmt::format("{} is not a sound entry and will be replaced", path.string()));
+  if (!cubin) log_info(format_text("{} is not a sound entry and will be replaced", path.string()));
   return cubin;
 }
 
@@ -83,7 +83,7 @@ std::vector<EntryKey> any_version(const fs::path& directory, const EntryKey& key
 }
 
 [[noreturn]] void fail(const char* what, const fs::path& path) {
-  throw std::system_error(errno, std::generic_category(), fmt::format("{} {}", what, path.string()));
+  throw std::system_error(errno, std::generic_category(), format_text("{} {}", what, path.string()));
 }
 
 // A file that is gone again unless it was renamed to its final place.
@@ -138,7 +138,7 @@ EntryKey entry_key(const KernelSource& source, const std::string& arch, std::str
 }
 
 std::string file_name(const EntryKey& key) {
-  return fmt::format("{}-{}-nvrtc{}.cubin", key.name, key.content, key.nvrtc);
+  return format_text("{}-{}-nvrtc{}.cubin", key.name, key.content, key.nvrtc);
 }
 
 std::optional<EntryKey> parse_file_name(const std::string& name) {
@@ -160,7 +160,7 @@ std::string encode(const EntryKey& key, const Cubin& cubin) {
                                  {"static_smem_bytes", info.static_smem_bytes},
                                  {"warnings", info.warnings}};
   const std::string body = header.dump() + '\n' + cubin.bytes;
-  return fmt::format("{}{}\n{}", kMagic, hash_of(body), body);
+  return format_text("{}{}\n{}", kMagic, hash_of(body), body);
 }
 
 std::optional<Cubin> decode(std::string_view bytes, const EntryKey& key) {
@@ -200,7 +200,7 @@ void write_entry(const fs::path& directory, const EntryKey& key, const Cubin& cu
   fs::create_directories(directory);
   const fs::path target = directory / file_name(key);
   // Unique also among the hosts that share a directory.
-  TemporaryFile file(fmt::format("{}.{}-{:08x}.tmp", target.string(), getpid(), std::random_device{}()));
+  TemporaryFile file(format_text("{}.{}-{:08x}.tmp", target.string(), getpid(), std::random_device{}()));
   file.write(encode(key, cubin));
   file.publish(target);
 }

@@ -1,10 +1,9 @@
 #include "jit/kernels.h"
 
-#include <fmt/format.h>
-
 #include "plan/bf16.h"
 #include "plan/grouped.h"
 #include "plan/plan.h"
+#include "text/text.h"
 
 namespace phalanx::jit {
 namespace {
@@ -23,10 +22,10 @@ KernelSource gemm_source(const GemmConfig& config) {
                major_a, major_b] = config;
   const char* majors = kMajors[int(major_a)];
   const bool bf16 = operand == Operand::bf16, fp8_wgrad = !bf16 && grouping == Grouping::columns;
-  return {.name = fmt::format("{}{}_{}x{}_c{}x{}_s{}_st{}_w{}_{}", kOperations[bf16][int(grouping)],
-                              bf16 ? fmt::format("_{}_{}", majors, kMajors[int(major_b)]) : "", block_m, block_n,
+  return {.name = format_text("{}{}_{}x{}_c{}x{}_s{}_st{}_w{}_{}", kOperations[bf16][int(grouping)],
+                              bf16 ? format_text("_{}_{}", majors, kMajors[int(major_b)]) : "", block_m, block_n,
                               cluster_m, cluster_n, split_k, num_stages, num_consumers, name_of(out)),
-          .text = fmt::format(R"(#include "device/gemm/{}.cuh"
+          .text = format_text(R"(#include "device/gemm/{}.cuh"
 using namespace phalanx;
 constexpr GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = OutType::{}, .grouping = Grouping::{}, .operand = Operand::{}, .major_a = Major::{}, .major_b = Major::{}}};
 extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), kConfig.ctas_per_sm()) {}(const __grid_constant__ GemmParams params) {{ {}<kConfig>(params); }}

@@ -1,7 +1,6 @@
 // The kernels that move tokens to experts and back.
-#include <fmt/format.h>
-
 #include "jit/kernels.h"
+#include "text/text.h"
 
 namespace phalanx::jit {
 namespace {
@@ -9,7 +8,7 @@ namespace {
 // `params` and the number of threads as the header names them.
 KernelSource moe_kernel(const char* function, const char* header, const char* params, const char* num_threads) {
   return {.name = function,
-          .text = fmt::format(R"(#include "device/moe/{}.cuh"
+          .text = format_text(R"(#include "device/moe/{}.cuh"
 extern "C" __global__ void __launch_bounds__(phalanx::{}, 1) {}(const __grid_constant__ phalanx::{} params) {{ phalanx::{}(params); }}
 )",
                               header, num_threads, kEntryPoint, params, function)};
@@ -19,8 +18,8 @@ KernelSource unpermute_kernel(const char* function, const char* params, const ch
                               const UnpermuteConfig& config) {
   const auto& [rows_f32, tokens_f32] = config;
   const auto type = [](bool f32) { return f32 ? "f32" : "bf16"; };
-  return {.name = fmt::format("{}_{}_{}", function, type(rows_f32), type(tokens_f32)),
-          .text = fmt::format(R"(#include "device/moe/unpermute.cuh"
+  return {.name = format_text("{}_{}_{}", function, type(rows_f32), type(tokens_f32)),
+          .text = format_text(R"(#include "device/moe/unpermute.cuh"
 constexpr phalanx::UnpermuteConfig kConfig{{.rows_f32 = {}, .tokens_f32 = {}}};
 extern "C" __global__ void __launch_bounds__(phalanx::{}, 1) {}(const __grid_constant__ phalanx::{} params) {{ phalanx::{}<kConfig>(params); }}
 )",

@@ -1,13 +1,13 @@
 #include "jit/nvrtc.h"
 
 #include <dlfcn.h>
-#include <fmt/format.h>
 #include <link.h>
 
 #include <cstdlib>
 
 #include "jit/log.h"
 #include "phalanx/status.h"
+#include "text/text.h"
 
 namespace phalanx::jit {
 namespace {
@@ -26,9 +26,9 @@ std::vector<std::string> candidates() {
   for (const char* soname : kSonames) {
     paths.emplace_back(soname);
     for (const char* variable : {"CUDA_HOME", "CUDA_PATH"}) {
-      if (const char* root = environment(variable)) paths.push_back(fmt::format("{}/lib64/{}", root, soname));
+      if (const char* root = environment(variable)) paths.push_back(format_text("{}/lib64/{}", root, soname));
     }
-    paths.push_back(fmt::format("/usr/local/cuda/lib64/{}", soname));
+    paths.push_back(format_text("/usr/local/cuda/lib64/{}", soname));
   }
   return paths;
 }
@@ -65,9 +65,9 @@ std::string path_of(void* library, const std::string& fallback) {
 void load_builtins(const NvrtcInfo& info) {
   std::error_code error;
   const auto folder = std::filesystem::weakly_canonical(info.path, error).parent_path();
-  const auto path = folder / fmt::format("libnvrtc-builtins.so.{}.{}", info.major, info.minor);
+  const auto path = folder / format_text("libnvrtc-builtins.so.{}.{}", info.major, info.minor);
   if (dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL) == nullptr) {
-    log_debug(fmt::format("{}; leaving NVRTC to find its builtins", last_dl_error()));
+    log_debug(format_text("{}; leaving NVRTC to find its builtins", last_dl_error()));
   }
 }
 
@@ -79,14 +79,14 @@ bool load(const std::string& path, Nvrtc& n, std::string& faults) {
     return false;
   }
   if (!resolve_all(library, n)) {
-    faults += fmt::format("\n  {}: not an NVRTC that compiles to cubins", path);
+    faults += format_text("\n  {}: not an NVRTC that compiles to cubins", path);
     dlclose(library);
     return false;
   }
   n.info.path = path_of(library, path);
   n.info.available = true;
   load_builtins(n.info);
-  log_debug(fmt::format("NVRTC {}.{} from {}", n.info.major, n.info.minor, n.info.path));
+  log_debug(format_text("NVRTC {}.{} from {}", n.info.major, n.info.minor, n.info.path));
   return true;
 }
 
@@ -96,7 +96,7 @@ Nvrtc search() {
   // A path that someone wrote down is an order: falling back to another version would hide the mistake.
   if (const char* path = environment("PHALANX_NVRTC")) {
     if (!load(path, n, faults)) {
-      n.info.error = fmt::format("PHALANX_NVRTC is '{}', expected the full path of libnvrtc.so.13 or libnvrtc.so.12:{}",
+      n.info.error = format_text("PHALANX_NVRTC is '{}', expected the full path of libnvrtc.so.13 or libnvrtc.so.12:{}",
                                  path, faults);
     }
     return n;

@@ -1,7 +1,6 @@
 // The kernels that quantise, and those of SwiGLU.
-#include <fmt/format.h>
-
 #include "jit/kernels.h"
+#include "text/text.h"
 
 namespace phalanx::jit {
 namespace {
@@ -38,7 +37,7 @@ const char* name_of(QuantizeForm form) {
 KernelSource kernel(std::string name, const char* function, const char* header, const char* config_type,
                     const std::string& config, const char* params, const char* more_bounds = "") {
   return {.name = std::move(name),
-          .text = fmt::format(R"(#include "device/quantize/{}.cuh"
+          .text = format_text(R"(#include "device/quantize/{}.cuh"
 using namespace phalanx;
 constexpr {} kConfig{{{}}};
 extern "C" __global__ void __launch_bounds__(kConfig.num_threads(){}) {}(const __grid_constant__ {} params) {{ {}<kConfig>(params); }}
@@ -50,28 +49,28 @@ extern "C" __global__ void __launch_bounds__(kConfig.num_threads(){}) {}(const _
 
 KernelSource quantize_source(const QuantizeConfig& config) {
   const auto& [type, form] = config;
-  return kernel(fmt::format("quantize_{}_{}", name_of(form), name_of(type)), "quantize", "quantize", "QuantizeConfig",
-                fmt::format(".type = FloatType::{}, .form = QuantizeForm::{}", name_of(type), name_of(form)),
+  return kernel(format_text("quantize_{}_{}", name_of(form), name_of(type)), "quantize", "quantize", "QuantizeConfig",
+                format_text(".type = FloatType::{}, .form = QuantizeForm::{}", name_of(type), name_of(form)),
                 "QuantizeParams");
 }
 
 KernelSource dequantize_source(const DequantizeConfig& config) {
   const auto& [type, shape] = config;
   return kernel(
-      fmt::format("dequantize_{}_{}", name_of(shape), name_of(type)), "dequantize", "dequantize", "DequantizeConfig",
-      fmt::format(".type = FloatType::{}, .shape = ScaleShape::{}", name_of(type), name_of(shape)), "DequantizeParams");
+      format_text("dequantize_{}_{}", name_of(shape), name_of(type)), "dequantize", "dequantize", "DequantizeConfig",
+      format_text(".type = FloatType::{}, .shape = ScaleShape::{}", name_of(type), name_of(shape)), "DequantizeParams");
 }
 
 KernelSource swiglu_quantize_source(const SwigluConfig& config) {
   const auto& [type] = config;
-  return kernel(fmt::format("swiglu_quantize_{}", name_of(type)), "swiglu_quantize", "swiglu", "SwigluConfig",
-                fmt::format(".type = FloatType::{}", name_of(type)), "SwigluParams");
+  return kernel(format_text("swiglu_quantize_{}", name_of(type)), "swiglu_quantize", "swiglu", "SwigluConfig",
+                format_text(".type = FloatType::{}", name_of(type)), "SwigluParams");
 }
 
 KernelSource swiglu_backward_source(const SwigluConfig& config) {
   const auto& [type] = config;
-  return kernel(fmt::format("swiglu_backward_{}", name_of(type)), "swiglu_backward", "swiglu_backward", "SwigluConfig",
-                fmt::format(".type = FloatType::{}", name_of(type)), "SwigluBackwardParams");
+  return kernel(format_text("swiglu_backward_{}", name_of(type)), "swiglu_backward", "swiglu_backward", "SwigluConfig",
+                format_text(".type = FloatType::{}", name_of(type)), "SwigluBackwardParams");
 }
 
 KernelSource swiglu_quantize_both_source() {

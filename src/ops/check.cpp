@@ -1,9 +1,8 @@
 #include "ops/check.h"
 
-#include <fmt/format.h>
-
 #include "device/gemm/config.h"
 #include "ops/check_tensor.h"
+#include "text/text.h"
 
 namespace phalanx {
 
@@ -46,7 +45,7 @@ void check_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& 
   if (options.c) check_addend({kOp, "options.c", *options.c}, out, a_data);
   if (options.num_sms < 0) [[unlikely]]
     throw Error(ErrorCode::invalid_argument,
-                fmt::format("{}: options.num_sms is {}, expected 0 (all) or more", kOp, options.num_sms));
+                format_text("{}: options.num_sms is {}, expected 0 (all) or more", kOp, options.num_sms));
 }
 
 }  // namespace phalanx

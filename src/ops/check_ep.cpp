@@ -16,8 +16,8 @@ template <class... Args>
 [[noreturn, gnu::cold, gnu::noinline]] void fail_config(const char* field, int64_t value,
                                                         fmt::format_string<const Args&...> expected,
                                                         const Args&... args) {
-  throw Error(ErrorCode::invalid_argument, fmt::format("ExpertParallel: config.{} is {}, expected {}", field, value,
-                                                       fmt::format(expected, args...)));
+  throw Error(ErrorCode::invalid_argument, format_text("ExpertParallel: config.{} is {}, expected {}", field, value,
+                                                       format_text(expected, args...)));
 }
 
 void check_range(const char* field, int64_t value, int64_t low, int64_t high) {
@@ -112,7 +112,7 @@ void check_ep_config(const ExpertParallelConfig& config, int num_ranks) {
   check_range("hidden", config.hidden, 1, 1 << 20);
   if (config.dtype != DType::e4m3 && config.dtype != DType::bf16)
     throw Error(ErrorCode::invalid_dtype,
-                fmt::format("ExpertParallel: config.dtype is {}, expected e4m3 or bf16", name_of(config.dtype)));
+                format_text("ExpertParallel: config.dtype is {}, expected e4m3 or bf16", name_of(config.dtype)));
   if (const int unit = 16 / size_of(config.dtype); config.hidden % unit != 0)
     fail_config("hidden", config.hidden, "a multiple of {}, 16 bytes of {}", unit, name_of(config.dtype));
   check_range("num_experts", config.num_experts, 1, 1 << 20);

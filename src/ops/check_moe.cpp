@@ -1,9 +1,8 @@
 #include "ops/check_moe.h"
 
-#include <fmt/format.h>
-
 #include "device/moe/route.h"
 #include "ops/check_tensor.h"
+#include "text/text.h"
 
 namespace phalanx {
 namespace {
@@ -145,10 +144,10 @@ void check_route(const char* op, const Tensor& topk_idx, const Routing& routing,
   check_indices(needed, topk, {1}, "[1]");
 
   const auto fail_option = [&](const char* name, int value, const std::string& expected) {
-    throw Error(ErrorCode::invalid_argument, fmt::format("{}: {} is {}, expected {}", op, name, value, expected));
+    throw Error(ErrorCode::invalid_argument, format_text("{}: {} is {}, expected {}", op, name, value, expected));
   };
   if (options.alignment < 1 || options.alignment > kMaxAlignment) [[unlikely]]
-    fail_option("alignment", options.alignment, fmt::format("1 to {}", kMaxAlignment));
+    fail_option("alignment", options.alignment, format_text("1 to {}", kMaxAlignment));
   if (options.max_rows < 0) [[unlikely]]
     fail_option("max_rows", options.max_rows, "0 (a contiguous target) or more");
   if (options.max_rows > 0 && options.alignment != 1) [[unlikely]]

@@ -69,7 +69,7 @@ void check_gate_up(const Arg& x, const SwigluOptions& options) {
          x->cols());
   if (!(options.limit > 0)) [[unlikely]]
     throw Error(ErrorCode::invalid_argument,
-                fmt::format("{}: options.limit is {}, expected more than 0", x.op, options.limit));
+                format_text("{}: options.limit is {}, expected more than 0", x.op, options.limit));
   if (options.weights) check_weights({x.op, "options.weights", *options.weights}, x, Access::read);
 }
 

@@ -141,7 +141,7 @@ void check_groups_vector(const Arg& arg, int64_t size, const char* meaning) {
 
 void check_not_negative(const char* op, const char* name, int value) {
   if (value < 0) [[unlikely]]
-    throw Error(ErrorCode::invalid_argument, fmt::format("{}: options.{} is {}, expected 0 or more", op, name, value));
+    throw Error(ErrorCode::invalid_argument, format_text("{}: options.{} is {}, expected 0 or more", op, name, value));
 }
 
 // --- two tensors -----------------------------------------------------------------------------------------------------------

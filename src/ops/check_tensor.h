@@ -2,14 +2,13 @@
 // expected, and is a comparison and a jump never taken when all is well.
 #pragma once
 
-#include <fmt/format.h>
-
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 
 #include "phalanx/status.h"
 #include "phalanx/tensor.h"
+#include "text/text.h"
 
 namespace phalanx {
 
@@ -32,7 +31,7 @@ template <class... Args>
 [[noreturn, gnu::cold, gnu::noinline]] void fail(ErrorCode code, const Arg& arg,
                                                  fmt::format_string<const Args&...> problem, const Args&... args) {
   throw Error(code,
-              fmt::format("{}: {} is {}: {}", arg.op, arg.name, to_string(arg.tensor), fmt::format(problem, args...)));
+              format_text("{}: {} is {}: {}", arg.op, arg.name, to_string(arg.tensor), format_text(problem, args...)));
 }
 
 enum class Access { read, write };

@@ -1,6 +1,4 @@
 // check -> run, on the CPU or on CUDA: the state that the ranks' operations share is in src/ep.
-#include <fmt/format.h>
-
 #include <atomic>
 #include <cstring>
 #include <mutex>
@@ -15,6 +13,7 @@
 #include "ops/check_ep.h"
 #include "ops/kernel.h"
 #include "phalanx/ep.h"
+#include "text/text.h"
 
 namespace phalanx {
 namespace {
@@ -113,14 +112,14 @@ std::vector<std::pair<std::string, int64_t>> fields_of(const ExpertParallelConfi
                                                          {"alignment", c.alignment},
                                                          {"experts_per_rank", ssize(c.experts_per_rank)}};
   for (std::size_t r = 0; r < c.experts_per_rank.size(); ++r)
-    fields.emplace_back(fmt::format("experts_per_rank[{}]", r), c.experts_per_rank[r]);
+    fields.emplace_back(format_text("experts_per_rank[{}]", r), c.experts_per_rank[r]);
   return fields;
 }
 
 void compare_configs(ep::GroupState& group, const ExpertParallelConfig& config, const EpShape& shape) {
   const auto fields = fields_of(config, shape);
   std::string mine;
-  for (const auto& [name, value] : fields) mine += fmt::format("{}={}\n", name, value);
+  for (const auto& [name, value] : fields) mine += format_text("{}={}\n", name, value);
   const auto all = group.all_gather(mine, "configurations to compare");
   const auto line = [](const std::string& text, std::size_t begin) {
     return text.substr(begin, text.find('\n', begin) - begin);
@@ -130,7 +129,7 @@ void compare_configs(ep::GroupState& group, const ExpertParallelConfig& config, 
     std::size_t begin = 0;
     while (line(all[0], begin) == line(all[r], begin)) begin = all[0].find('\n', begin) + 1;
     throw Error(ErrorCode::invalid_argument,
-                fmt::format("ExpertParallel: the ranks' configurations differ: rank 0 has {}, rank {} has {}",
+                format_text("ExpertParallel: the ranks' configurations differ: rank 0 has {}, rank {} has {}",
                             line(all[0], begin), r, line(all[r], begin)));
   }
 }
@@ -171,7 +170,7 @@ struct ExpertParallel::Impl {
 
   int num_local_experts() const { return ep_num_local_experts(common); }
 
-  std::string where() const { return fmt::format("rank {} of {}", common.rank, common.shape.num_ranks); }
+  std::string where() const { return format_text("rank {} of {}", common.rank, common.shape.num_ranks); }
 
   /// Throws what kernels, or the CPU's waits, have left.
   void check() {
@@ -181,26 +180,26 @@ struct ExpertParallel::Impl {
     std::atomic_ref needed(status->rows_needed);
     if (const int rows = needed.exchange(0))
       throw Error(ErrorCode::capacity_exceeded,
-                  fmt::format("{}: a dispatch had {} rows, but room for {}; the others were not written", where(), rows,
+                  format_text("{}: a dispatch had {} rows, but room for {}; the others were not written", where(), rows,
                               status->rows_given));
   }
 
   [[noreturn]] void report_failure() {
     const EpStatus s = *status;
-    const std::string wait = fmt::format("{}, waiting for {}: peer {}, operation {}, expected {:#x}, seen {:#x}",
+    const std::string wait = format_text("{}, waiting for {}: peer {}, operation {}, expected {:#x}, seen {:#x}",
                                          where(), awaited(s.phase), s.peer, s.epoch, s.expected, s.seen);
     switch (s.state) {
       case kEpTimeout:
         group.state()->fail(ErrorCode::timeout,
-                            fmt::format("{}: it did not come within {:g} s", wait, group.timeout()));
+                            format_text("{}: it did not come within {:g} s", wait, group.timeout()));
         break;
       case kEpMismatch:
         group.state()->fail(ErrorCode::invalid_argument,
-                            fmt::format("{}: this rank expected {}, rank {} sent {}", wait, format_name(s.expected),
+                            format_text("{}: this rank expected {}, rank {} sent {}", wait, format_name(s.expected),
                                         s.peer, format_name(s.seen)));
         break;
       default:
-        group.state()->fail(ErrorCode::aborted, fmt::format("{}: rank {} has aborted the group", wait, s.aborter));
+        group.state()->fail(ErrorCode::aborted, format_text("{}: rank {} has aborted the group", wait, s.aborter));
     }
     group.state()->check();
     std::abort();

@@ -1,7 +1,5 @@
 #include "ops/group_faults.h"
 
-#include <fmt/format.h>
-
 #include <array>
 #include <atomic>
 #include <mutex>
@@ -10,6 +8,7 @@
 #include "cuda/driver.h"
 #include "device/gemm/groups.h"
 #include "phalanx/status.h"
+#include "text/text.h"
 
 namespace phalanx {
 namespace {
@@ -43,7 +42,7 @@ std::string describe(int ordinal, const GroupFault& fault) {
       name = "row_groups", expected = "-1 or a group, the rows of each group together";
       break;
   }
-  return fmt::format(
+  return format_text(
       "a grouped product on cuda:{} was given {}[{}] = {}; expected {}. It kept to what lies inside the matrices",
       ordinal, name, fault.index, fault.value, expected);
 }

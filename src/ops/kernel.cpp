@@ -1,17 +1,16 @@
 #include "ops/kernel.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 
 #include "phalanx/status.h"
+#include "text/text.h"
 
 namespace phalanx {
 
 void check_supported(const cuda::DeviceInfo& device) {
   if (!device.is_hopper())
     throw Error(ErrorCode::unsupported,
-                fmt::format("cuda:{} is a {} of compute capability {}.{}; the kernels need Hopper, 9.0", device.ordinal,
+                format_text("cuda:{} is a {} of compute capability {}.{}; the kernels need Hopper, 9.0", device.ordinal,
                             device.name, device.major, device.minor));
 }
 

@@ -1,10 +1,10 @@
 #include "plan/tuned.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
+
+#include "text/text.h"
 
 namespace phalanx::plan {
 namespace {
@@ -18,7 +18,7 @@ bool is_for(const TunedGemm& entry, std::string_view gpu, const GemmProblem& pro
 OutType out_type(const std::string& name) {
   if (name == "bf16") return OutType::bf16;
   if (name == "f32") return OutType::f32;
-  throw std::runtime_error(fmt::format("out: {}; expected bf16 or f32", name));
+  throw std::runtime_error(format_text("out: {}; expected bf16 or f32", name));
 }
 
 }  // namespace
@@ -27,7 +27,7 @@ std::string format_plan(const GemmPlan& plan) {
   // Names every field, so that one that is added and not printed here does not compile. The last five are the problem's.
   const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping, operand,
                major_a, major_b] = plan.config;
-  return fmt::format(
+  return format_text(
       "block_m={},block_n={},num_consumers={},num_stages={},cluster_n={},cluster_m={},split_k={},group_m={}", block_m,
       block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, plan.group_m);
 }
@@ -49,7 +49,7 @@ TunedGemms TunedGemms::from_json(std::string_view text) {
   TunedGemms tuned;
   try {
     const auto json = nlohmann::json::parse(text);
-    if (json.at("format") != kFormat) throw std::runtime_error(fmt::format("format: expected {}", kFormat));
+    if (json.at("format") != kFormat) throw std::runtime_error(format_text("format: expected {}", kFormat));
     for (const auto& row : json.at("gemm_fp8")) {
       tuned.put({.gpu = row.at("gpu"),
                  .problem = {.m = row.at("m"), .n = row.at("n"), .k = row.at("k"), .out = out_type(row.at("out"))},
