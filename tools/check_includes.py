@@ -32,7 +32,10 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("src/text", [r"text/.*"]),
     ("src/ops", [r"phalanx/.*", r"(ops|plan|jit|cuda|ep|cpu|text)/.*", SHARED_DEVICE]),
     ("src/plan", [r"(plan|text)/.*", SHARED_DEVICE]),
-    ("src/jit", [r"(jit|text)/.*", r"plan/(plan|grouped|bf16)\.h", r"phalanx/(status|version|export)\.h", SHARED_DEVICE]),
+    (
+        "src/jit",
+        [r"(jit|text)/.*", r"plan/(plan|grouped|bf16)\.h", r"phalanx/(status|version|export)\.h", SHARED_DEVICE],
+    ),
     ("src/cuda", [r"(cuda|text)/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/ep", [r"(ep|cuda|text)/.*", r"phalanx/.*", SHARED_DEVICE]),
     ("src/cpu", [r"cpu/.*", r"phalanx/.*", SHARED_DEVICE]),
