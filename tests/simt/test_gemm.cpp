@@ -94,20 +94,20 @@ void check_shapes(std::initializer_list<Shape> shapes) {
 
 TEST(SimulatedGemm, OfFewRows) {
   check_shapes<{.block_m = 8, .block_n = 64, .num_stages = 4}>(
-      {{1, 1, 1}, {3, 40, 100}, {8, 456, 1700}, {7, 130, 128}});
+      {{1, 1, 1}, {3, 40, 100}, {8, 200, 1700}, {7, 130, 128}});
   check_shapes<{.block_m = 8, .block_n = 64, .num_consumers = 3, .num_stages = 6, .split_k = 2, .out = OutType::f32}>(
       {{1, 64, 100}, {5, 130, 1700}});
-  check_shapes<{.block_m = 16, .block_n = 64, .num_stages = 4, .split_k = 4}>({{9, 129, 300}, {16, 200, 2000}});
+  check_shapes<{.block_m = 16, .block_n = 64, .num_stages = 4, .split_k = 4}>({{9, 129, 300}, {16, 72, 2000}});
   check_shapes<{.block_m = 16, .block_n = 64, .num_consumers = 1, .num_stages = 3, .split_k = 8}>(
-      {{11, 66, 5000}, {16, 64, 300}});
+      {{11, 66, 2500}, {16, 64, 300}});
 }
 
 TEST(SimulatedGemm, OfManyRows) {
   check_shapes<{.block_m = 128, .block_n = 128, .num_stages = 3}>({{1, 1, 1}, {130, 200, 1000}});
-  check_shapes<{.block_m = 256, .block_n = 128, .num_stages = 3, .cluster_n = 2}>({{300, 456, 900}});
+  check_shapes<{.block_m = 256, .block_n = 128, .num_stages = 3, .cluster_n = 2}>({{300, 264, 500}});
   check_shapes<{.block_m = 192, .block_n = 128, .num_consumers = 3, .num_stages = 3, .cluster_n = 2}>(
-      {{200, 300, 1100}});
-  check_shapes<{.block_m = 128, .block_n = 192, .num_stages = 3, .cluster_m = 2}>({{270, 400, 600}});
+      {{200, 264, 500}});
+  check_shapes<{.block_m = 128, .block_n = 192, .num_stages = 3, .cluster_m = 2}>({{270, 200, 500}});
   check_shapes<{.block_m = 64, .block_n = 64, .num_consumers = 1, .num_stages = 3, .split_k = 4, .out = OutType::f32}>(
       {{70, 129, 1900}});
 }
