@@ -4,11 +4,9 @@
 #include <iterator>
 
 #include "cpu/cpu.h"
-#include "cuda/cuda.h"
-#include "device/gemm/params.h"
 #include "jit/log.h"
 #include "ops/check.h"
-#include "ops/plan_cache.h"
+#include "ops/launch_gemm.h"
 #include "phalanx/gemm.h"
 #include "plan/plan.h"
 #include "plan/tuned.h"
@@ -71,21 +69,15 @@ bool tma_reads(const Tensor& scales) {
 }
 
 void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const GemmOptions& options) {
-  const int ordinal = d.device.index;
-  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  const Place place(d, options.num_sms);
   const int m = int(d.rows()), n = int(d.cols()), k = int(a.data.cols());
-  const int num_sms = usable_sms(device, options.num_sms);
   const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
 
-  const cuda::ContextGuard context(ordinal);
-  const PlanKey key{{m, n, k, out, options.batch_invariant, options.constant_b}, num_sms, ordinal};
-  const auto [plan, kernel] = tuned_gemm(key);
-  const GemmConfig& config = plan.config;
+  const cuda::ContextGuard context(place.ordinal);
+  const PlannedGemm chosen =
+      tuned_gemm({{m, n, k, out, options.batch_invariant, options.constant_b}, place.num_sms, place.ordinal});
+  const GemmConfig& config = chosen.plan.config;
 
-  const auto tensor_map = [](const Tensor& t, int box_rows, int box_cols) {
-    return cuda::make_tensor_map(
-        {t.dtype, t.data, t.rows(), t.cols(), row_stride(t) * size_of(t.dtype), box_rows, box_cols});
-  };
   GemmParams p{};
   // For few rows, a box of those alone: with full boxes, 1 and 16 rows took longer than 64 (docs/tuning.md). What shared
   // memory holds in the others' place only reaches rows of D that are not stored.
@@ -94,12 +86,12 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
     p.a_ptr = static_cast<const u8*>(a.data.data), p.a_stride = row_stride(a.data);
     p.constant_b = options.constant_b;
   } else {
-    p.a = tensor_map(a.data, p.rows_a / config.cluster_n, kBlockK);
+    p.a = Rows(a.data).map(p.rows_a / config.cluster_n, kBlockK);
   }
-  p.b = tensor_map(b.data, config.block_n / config.cluster_m, kBlockK);
+  p.b = Rows(b.data).map(config.block_n / config.cluster_m, kBlockK);
   if (config.stores_by_tma()) {
-    p.d = tensor_map(d, config.consumer_rows(), kPanelColumns);
-    if (options.c) p.c = tensor_map(*options.c, config.consumer_rows(), kPanelColumns);
+    p.d = Rows(d).map(config.consumer_rows(), kPanelColumns);
+    if (options.c) p.c = Rows(*options.c).map(config.consumer_rows(), kPanelColumns);
   }
   p.sfa_by_tma = !config.few_rows() && tma_reads(a.scales);
   if (p.sfa_by_tma) {
@@ -112,9 +104,8 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   p.sfb_stride_n = b.scales.strides[0], p.sfb_stride_k = b.scales.strides[1];
   p.d_ptr = d.data, p.d_stride = row_stride(d);
   if (options.c) p.c_ptr = options.c->data, p.c_stride = row_stride(*options.c);
-  p.m = m, p.n = n, p.k = k, p.group_m = plan.group_m;
-  kernel->launch({plan.num_ctas, config.num_threads(), config.cluster_size(), smem_layout(config).total}, &p,
-                 options.stream.handle);
+  p.m = m, p.n = n, p.k = k;
+  launch(chosen, p, options.stream);
 }
 
 }  // namespace
