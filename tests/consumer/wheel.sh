@@ -25,6 +25,13 @@ fi
 unset PHALANX_LIBRARY_DIR
 export PYTHONPATH=$work/site
 "$python" - <<'END'
+import sys
+
+sys.modules["torch"] = None  # tvm_ffi would import it, which takes seconds
+import tvm_ffi  # noqa: F401
+
+del sys.modules["torch"]
+
 import numpy as np
 
 import phalanx

@@ -22,6 +22,50 @@ void run_fiber() {
   for (;;) yield();
 }
 
+// Functions of their own, of which callers know nothing: others run before they return, and use every register.
+[[noreturn, gnu::noipa]] void jump(Context& to) { __builtin_longjmp(to, 1); }
+
+// Lets a fiber go on until it yields.
+[[gnu::noipa]] void resume(Fiber& f, Context& scheduler) {
+  if (__builtin_setjmp(scheduler) != 0) return;
+  jump(f.context);
+}
+
+// Stacks of fibers that are done, for others: new memory costs more than what most fibers do.
+class Stacks {
+ public:
+  std::unique_ptr<char[]> take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return std::make_unique_for_overwrite<char[]>(kStackBytes);
+    auto stack = std::move(free_.back());
+    free_.pop_back();
+    return stack;
+  }
+  void give(std::unique_ptr<char[]> stack) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(stack));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<char[]>> free_;
+};
+Stacks stacks;
+
+// A fiber begins with `run`, which never returns, as if it had been called.
+void prepare(Fiber& f, void (*run)()) {
+  f.stack = stacks.take();
+  const auto end = reinterpret_cast<std::uintptr_t>(f.stack.get() + kStackBytes) / 16 * 16;
+#ifdef __x86_64__
+  const std::uintptr_t stack = end - 8;  // where the caller's address would be
+#else
+  const std::uintptr_t stack = end;
+#endif
+  f.context[0] = reinterpret_cast<void*>(stack);
+  f.context[1] = reinterpret_cast<void*>(run);
+  f.context[2] = reinterpret_cast<void*>(stack);
+}
+
 // Some of what is under way arrives; all of it, in the end.
 void arrive(Cta& cta, bool all) {
   for (std::size_t i = 0; i < cta.under_way.size();) {
@@ -51,14 +95,7 @@ void run_cta(int index, int num_ctas, int num_threads, const std::function<void(
   mine.fibers.resize(num_threads);
   mine.warps.resize(num_threads / kWarp);
   cta = &mine;
-  for (Fiber& f : mine.fibers) {
-    f.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStackBytes;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, run_fiber, 0);
-  }
+  for (Fiber& f : mine.fibers) prepare(f, run_fiber);
   all_here.arrive_and_wait();
   const auto end = std::chrono::steady_clock::now() + kPatience;
   for (bool alive = true; alive;) {
@@ -74,19 +111,22 @@ void run_cta(int index, int num_ctas, int num_threads, const std::function<void(
           if (mine.fibers[i].done) continue;
           alive = true;
           mine.current = i;
-          swapcontext(&mine.scheduler, &mine.fibers[i].context);
+          resume(mine.fibers[i], mine.scheduler);
         }
       }
     }
     std::this_thread::yield();
   }
   arrive(mine, true);
+  for (Fiber& f : mine.fibers) stacks.give(std::move(f.stack));
   cta = nullptr;
 }
 
 }  // namespace
 
-void yield() { swapcontext(&fiber().context, &cta->scheduler); }
+[[gnu::noipa]] void yield() {
+  if (__builtin_setjmp(fiber().context) == 0) jump(cta->scheduler);
+}
 
 void launch(int num_ctas, int num_threads, const std::function<void()>& kernel, int cluster_size) {
   std::deque<Cluster> clusters(num_ctas / cluster_size);

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <math.h>  // for the global names
-#include <ucontext.h>
 
 #include <array>
 #include <atomic>
@@ -46,8 +45,12 @@ struct AsyncCopy {
   }
 };
 
+/// Where a fiber, or its CTA's scheduler, goes on: the compiler's own, of frame, instruction and stack. Those of ucontext.h
+/// enter the kernel at every switch.
+using Context = void* [5];
+
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<char[]> stack;
   bool done = false;
   std::vector<AsyncCopy> open_group;
@@ -87,7 +90,7 @@ struct Cta {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::array<Barrier, 16> barriers;
-  ucontext_t scheduler;
+  Context scheduler;
   const std::function<void()>* kernel = nullptr;
 };
 

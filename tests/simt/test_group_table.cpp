@@ -1,64 +1,15 @@
-// The table of groups, built by the device's own code on the host: one thread for each lane of a warp, in step at every
-// shuffle and barrier. What it must come to is computed here the obvious way.
+// The table of groups, built by the device's own code on the host. What it must come to is computed here the obvious
+// way.
+#include "simt.h"  // first: what CUDA C++ is to the device code
+
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <atomic>
-#include <barrier>
-#include <bit>
 #include <random>
-#include <thread>
 #include <vector>
 
-#include "device/gemm/grouped_tiles.h"
-
-namespace {
-
-constexpr int kLanes = 32;
-
-// What NVRTC gives to device code, for a CTA of one warp.
-struct Index {
-  int x;
-};
-thread_local Index threadIdx;  // NOLINT
-constexpr Index blockIdx{0}, blockDim{kLanes};
-std::barrier<> step{kLanes};
-int exchanged[kLanes];
-
-template <class F>
-auto in_step(int mine, F&& read) {
-  exchanged[threadIdx.x] = mine;
-  step.arrive_and_wait();
-  const auto result = read();
-  step.arrive_and_wait();  // all have read
-  return result;
-}
-
-int __shfl_up_sync(unsigned, int value, int distance) {  // NOLINT
-  return in_step(value, [=] { return exchanged[threadIdx.x >= distance ? threadIdx.x - distance : threadIdx.x]; });
-}
-int __shfl_sync(unsigned, int value, int lane) {  // NOLINT
-  return in_step(value, [=] { return exchanged[lane]; });
-}
-unsigned __ballot_sync(unsigned, bool value) {  // NOLINT
-  return in_step(value, [] {
-    unsigned votes = 0;
-    for (int lane = 0; lane < kLanes; ++lane) votes |= unsigned(exchanged[lane] != 0) << lane;
-    return votes;
-  });
-}
-void __syncwarp() { step.arrive_and_wait(); }        // NOLINT
-void __syncthreads() { step.arrive_and_wait(); }     // NOLINT
-int __popc(unsigned x) { return std::popcount(x); }  // NOLINT
-int atomicAdd(int* p, int x) { return std::atomic_ref<int>(*p).fetch_add(x); }
-using std::max;
-using std::min;
-
-}  // namespace
-
-#define __device__
-#define __forceinline__
 #include "device/gemm/group_table.cuh"
+#include "device/gemm/grouped_tiles.h"
 
 namespace phalanx {
 namespace {
@@ -72,17 +23,14 @@ struct Table {
 Table build(GroupsBy by, const std::vector<int>& bounds, int num_groups, int limit, int height, int tiles_n) {
   Table table;
   table.entries.resize(kMaxTableGroups + 1);
-  GroupParams params{
-      .bounds = bounds.data(), .fault = &table.fault, .by = by, .num_groups = num_groups, .limit = limit};
-  std::vector<std::jthread> lanes;
-  for (int lane = 0; lane < kLanes; ++lane)
-    lanes.emplace_back([&, lane] {
-      threadIdx.x = lane;
-      load_spans(params, table.entries.data());
-      const int num_tiles = index_groups(params, table.entries.data(), height, tiles_n);
-      if (lane == 0) table.num_tiles = num_tiles;
-    });
-  lanes.clear();
+  GroupParams params{};
+  params.bounds = bounds.data(), params.fault = &table.fault, params.by = by;
+  params.num_groups = num_groups, params.limit = limit;
+  simt::launch(1, simt::kWarp, [&] {
+    load_spans(params, table.entries.data());
+    const int num_tiles = index_groups(params, table.entries.data(), height, tiles_n);
+    if (threadIdx.x == 0) table.num_tiles = num_tiles;
+  });
   return table;
 }
 
