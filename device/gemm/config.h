@@ -85,7 +85,7 @@ struct GemmConfig {
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, sfb, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, total;
+  int a, b, d, sfa, sfb, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, a_full, begun, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -109,7 +109,9 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.c_full = s.sfa_empty + c.num_stages * 8;
   s.tile_full = s.c_full + c.num_consumers * 8;
   s.tile_empty = s.tile_full + (c.grouped() ? kTileSlots * 8 : 0);
-  s.total = s.tile_empty + (c.grouped() ? kTileSlots * 8 : 0);
+  s.a_full = s.tile_empty + (c.grouped() ? kTileSlots * 8 : 0);
+  s.begun = s.a_full + (c.few_rows() ? c.num_stages * 8 : 0);
+  s.total = s.begun + (c.few_rows() ? 8 : 0);
   return s;
 }
 

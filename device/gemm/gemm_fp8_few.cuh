@@ -4,8 +4,7 @@
 // larger than the rows that there are. What takes time is to stream B, and what happens between two kernels:
 //
 //     one thread              B by TMA. The first stages before the previous kernel ends, if B does not come from it
-//     one warp                A and its scales by cp.async, after that end: behind what the next kernel already requests by
-//                             TMA, boxes of A would wait for microseconds
+//     one warp                A and its scales, after that end
 //     consumer warpgroups     take k-blocks in turn: 64 x block_m x 128 by WGMMA, promotion, as in gemm_fp8
 //
 // Each consumer has a sum of its own, and where K is split over a cluster, so has each CTA. These parts of a tile are added in
@@ -56,41 +55,53 @@ struct KBlocks {
 
 // --- producers ------------------------------------------------------------------------------------------------------
 
+// Stages that are under way at once until the previous kernel ends. The unit that loads takes requests in turn: A of the CTA
+// beside this one, whose kernel has just begun, would wait behind all that stand there. And what comes late then comes while
+// that kernel ends, when nobody else asks for anything.
+constexpr int kStagesAhead = 2;
+
 // One thread.
 template <GemmConfig C>
 __device__ void stream_weights(const GemmParams& p, const SharedMemory<C>& smem) {
   auto pipe = smem.pipeline();
   if (!p.constant_b) ptx::grid_wait_dependencies();
+  int requested = 0;
 #pragma unroll 1
-  for (KBlocks<C> at(p, smem); at.more; at.advance(), pipe.advance()) {
+  for (KBlocks<C> at(p, smem); at.more; at.advance(), pipe.advance(), ++requested) {
     pipe.wait_empty();
+    if (requested >= kStagesAhead && requested < C.num_stages)
+      while (!ptx::mbarrier_test(&pipe.full[requested - kStagesAhead], 0) && !ptx::mbarrier_test(smem.begun(), 0))
+        continue;
     u64* full = &pipe.full[pipe.stage];
     ptx::mbarrier_arrive_expect_tx(full, C.block_n * kBlockK);
     ptx::tma_load_2d_once(smem.b(pipe.stage), &p.b, full, at.k_block() * kBlockK, at.t.n);
   }
 }
 
-// One warp.
+// One warp. Scales that TMA cannot read are copied one by one.
 template <GemmConfig C>
-__device__ void copy_activations(const GemmParams& p, const SharedMemory<C>& smem) {
-  constexpr int kChunks = kBlockK / 16;  // of a row
-  const int lane = threadIdx.x % 32, chunk = lane % kChunks;
-  auto pipe = smem.pipeline();
+__device__ void load_activations(const GemmParams& p, const SharedMemory<C>& smem) {
+  const int lane = threadIdx.x % 32;
+  const u32 bytes = p.rows_a * kBlockK + (p.sfa_by_tma ? C.block_m * 4 : 0);
+  auto pipe = smem.activations();
   ptx::grid_wait_dependencies();
+  if (lane == 0) ptx::mbarrier_arrive(smem.begun());
 #pragma unroll 1
   for (KBlocks<C> at(p, smem); at.more; at.advance(), pipe.advance()) {
-    const int k_block = at.k_block(), k = k_block * kBlockK + chunk * 16;
-    const int bytes = k < p.k ? min_of(p.k - k, 16) : 0;
-    const u8* from = p.a_ptr + (bytes > 0 ? k : 0);
+    const int k_block = at.k_block();
+    u64* full = &pipe.full[pipe.stage];
+    float* scales = smem.sfa(pipe.stage);
     pipe.wait_empty();
-    u8* to = smem.a(pipe.stage);
-#pragma unroll 2
-    for (int row = lane / kChunks; row < p.m; row += 32 / kChunks)
-      ptx::cp_async_16_zero_fill(to + row * kBlockK + (chunk ^ row % 8) * 16, from + row * p.a_stride, bytes);
-#pragma unroll 1
-    for (int row = lane; row < p.m; row += 32)
-      ptx::cp_async_4(&smem.sfa(pipe.stage)[row], p.sfa + row * p.sfa_stride_m + k_block * p.sfa_stride_k);
-    ptx::mbarrier_arrive_cp_async(&pipe.full[pipe.stage]);
+    if (lane == 0) {
+      ptx::mbarrier_arrive_expect_tx(full, bytes);
+      ptx::tma_load_2d(smem.a(pipe.stage), &p.a, full, k_block * kBlockK, 0);
+      if (p.sfa_by_tma) ptx::tma_load_2d(scales, &p.sfa_map, full, 0, k_block);
+    }
+    if (!p.sfa_by_tma) {
+      if (lane < p.m) ptx::cp_async_4(&scales[lane], p.sfa + lane * p.sfa_stride_m + k_block * p.sfa_stride_k);
+      ptx::mbarrier_arrive_cp_async(full);
+    }
+    __syncwarp();
   }
 }
 
@@ -135,7 +146,7 @@ struct FewRowsConsumer {
   __device__ __forceinline__ void multiply_k_block(const Pipeline<C.num_stages>& at, float scale_b) {
     float partial[C.block_m / 2], scales[C.block_m / 4];
     at.wait_full();
-    ptx::fence_proxy_async();  // A was written by cp.async
+    ptx::mbarrier_wait(&smem.activations().full[at.stage], at.phase);
     Wgmma::multiply(partial, ptx::wgmma_advance(first_b, at.stage * C.block_n * kBlockK),
                     ptx::wgmma_advance(first_a, at.stage * C.block_m * kBlockK), false);
     const float2* sfa = reinterpret_cast<const float2*>(smem.sfa(at.stage)) + lane % 4;
@@ -147,7 +158,7 @@ struct FewRowsConsumer {
     ptx::wgmma_wait<0>();
     Wgmma::pin(partial);
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&at.empty[at.stage]);
+    if (lane == 0 || !p.sfa_by_tma) ptx::mbarrier_arrive(&at.empty[at.stage]);
 #pragma unroll
     for (int i = 0; i < C.block_m / 2; ++i) acc[i] += scales[i / 4 * 2 + i % 2] * partial[i];
   }
@@ -243,12 +254,17 @@ __device__ __forceinline__ void gemm_fp8_few(const GemmParams& p) {
   if (threadIdx.x == 0) {
     const auto pipe = smem.pipeline();
     for (int s = 0; s < C.num_stages; ++s) {
-      ptx::mbarrier_init(&pipe.full[s], 1 + 32);  // stream_weights, and the lanes of copy_activations
-      ptx::mbarrier_init(&pipe.empty[s], 4);      // the warps of one consumer
+      ptx::mbarrier_init(&pipe.full[s], 1);
+      ptx::mbarrier_init(&smem.activations().full[s], p.sfa_by_tma ? 1 : 1 + 32);  // and the lanes that copy scales
+      // Of one consumer, the warps; or the threads, as cp.async would overwrite scales that each of them has read.
+      ptx::mbarrier_init(&pipe.empty[s], p.sfa_by_tma ? 4 : kWarpgroup);
     }
+    ptx::mbarrier_init(smem.begun(), 1);  // published when the previous kernel has ended, waited for by stream_weights
     ptx::mbarrier_init(smem.c_full(), 1);
     ptx::fence_mbarrier_init();
     ptx::prefetch_tensor_map(&p.b);
+    ptx::prefetch_tensor_map(&p.a);
+    if (p.sfa_by_tma) ptx::prefetch_tensor_map(&p.sfa_map);
   }
   if constexpr (C.split_k > 1)
     ptx::cluster_sync();
@@ -258,7 +274,7 @@ __device__ __forceinline__ void gemm_fp8_few(const GemmParams& p) {
   if (warp == kConsumerWarps) {
     if (ptx::elect_one()) stream_weights<C>(p, smem);
   } else if (warp == kConsumerWarps + 1) {
-    copy_activations<C>(p, smem);
+    load_activations<C>(p, smem);
   } else {
     ptx::grid_wait_dependencies();
     consume_few_rows<C>(p, smem, warp / 4);

@@ -17,16 +17,11 @@ struct GemmParams {
   const float* sfa;   // [m, ceil(k / 128)]
   const float* sfb;   // [ceil(n / 128), ceil(k / 128)]
   i64 sfa_stride_m, sfa_stride_k, sfb_stride_n, sfb_stride_k;
-  const u8* a_ptr;  // of few rows, which are copied without a tensor map
-  i64 a_stride;
-  int constant_b;  // B was complete before the previous kernel of the stream began
+  int constant_b;  // B was complete before the previous kernel of the stream began; few rows only
   void* d_ptr;
   const void* c_ptr;  // null: no C
   i64 d_stride, c_stride;
   int m, n, k;
-#ifdef TRACE
-  u64* trace;
-#endif
   int rows_a;          // block_m, or less: those that a tile of few rows has
   int group_m;         // see DenseTiles
   GroupParams groups;  // only if config.grouped()

@@ -35,6 +35,11 @@ struct SharedMemory {
   __device__ Pipeline<C.num_stages> pipeline() const {
     return {reinterpret_cast<u64*>(base + kLayout.full), reinterpret_cast<u64*>(base + kLayout.empty)};
   }
+  // Few rows: A's part of the same stages, which has barriers of its own to be full.
+  __device__ Pipeline<C.num_stages> activations() const {
+    return {reinterpret_cast<u64*>(base + kLayout.a_full), reinterpret_cast<u64*>(base + kLayout.empty)};
+  }
+  __device__ u64* begun() const { return reinterpret_cast<u64*>(base + kLayout.begun); }
 };
 
 // Which part of K this CTA sums for a tile.

@@ -38,6 +38,19 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(u64* bar, u32 cta_rank) 
       : "memory");
 }
 
+// Whether that phase has completed.
+__device__ __forceinline__ bool mbarrier_test(u64* bar, u32 phase) {
+  u32 done;
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done; }"
+      : "=r"(done)
+      : "r"(smem_addr(bar)), "r"(phase)
+      : "memory");
+  return done;
+}
+
 // The hint lets a waiting warp sleep until the phase completes (at most so many nanoseconds) instead of spinning.
 __device__ __forceinline__ void mbarrier_wait(u64* bar, u32 phase) {
   constexpr u32 kSuspendTimeHint = 10'000'000;

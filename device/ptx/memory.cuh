@@ -71,11 +71,6 @@ __device__ __forceinline__ void cp_async_4(void* smem, const void* global) {
 __device__ __forceinline__ void cp_async_16(void* smem, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_addr(smem)), "l"(global) : "memory");
 }
-// `bytes` of 16, and zeros behind them.
-__device__ __forceinline__ void cp_async_16_zero_fill(void* smem, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_addr(smem)), "l"(global), "r"(bytes)
-               : "memory");
-}
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until all but the last kPending groups of this thread have landed.
 template <int kPending>

@@ -74,26 +74,23 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
 
   const cuda::ContextGuard context(place.ordinal);
+  const bool streams = options.constant_b && options.num_sms == 0;
   const PlannedGemm chosen =
-      tuned_gemm({{m, n, k, out, options.batch_invariant, options.constant_b}, place.num_sms, place.ordinal});
+      tuned_gemm({{m, n, k, out, options.batch_invariant, streams}, place.num_sms, place.ordinal});
   const GemmConfig& config = chosen.plan.config;
 
   GemmParams p{};
   // For few rows, a box of those alone: with full boxes, 1 and 16 rows took longer than 64 (docs/tuning.md). What shared
   // memory holds in the others' place only reaches rows of D that are not stored.
   p.rows_a = config.cluster_n > 1 ? config.block_m : std::min(config.block_m, m);
-  if (config.few_rows()) {
-    p.a_ptr = static_cast<const u8*>(a.data.data), p.a_stride = row_stride(a.data);
-    p.constant_b = options.constant_b;
-  } else {
-    p.a = Rows(a.data).map(p.rows_a / config.cluster_n, kBlockK);
-  }
+  p.a = Rows(a.data).map(p.rows_a / config.cluster_n, kBlockK);
   p.b = Rows(b.data).map(config.block_n / config.cluster_m, kBlockK);
   if (config.stores_by_tma()) {
     p.d = Rows(d).map(config.consumer_rows(), kPanelColumns);
     if (options.c) p.c = Rows(*options.c).map(config.consumer_rows(), kPanelColumns);
   }
-  p.sfa_by_tma = !config.few_rows() && tma_reads(a.scales);
+  p.constant_b = options.constant_b;
+  p.sfa_by_tma = tma_reads(a.scales);
   if (p.sfa_by_tma) {
     const std::int64_t column_bytes = a.scales.cols() > 1 ? a.scales.strides[1] * 4 : 16;
     p.sfa_map = cuda::make_tensor_map({DType::f32, a.scales.data, a.scales.cols(), m, column_bytes, 1, config.block_m});

@@ -45,13 +45,18 @@ std::vector<GemmConfig> make_configs() {
 // each SM for those of the next.
 bool streams_weights(const GemmProblem& p) { return p.constant_b && p.m <= 16 && !p.batch_invariant; }
 
+// A split of K gives work to each SM. More of it costs more than it brings, unless a CTA would still have many k-blocks: then
+// the second CTA of each SM keeps more loads under way (docs/tuning.md).
 const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
+  constexpr int kLongK = 64;
   const GemmConfig* best = nullptr;
   for (const GemmConfig& config : all_gemm_configs()) {
     if (!config.few_rows() || config.out != p.out || p.m > config.block_m) continue;
     if (best && config.block_m > best->block_m) break;
-    const bool fits = plan_with(config, kDefaultGroupM, p, num_sms).num_ctas <= num_sms;
-    if (config.split_k == 1 || (fits && config.split_k <= ceil_div(p.k, kBlockK))) best = &config;
+    const int k_blocks = ceil_div(p.k, kBlockK), ctas = plan_with(config, kDefaultGroupM, p, num_sms).num_ctas;
+    const bool long_k = 2 * k_blocks / config.split_k > kLongK;  // of half as many CTAs
+    const bool fits = ctas <= num_sms || (long_k && ctas <= config.ctas_per_sm() * num_sms);
+    if (config.split_k == 1 || (fits && config.split_k <= k_blocks)) best = &config;
   }
   return best;
 }
@@ -98,7 +103,7 @@ const std::vector<GemmConfig>& all_gemm_configs() {
 GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms) {
   const int cluster = config.cluster_size();
   const DenseTiles tiles(config, problem.m, problem.n, group_m, 0, cluster);
-  const int resident = std::max(num_sms / cluster, 1);
+  const int resident = std::max(num_sms * config.ctas_per_sm() / cluster, 1);
   const int clusters = config.split_k > 1 ? tiles.count() : std::min(tiles.count(), resident);
   return {config, clusters * cluster, group_m};
 }

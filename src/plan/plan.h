@@ -13,14 +13,14 @@ struct GemmProblem {
   int m, n, k;
   OutType out;
   bool batch_invariant = false;  ///< the split of K may not depend on M
-  bool constant_b = false;       ///< B does not come from the previous kernel
+  bool constant_b = false;       ///< B does not come from the previous kernel, and all SMs may be used
 
   friend bool operator==(const GemmProblem&, const GemmProblem&) = default;
 };
 
 struct GemmPlan {
   GemmConfig config;
-  int num_ctas;  ///< persistent: at most one per SM, a multiple of the cluster size; split-K: one cluster per tile
+  int num_ctas;  ///< persistent: as many as fit at once, in whole clusters; split-K: one cluster per tile
   int group_m;   ///< tiles along M that are walked before N advances, for L2 reuse
 
   friend bool operator==(const GemmPlan&, const GemmPlan&) = default;

@@ -69,6 +69,52 @@ def test_random_shapes(arrays, seed):
         run(case, arrays)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 8, 16])
+@pytest.mark.parametrize("shape", shapes("decode"), ids=str)
+def test_constant_weights(arrays, shape, rows):
+    for sfa_layout in ("mn", "k"):
+        run(GemmFp8Case(rows, *shape[1:], sfa_layout=sfa_layout), arrays, constant_b=True)
+
+
+def test_constant_weights_of_random_shapes(arrays, seed):
+    for i, (m, n, k) in enumerate(random_shapes(120, seed, 9000)):
+        case = GemmFp8Case(
+            1 + m % 16,
+            n,
+            1 + k % 3000,
+            out=("bf16", "f32")[i % 2],
+            c=("none", "none", "apart", "alias")[i // 2 % 4],
+            sfa_layout=("mn", "k")[i // 3 % 2],
+            pad=i % 5,
+            values=("normal", "bits", "exact")[i % 3],
+            seed=seed,
+        )
+        run(case, arrays, constant_b=True)
+
+
+def test_constant_weights_beside_late_activations(arrays):
+    """Each product's kernel begins while the one that writes its A still runs, and A is another one each time."""
+    cases = [GemmFp8Case(7, 4096, 7168, values="exact", seed=seed) for seed in range(6)]
+    made = [case.make(arrays) for case in cases]
+    (_, sfa), b = pairs(made[0])
+    a = torch.empty_like(made[0].a.array)
+    expected = [phalanx.gemm_fp8((inputs.a.array, sfa), b) for inputs in made]
+    outs = [torch.empty_like(expected[0]) for _ in range(120)]
+    phalanx.gemm_fp8((a, sfa), b, constant_b=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(60):
+            a.view(torch.uint8).copy_(made[i % 6].a.array.view(torch.uint8))
+            phalanx.gemm_fp8((a, sfa), b, out=outs[2 * i], constant_b=True)
+            phalanx.gemm_fp8((a, sfa), b, out=outs[2 * i + 1], constant_b=True)  # behind one of its own kind
+    for _ in range(5):
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        for i, out in enumerate(outs):
+            assert torch.equal(bits(out), bits(expected[i // 2 % 6])), i
+
+
 @pytest.mark.parametrize("num_sms", [1, 2, 17, 78, 131, 1000])
 def test_num_sms(arrays, num_sms):
     run(GemmFp8Case(500, 1024, 512, values="exact"), arrays, num_sms=num_sms)

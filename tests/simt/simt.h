@@ -37,12 +37,9 @@ constexpr int kWarp = 32;
 struct AsyncCopy {
   void* to;
   const void* from;
-  int bytes, zeros = 0;  // behind them
+  int bytes;
 
-  void perform() const {
-    std::memcpy(to, from, bytes);
-    std::memset(static_cast<char*>(to) + bytes, 0, zeros);
-  }
+  void perform() const { std::memcpy(to, from, bytes); }
 };
 
 /// Where a fiber, or its CTA's scheduler, goes on: the compiler's own, of frame, instruction and stack. Those of ucontext.h

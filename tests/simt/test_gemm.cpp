@@ -65,7 +65,7 @@ void check_gemm(const Shape& shape, bool with_c, Order sfa_order, std::mt19937& 
   p.sfa = static_cast<const float*>(scales_a.data), p.sfb = static_cast<const float*>(scales_b.data);
   p.sfa_stride_m = scales_a.strides[0], p.sfa_stride_k = scales_a.strides[1];
   p.sfb_stride_n = scales_b.strides[0], p.sfb_stride_k = scales_b.strides[1];
-  p.a_ptr = static_cast<const u8*>(in_a.data), p.a_stride = row_stride(in_a);
+  p.constant_b = with_c;
   p.d_ptr = out.data, p.d_stride = row_stride(out);
   if (with_c) p.c_ptr = in_c.data, p.c_stride = row_stride(in_c);
   p.m = m, p.n = n, p.k = k, p.group_m = plan.group_m;

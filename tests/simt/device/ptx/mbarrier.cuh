@@ -44,8 +44,13 @@ inline void mbarrier_arrive_cp_async(u64* bar) {
   });
   simt::fiber().open_group.clear();
 }
+inline bool mbarrier_test(u64* bar, u32 phase) {
+  const bool done = with_mbarrier(bar, simt_rank(), [&](auto& b) { return b.phase != phase; });
+  if (!done) simt::yield();
+  return done;
+}
 inline void mbarrier_wait(u64* bar, u32 phase) {
-  while (with_mbarrier(bar, simt_rank(), [&](auto& b) { return b.phase == phase; })) simt::yield();
+  while (!mbarrier_test(bar, phase)) continue;
 }
 
 inline void store_async_cluster_f2(void* p, float2 v, u64* bar, u32 cta_rank) {

@@ -6,9 +6,6 @@ namespace phalanx::ptx {
 inline uint4 load_cg_16(const void* from) { return *static_cast<const uint4*>(from); }
 inline void cp_async_16(void* to, const void* from) { simt::fiber().open_group.push_back({to, from, 16}); }
 inline void cp_async_4(void* to, const void* from) { simt::fiber().open_group.push_back({to, from, 4}); }
-inline void cp_async_16_zero_fill(void* to, const void* from, int bytes) {
-  simt::fiber().open_group.push_back({to, from, bytes, 16 - bytes});
-}
 inline void cp_async_commit_group() {
   simt::fiber().groups.push_back(std::move(simt::fiber().open_group));
   simt::fiber().open_group.clear();
