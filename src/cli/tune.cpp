@@ -108,7 +108,8 @@ int tune(const TuneOptions& options) {
              options.rounds);
   print_text("{:>7} {:>7} {:>7} {:>11} {:>9} {:>7}  {}\n", "M", "N", "K", "planner us", "best us", "gain", "kernel");
   for (const auto& [m, n, k] : shapes) {
-    const plan::GemmProblem problem{m, n, k, is_f32 ? OutType::f32 : OutType::bf16};
+    const plan::GemmProblem problem{
+        .m = m, .n = n, .k = k, .out = is_f32 ? OutType::f32 : OutType::bf16, .all_sms = num_sms == gpu.num_sms};
     auto candidates = candidates_for(problem, num_sms);
     compile_all(candidates, gpu.arch());
     setenv("PHALANX_GEMM_CONFIG", "", 1);

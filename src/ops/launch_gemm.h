@@ -34,8 +34,13 @@ struct Rows {
 /// The device, checked, and how many SMs may be used.
 struct Place {
   int ordinal, num_sms;
+  bool all_sms;
 
-  Place(const Tensor& d, int limit) : ordinal(d.device.index), num_sms(usable_sms(require_hopper(ordinal), limit)) {}
+  Place(const Tensor& d, int limit) : ordinal(d.device.index) {
+    const auto& device = require_hopper(ordinal);
+    num_sms = usable_sms(device, limit);
+    all_sms = num_sms == device.num_sms;
+  }
 };
 
 /// Enqueues the kernel; `p` lacks only what the plan says.

@@ -34,16 +34,15 @@ std::vector<GemmConfig> make_configs() {
                                  kSmemPerSm / 2 - 1024));
     // The fewest rows. Two CTAs on an SM: the next kernel's begins to stream while this one's ends.
     for (const int block_m : {8, 16})
-      for (const int split_k : {1, 2, 4})
+      for (const int split_k : {1, 2, 4, 8})
         list.push_back(
             with_stages({.block_m = block_m, .block_n = 64, .split_k = split_k, .out = out}, kSmemPerSm / 2 - 1024));
   }
   return list;
 }
 
-// Streaming weights beside the previous kernel's end pays as soon as they are known by then; CTAs of one kernel leave room on
-// each SM for those of the next.
-bool streams_weights(const GemmProblem& p) { return p.constant_b && p.m <= 16 && !p.batch_invariant; }
+// Where the few rows' kernels may be used: they take two CTAs an SM and sum K in parts that depend on the number of CTAs.
+bool streams_weights(const GemmProblem& p) { return p.all_sms && p.m <= 16 && !p.batch_invariant; }
 
 // A split of K gives work to each SM. More of it costs more than it brings, unless a CTA would still have many k-blocks: then
 // the second CTA of each SM keeps more loads under way (docs/tuning.md).

@@ -13,7 +13,7 @@ struct GemmProblem {
   int m, n, k;
   OutType out;
   bool batch_invariant = false;  ///< the split of K may not depend on M
-  bool constant_b = false;       ///< B does not come from the previous kernel, and all SMs may be used
+  bool all_sms = false;          ///< no other kernel needs SMs: two CTAs may share each
 
   friend bool operator==(const GemmProblem&, const GemmProblem&) = default;
 };

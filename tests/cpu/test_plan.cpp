@@ -45,19 +45,15 @@ std::string table_of_choices() {
   constexpr std::pair<int, int> kLayers[] = {{2112, 7168}, {24576, 1536}, {32768, 512}, {7168, 16384}, {4096, 7168},
                                              {7168, 2048}, {8192, 8192},  {576, 7168},  {9216, 4096},  {4096, 8192}};
   std::string table = "# M N K out SMs: kernel, CTAs\n";
-  for (const auto& [out, num_sms] : {std::pair{OutType::bf16, 132}, {OutType::bf16, 108}, {OutType::f32, 132}})
-    for (const int m : {1, 16, 64, 65, 128, 256, 512, 1024, 4096})
+  constexpr int kAllSms = 132;
+  for (const auto& [out, num_sms] : {std::pair{OutType::bf16, kAllSms}, {OutType::bf16, 108}, {OutType::f32, kAllSms}})
+    for (const int m : {1, 9, 16, 17, 64, 65, 128, 256, 512, 1024, 4096})
       for (const auto& [n, k] : kLayers) {
-        const plan::GemmPlan p = plan::plan_gemm({m, n, k, out}, num_sms);
+        const plan::GemmPlan p =
+            plan::plan_gemm({.m = m, .n = n, .k = k, .out = out, .all_sms = num_sms == kAllSms}, num_sms);
         table += fmt::format("{} {} {} {} {}: {}, {}\n", m, n, k, out == OutType::bf16 ? "bf16" : "f32", num_sms,
                              jit::gemm_source(p.config).name, p.num_ctas);
       }
-  table += "# B is constant\n";
-  for (const int m : {1, 9, 16, 17})
-    for (const auto& [n, k] : kLayers) {
-      const plan::GemmPlan p = plan::plan_gemm({.m = m, .n = n, .k = k, .out = OutType::bf16, .constant_b = true}, 132);
-      table += fmt::format("{} {} {} bf16 132: {}, {}\n", m, n, k, jit::gemm_source(p.config).name, p.num_ctas);
-    }
   return table;
 }
 
