@@ -17,6 +17,7 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kTileSlots = 4;    // tiles of a grouped product that are known ahead; see TileRing
 constexpr int kTileSlotBytes = 32;
 constexpr int kMaxSmemBytes = 232448;  // that one CTA of an SM90 may use
+constexpr int kSmemPerSm = 233472;     // that its CTAs share, 1024 of them for each
 
 enum class OutType { bf16, f32 };
 
@@ -49,7 +50,6 @@ struct GemmConfig {
   constexpr int consumer_registers() const { return num_consumers == 3 ? 160 : 232; }
   constexpr int producer_registers() const { return num_consumers == 3 ? 32 : 40; }
   constexpr int num_threads() const { return kWarpgroup * num_consumers + (few_rows() ? 64 : kWarpgroup); }
-  constexpr int ctas_per_sm() const { return few_rows() ? 2 : 1; }  // that registers must suffice for
   // Columns of a tile that share a scale of B wherever the tile begins, and the number of scales that a tile can meet.
   constexpr int scale_group() const { return gcd_of(block_n, kScaleBlock); }
   constexpr int num_scales_b() const { return 1 + ceil_div(block_n - scale_group(), kScaleBlock); }
@@ -113,6 +113,12 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.begun = s.a_full + (c.few_rows() ? c.num_stages * 8 : 0);
   s.total = s.begun + (c.few_rows() ? 8 : 0);
   return s;
+}
+
+// That a kernel's registers must suffice for, and that a plan may count on if all SMs are free.
+constexpr int ctas_per_sm(const GemmConfig& c) {
+  const bool small = c.num_consumers == 1 && c.scaled() && !c.grouped() && c.split_k == 1;
+  return (c.few_rows() || small) && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm ? 2 : 1;
 }
 
 // Whether the kernel can be instantiated; the planner and the tests ask, the kernel asserts.

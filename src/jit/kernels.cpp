@@ -28,7 +28,7 @@ KernelSource gemm_source(const GemmConfig& config) {
           .text = format_text(R"(#include "device/gemm/{}.cuh"
 using namespace phalanx;
 constexpr GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = OutType::{}, .grouping = Grouping::{}, .operand = Operand::{}, .major_a = Major::{}, .major_b = Major::{}}};
-extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), kConfig.ctas_per_sm()) {}(const __grid_constant__ GemmParams params) {{ {}<kConfig>(params); }}
+extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), ctas_per_sm(kConfig)) {}(const __grid_constant__ GemmParams params) {{ {}<kConfig>(params); }}
 )",
                               bf16                ? "gemm_bf16"
                               : fp8_wgrad         ? "gemm_fp8_wgrad"

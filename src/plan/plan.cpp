@@ -32,6 +32,8 @@ std::vector<GemmConfig> make_configs() {
     for (const int split_k : {4, 8})
       list.push_back(with_stages({.block_m = 64, .block_n = 64, .num_consumers = 1, .split_k = split_k, .out = out},
                                  kSmemPerSm / 2 - 1024));
+    // Two CTAs on an SM: one multiplies while the other stores.
+    list.push_back(with_stages({.block_m = 64, .block_n = 64, .num_consumers = 1, .out = out}, kSmemPerSm / 2 - 1024));
     // The fewest rows. Two CTAs on an SM: the next kernel's begins to stream while this one's ends.
     for (const int block_m : {8, 16})
       for (const int split_k : {1, 2, 4, 8})
@@ -54,7 +56,7 @@ const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
     if (best && config.block_m > best->block_m) break;
     const int k_blocks = ceil_div(p.k, kBlockK), ctas = plan_with(config, kDefaultGroupM, p, num_sms).num_ctas;
     const bool long_k = 2 * k_blocks / config.split_k > kLongK;  // of half as many CTAs
-    const bool fits = ctas <= num_sms || (long_k && ctas <= config.ctas_per_sm() * num_sms);
+    const bool fits = ctas <= num_sms || (long_k && ctas <= ctas_per_sm(config) * num_sms);
     if (config.split_k == 1 || (fits && config.split_k <= k_blocks)) best = &config;
   }
   return best;
@@ -70,12 +72,14 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   constexpr double kSmBytes = 42;                    // per cycle, one SM
   constexpr double kLoadLatency = 2294;              // from an empty stage to a full one
   constexpr double kTile = 1645;                     // pipeline fill, epilogue, store
+  constexpr double kTileBesideAnother = 0.5;         // how much of it shows if another CTA of the SM goes on
   constexpr double kSplit = 4069, kSplitPart = 154;  // reduction through distributed shared memory
 
   const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
   const double k_blocks = ceil_div(ceil_div(p.k, kBlockK), c.split_k),
                num_ctas = double(tiles.count()) * c.cluster_size();
-  const int per_sm = c.split_k > 1 && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm && c.num_consumers == 1 ? 2 : 1;
+  const bool small = c.split_k > 1 && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm && c.num_consumers == 1;
+  const int per_sm = small ? 2 : p.all_sms ? ctas_per_sm(c) : 1;
   const double slots = usable_sms(c.cluster_size(), num_sms) * per_sm, active = std::min(num_ctas, slots);
   const double n = c.block_n;
   const double loss = (c.num_consumers == 3 ? kMmaLoss3 : kMmaLoss) + (c.num_scales_b() > 1 ? kGroupLoss : 0);
@@ -88,7 +92,8 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   const double dram = n * kBlockK * std::min(1.0, columns_of_b / active) * active / kDramBytes;
   const double sm = (double(c.block_m) / c.cluster_n + n / c.cluster_m) * kBlockK / kSmBytes;
   const double k_block = std::max({mma, dram, sm, kLoadLatency / c.num_stages});
-  const double tile = kTile + (c.split_k > 1 ? kSplit + kSplitPart * c.split_k : 0);
+  const double tile = kTile * (c.split_k == 1 && active > num_sms ? kTileBesideAnother : 1) +
+                      (c.split_k > 1 ? kSplit + kSplitPart * c.split_k : 0);
   return std::ceil(num_ctas / slots) * (k_blocks * k_block + tile);
 }
 
@@ -102,7 +107,7 @@ const std::vector<GemmConfig>& all_gemm_configs() {
 GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms) {
   const int cluster = config.cluster_size();
   const DenseTiles tiles(config, problem.m, problem.n, group_m, 0, cluster);
-  const int resident = std::max(num_sms * config.ctas_per_sm() / cluster, 1);
+  const int resident = std::max(num_sms * (problem.all_sms ? ctas_per_sm(config) : 1) / cluster, 1);
   const int clusters = config.split_k > 1 ? tiles.count() : std::min(tiles.count(), resident);
   return {config, clusters * cluster, group_m};
 }

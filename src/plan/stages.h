@@ -7,8 +7,6 @@
 
 namespace phalanx::plan {
 
-constexpr int kSmemPerSm = 233472;  ///< bytes that the CTAs of one SM share
-
 /// `c` with the deepest pipeline that fits in `smem_bytes`, up to 12 stages: more were never faster.
 constexpr GemmConfig with_stages(GemmConfig c, int smem_bytes = kMaxSmemBytes) {
   const int step = c.few_rows() ? c.num_consumers : 1;  // they take stages in turn

@@ -110,9 +110,7 @@ TEST(Plans, KeepToTheSmsThatTheyAreGiven) {
     const GemmProblem problem{random_size(rng), random_size(rng), random_size(rng),
                               OutType::bf16,    rng() % 2 == 0,   rng() % 2 == 0};
     const int num_sms = 1 + rng() % 132;
-    const auto limit = [&](const GemmPlan& plan) {
-      return num_sms * (problem.all_sms ? plan.config.ctas_per_sm() : 1);
-    };
+    const auto limit = [&](const GemmPlan& plan) { return num_sms * (problem.all_sms ? ctas_per_sm(plan.config) : 1); };
     const GemmPlan chosen = plan_gemm(problem, num_sms);
     EXPECT_LE(chosen.num_ctas, limit(chosen));
     for (const GemmPlan& plan : runnable_plans(problem, num_sms)) EXPECT_LE(plan.num_ctas, limit(plan));
