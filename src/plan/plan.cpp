@@ -74,6 +74,7 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   constexpr double kTile = 1645;                     // pipeline fill, epilogue, store
   constexpr double kTileBesideAnother = 0.5;         // how much of it shows if another CTA of the SM goes on
   constexpr double kSplit = 4069, kSplitPart = 154;  // reduction through distributed shared memory
+  constexpr double kShared = 300;                    // CTAs that wait for each other, where that saves no reads of B
 
   const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
   const double k_blocks = ceil_div(ceil_div(p.k, kBlockK), c.split_k),
@@ -93,7 +94,8 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   const double sm = (double(c.block_m) / c.cluster_n + n / c.cluster_m) * kBlockK / kSmBytes;
   const double k_block = std::max({mma, dram, sm, kLoadLatency / c.num_stages});
   const double tile = kTile * (c.split_k == 1 && active > num_sms ? kTileBesideAnother : 1) +
-                      (c.split_k > 1 ? kSplit + kSplitPart * c.split_k : 0);
+                      (c.split_k > 1 ? kSplit + kSplitPart * c.split_k : 0) +
+                      (c.multicasts() && tiles.tiles_m == 1 ? kShared : 0);
   return std::ceil(num_ctas / slots) * (k_blocks * k_block + tile);
 }
 
