@@ -5,9 +5,14 @@
 namespace phalanx::ptx {
 
 // Of each of the two halves.
-__device__ __forceinline__ u32 max_u16x2(u32 a, u32 b) {
+__device__ __forceinline__ u32 add_u16x2(u32 a, u32 b) {
+  u32 sum;
+  asm("add.u16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
+}
+__device__ __forceinline__ u32 max_s16x2(u32 a, u32 b) {
   u32 larger;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+  asm("max.s16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
   return larger;
 }
 

@@ -43,12 +43,12 @@ struct RowTiles {
   }
 };
 
-// Kernels whose CTAs each take a tile of 128 x 128, of which a thread holds one piece of each of kRows neighbouring
-// rows.
+// Kernels whose CTAs each take a tile of 128 x 128, of which a thread holds one piece of each of 4 neighbouring rows
+// (FP32: 8).
 struct SquareTiles {
-  static constexpr int kRows = 8;
+  static constexpr int kThreads = 512;
 
-  static constexpr int num_threads(int count) { return kQuantizeBlock * kQuantizeBlock / (kRows * count); }
+  static constexpr int rows_per_thread(int count) { return kQuantizeBlock * kQuantizeBlock / (kThreads * count); }
   static constexpr u32 num_ctas(i64 rows, i64 cols) {
     return u32(ceil_div<i64>(rows, kQuantizeBlock) * ceil_div<i64>(cols, kQuantizeBlock));
   }
@@ -66,7 +66,7 @@ struct QuantizeConfig {
   QuantizeForm form = QuantizeForm::rows;
 
   constexpr int num_threads() const {
-    return form == QuantizeForm::rows ? RowTiles::kThreads : SquareTiles::num_threads(piece_count(type));
+    return form == QuantizeForm::rows ? RowTiles::kThreads : SquareTiles::kThreads;
   }
   constexpr u32 num_ctas(i64 rows, i64 cols) const {
     return form == QuantizeForm::rows ? RowTiles::num_ctas(type, rows, cols) : SquareTiles::num_ctas(rows, cols);
@@ -77,8 +77,8 @@ struct QuantizeConfig {
 struct SwigluTilesConfig {
   FloatType type = FloatType::bf16;  // of gate and up
 
-  constexpr int min_ctas() const { return 512 / num_threads(); }  // of an SM: leaves 128 registers to a thread
-  constexpr int num_threads() const { return SquareTiles::num_threads(piece_count(type)); }
+  constexpr int min_ctas() const { return 2; }  // of an SM: leaves 64 registers to a thread
+  constexpr int num_threads() const { return SquareTiles::kThreads; }
 };
 
 struct DequantizeConfig {

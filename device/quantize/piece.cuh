@@ -131,47 +131,35 @@ __device__ __forceinline__ void store_rows(void* data, const P (&x)[kRows], i64 
 
 // --- magnitudes ------------------------------------------------------------------------------------------------------
 
-// |x| of the elements in a word, as integers that sort like them: the bits without the sign, two to a word in 16-bit
-// types.
+// |x| of the elements in a word, two to a word in 16-bit types, as signed integers: the bits without the sign, and
+// kZero added, which makes NaN and infinity negative. The maximum with kZero is of the finite ones then, or zero's.
 template <FloatType T>
 struct Magnitudes {
-  static constexpr u32 kInfinity = T == FloatType::f16 ? 0x7c00 : T == FloatType::bf16 ? 0x7f80 : 0x7f800000;
+  static constexpr u32 kZeroOfOne = T == FloatType::f16 ? 0x0400 : T == FloatType::bf16 ? 0x0080 : 0x00800000;
+  static constexpr u32 kZero = T == FloatType::f32 ? kZeroOfOne : kZeroOfOne * 0x10001u;
 
   static __device__ __forceinline__ u32 of(u32 word) {
-    return word & (T == FloatType::f32 ? 0x7fffffffu : 0x7fff7fffu);
+    return T == FloatType::f32 ? (word & 0x7fffffffu) + kZero : ptx::add_u16x2(word & 0x7fff7fffu, kZero);
   }
   static __device__ __forceinline__ u32 max(u32 a, u32 b) {
-    return T == FloatType::f32 ? ::max(a, b) : ptx::max_u16x2(a, b);
+    return T == FloatType::f32 ? u32(::max(int(a), int(b))) : ptx::max_s16x2(a, b);
   }
-  // The sign bits of those that are NaN or infinite, where carries from adding just enough end up.
-  static __device__ __forceinline__ u32 not_finite(u32 m) {
-    return T == FloatType::f32 ? (m + (0x80000000u - kInfinity)) & 0x80000000u
-                               : (m + (0x8000u - kInfinity) * 0x10001u) & 0x80008000u;
-  }
-  static __device__ __forceinline__ u32 finite_or_zero(u32 m) {
-    if constexpr (T == FloatType::f32) return not_finite(m) ? 0 : m;
-    return m & ~((not_finite(m) >> 15) * 0xffffu);
-  }
-  // The larger of those in a word, and its value.
+  // Of maxima: the larger of those in a word, and its value.
   static __device__ __forceinline__ u32 largest(u32 m) { return T == FloatType::f32 ? m : ::max(m & 0xffffu, m >> 16); }
-  static __device__ __forceinline__ float value(u32 magnitude) {
+  static __device__ __forceinline__ float value(u32 maximum) {
+    const u32 magnitude = maximum - kZeroOfOne;
     if constexpr (T == FloatType::f32) return __uint_as_float(magnitude);
     return T == FloatType::bf16 ? ptx::bf16_to_float(u16(magnitude)) : ptx::f16_to_float(u16(magnitude));
   }
 };
 
-// The largest finite magnitudes among kCount words, zero if there is none. Words that hold no finite number are rare,
-// and each thread looks again only if it has met one.
+// The largest finite magnitudes among kCount words.
 template <FloatType T, int kCount, class Word>
 __device__ __forceinline__ u32 finite_maximum(const Word& word) {
   using M = Magnitudes<T>;
-  u32 maximum = 0;
+  u32 maximum = M::kZero;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) maximum = M::max(maximum, M::of(word(i)));
-  if (M::not_finite(maximum) == 0) return maximum;
-  maximum = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) maximum = M::max(maximum, M::finite_or_zero(M::of(word(i))));
   return maximum;
 }
 

@@ -4,13 +4,13 @@
 //   transposed  a scale for each of its columns; E4M3 goes through shared memory, where rows become columns
 //   both        transposed, and a scale for each of its rows
 //
-//   thread:     8 rows x 16 bytes; 16 neighbouring threads (FP32: 32) hold 8 rows of 128 columns
+//   thread:     4 rows x 16 bytes (FP32: 8 rows); 16 neighbouring threads (32) hold as many rows of 128 columns
 //
 //                 x ──> registers ──> maxima of columns ──> shared: column_maxima, a line for each warp
 //                           │                                  │ barrier: all lines are there
 //                           │                      scale, inverse of column t by thread t
 //                           │                                  │ barrier: inverses are there
-//                           └──> 8 rows of a column are 8 bytes ──> shared: transposed tile
+//                           └──> 4 (8) rows of a column are as many bytes ──> shared: transposed tile
 //                                                              │ barrier: the tile is complete
 //                                              128 bytes of a column by 8 threads ──> q_t
 #pragma once
@@ -22,7 +22,7 @@ namespace phalanx {
 // A thread's place in a matrix of which it holds pieces P.
 template <class P>
 struct SquareTile {
-  static constexpr int kThreads = SquareTiles::num_threads(P::kCount);
+  static constexpr int kRows = SquareTiles::rows_per_thread(P::kCount);
 
   i64 band;       // of 128 rows
   int block_col;  // of 128 columns
@@ -34,7 +34,7 @@ struct SquareTile {
   __device__ __forceinline__ SquareTile(i64 tile_row, int tile_col, int num_rows, int num_cols)
       : band(tile_row),
         block_col(tile_col),
-        row(band * kQuantizeBlock + chunk() * SquareTiles::kRows),
+        row(band * kQuantizeBlock + chunk() * kRows),
         col(block_col * kQuantizeBlock + int(threadIdx.x) % P::kLanes * P::kCount),
         rows(num_rows - row),
         cols(num_cols - col) {}
@@ -43,19 +43,19 @@ struct SquareTile {
     const u32 across = ceil_div(num_cols, kQuantizeBlock), band = blockIdx.x / across;
     return {i64(band), int(blockIdx.x - band * across), num_rows, num_cols};
   }
-  // Which of the tile's 16 groups of 8 rows.
+  // Which of the tile's groups of kRows rows.
   static __device__ __forceinline__ int chunk() { return int(threadIdx.x) / P::kLanes; }
 };
 
 // --- 128 x 128 -------------------------------------------------------------------------------------------------------
 
-template <class P>
-__device__ __forceinline__ void quantize_block(const P (&x)[SquareTiles::kRows], const SquareTile<P>& tile,
+template <class P, int kRows>
+__device__ __forceinline__ void quantize_block(const P (&x)[kRows], const SquareTile<P>& tile,
                                                const ScaledMatrix& q, bool vectors, bool pow2) {
   using M = Magnitudes<P::kType>;
-  constexpr int kWarps = SquareTile<P>::kThreads / 32;
+  constexpr int kWarps = SquareTiles::kThreads / 32;
   __shared__ u32 warp_maximum[kWarps];
-  u32 maximum = M::largest(finite_maximum<P::kType, SquareTiles::kRows * P::kWords>(
+  u32 maximum = M::largest(finite_maximum<P::kType, kRows * P::kWords>(
       [&](int i) { return x[i / P::kWords].word[i % P::kWords]; }));
   maximum = __reduce_max_sync(0xffffffffu, maximum);
   if (threadIdx.x % 32 == 0) warp_maximum[threadIdx.x / 32] = maximum;
@@ -65,9 +65,9 @@ __device__ __forceinline__ void quantize_block(const P (&x)[SquareTiles::kRows],
 
   const float scale = scale_of(M::value(maximum), pow2), inverse = __frcp_rn(scale);
   if (threadIdx.x == 0) q.scales[tile.band * q.scale_stride_row + tile.block_col * q.scale_stride_col] = scale;
-  u32 word[SquareTiles::kRows][P::kCount / 4];
+  u32 word[kRows][P::kCount / 4];
 #pragma unroll
-  for (int r = 0; r < SquareTiles::kRows; ++r) encode(word[r], x[r], inverse);
+  for (int r = 0; r < kRows; ++r) encode(word[r], x[r], inverse);
   store_rows<1>(q.data + tile.row * q.stride + tile.col, word, q.stride, tile.rows, tile.cols, vectors);
 }
 
@@ -76,24 +76,24 @@ __device__ __forceinline__ void quantize_block(const P (&x)[SquareTiles::kRows],
 // Shared memory of quantize_columns.
 template <class P>
 struct ColumnSmem {
-  static constexpr int kWarps = SquareTile<P>::kThreads / 32;
+  static constexpr int kWarps = SquareTiles::kThreads / 32;
   // The largest magnitudes of each column, by warp; two columns to a word in 16-bit types.
   using Magnitude = typename Conditional<P::kType == FloatType::f32, u32, u16>::Type;
   alignas(16) Magnitude column_maxima[kWarps][kQuantizeBlock];
   alignas(16) float inverse[kQuantizeBlock];
-  // 8 bytes are 8 rows of a column. Chunk k of column c lies at k ^ (c / kCount) % 16, so that neither threads that
-  // write the same chunk of 16 columns, nor those that read the chunks of one, meet in a bank.
+  // 8 bytes are 8 rows of a column. Chunk k of column c lies at k ^ (c / kCount) % 16, so that neither the threads of
+  // a warp that write to a chunk of 16 columns, nor those that read the chunks of one, meet in a bank.
   alignas(16) uint2 tile[kQuantizeBlock][16];
 
   static __device__ __forceinline__ int swizzle(int c) { return c / P::kCount % 16; }
 };
 
-template <class P>
-__device__ __forceinline__ void store_column_maxima(ColumnSmem<P>& smem, const P (&x)[SquareTiles::kRows]) {
+template <class P, int kRows>
+__device__ __forceinline__ void store_column_maxima(ColumnSmem<P>& smem, const P (&x)[kRows]) {
   u32 maxima[P::kWords];
 #pragma unroll
   for (int w = 0; w < P::kWords; ++w) {
-    maxima[w] = finite_maximum<P::kType, SquareTiles::kRows>([&](int r) { return x[r].word[w]; });
+    maxima[w] = finite_maximum<P::kType, kRows>([&](int r) { return x[r].word[w]; });
     if constexpr (P::kLanes == 16)  // the other half of the warp has the next rows
       maxima[w] = Magnitudes<P::kType>::max(maxima[w], __shfl_xor_sync(0xffffffffu, maxima[w], 16));
   }
@@ -121,17 +121,20 @@ __device__ __forceinline__ void store_column_scales(ColumnSmem<P>& smem, const S
 }
 
 // Neighbouring rows of a column are packed into neighbouring bytes.
-template <class P>
-__device__ __forceinline__ void encode_columns(ColumnSmem<P>& smem, const P (&x)[SquareTiles::kRows]) {
-  const int first = int(threadIdx.x) % P::kLanes * P::kCount;
-  const int chunk = SquareTile<P>::chunk() ^ ColumnSmem<P>::swizzle(first);
+template <class P, int kRows>
+__device__ __forceinline__ void encode_columns(ColumnSmem<P>& smem, const P (&x)[kRows]) {
+  const int first = int(threadIdx.x) % P::kLanes * P::kCount, byte = SquareTile<P>::chunk() * kRows;
+  const int chunk = byte / 8 ^ ColumnSmem<P>::swizzle(first);
 #pragma unroll
   for (int j = 0; j < P::kCount; ++j) {
     const float inverse = smem.inverse[first + j];
     const auto four_rows = [&](int r) {
       return encode_4(x[r][j] * inverse, x[r + 1][j] * inverse, x[r + 2][j] * inverse, x[r + 3][j] * inverse);
     };
-    smem.tile[first + j][chunk] = make_uint2(four_rows(0), four_rows(4));
+    if constexpr (kRows == 8)
+      smem.tile[first + j][chunk] = make_uint2(four_rows(0), four_rows(4));
+    else
+      reinterpret_cast<u32*>(&smem.tile[first + j][chunk])[byte / 4 % 2] = four_rows(0);
   }
 }
 
@@ -143,7 +146,7 @@ __device__ __forceinline__ void store_columns(const ColumnSmem<P>& smem, const S
   const int part = int(threadIdx.x) % 8;
   const i64 first_row = tile.band * kQuantizeBlock + part * 16, left = rows - first_row;
 #pragma unroll
-  for (int i = 0; i < kQuantizeBlock * 8; i += SquareTile<P>::kThreads) {
+  for (int i = 0; i < kQuantizeBlock * 8; i += SquareTiles::kThreads) {
     const int c = (i + int(threadIdx.x)) / 8, swizzle = ColumnSmem<P>::swizzle(c);
     const i64 col = i64(tile.block_col) * kQuantizeBlock + c;
     if (col >= cols) continue;
@@ -160,8 +163,8 @@ __device__ __forceinline__ void store_columns(const ColumnSmem<P>& smem, const S
 }
 
 // By all threads of the CTA.
-template <class P>
-__device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, const P (&x)[SquareTiles::kRows],
+template <class P, int kRows>
+__device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, const P (&x)[kRows],
                                                  const SquareTile<P>& tile, const ScaledMatrix& q_t, i64 rows, int cols,
                                                  bool pow2) {
   store_column_maxima(smem, x);
@@ -180,7 +183,7 @@ __device__ __forceinline__ void quantize_tiles(const QuantizeParams& p) {
   using P = Piece<C.type>;
   const auto tile = SquareTile<P>::of_cta(p.rows, p.cols);
   ptx::grid_wait_dependencies();
-  P x[SquareTiles::kRows];
+  P x[SquareTile<P>::kRows];
   const u8* from = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + tile.col) * P::kSize;
   load_rows(x, from, p.x_stride, tile.rows, tile.cols, p.vectors);
   if constexpr (C.form == QuantizeForm::blocks) quantize_block(x, tile, p.q, p.vectors, p.pow2_scales);

@@ -15,7 +15,7 @@ template <SwigluTilesConfig C>
 __device__ __forceinline__ void swiglu_quantize_both(const SwigluParams& p) {
   using P = Piece<C.type>;
   using H = Piece<FloatType::f32, P::kCount>;
-  constexpr int kRows = SquareTiles::kRows;
+  constexpr int kRows = SquareTile<H>::kRows;
   __shared__ ColumnSmem<H> smem;
   ptx::grid_launch_dependents();
   const auto tile = SquareTile<H>::of_cta(p.rows, p.cols);
@@ -44,7 +44,7 @@ struct GateOrUp {
 template <SwigluTilesConfig C>
 __device__ __forceinline__ void swiglu_backward_both(const SwigluBackwardBothParams& p) {
   using P = Piece<C.type>;
-  constexpr int kRows = SquareTiles::kRows, kAtOnce = 2;
+  constexpr int kRows = SquareTile<P>::kRows, kAtOnce = 2;
   __shared__ ColumnSmem<P> smem;
   ptx::grid_launch_dependents();
   const auto tile = SquareTile<P>::of_cta(p.rows, 2 * p.cols);
