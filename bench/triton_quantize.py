@@ -54,17 +54,21 @@ def _columns(x, q, scales, q_t, scales_t, num_rows, num_cols, COLS: tl.constexpr
 
 
 @triton.jit
-def _swiglu(x, q, scales, num_rows, num_cols, ROWS: tl.constexpr):
+def _swiglu(
+    x, q, scales, counts, num_rows, num_cols, expert_rows, expert_pitch, pitch, ROWS: tl.constexpr, MASKED: tl.constexpr
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * 128 + tl.arange(0, 128)
-    inside = (row < num_rows)[:, None]
+    expert = tl.program_id(0) * ROWS // expert_rows
+    of_expert = row - expert * expert_rows
+    inside = (of_expert < tl.load(counts + expert))[:, None] if MASKED else (row < num_rows)[:, None]
     at = row[:, None].to(tl.int64) * (2 * num_cols) + col[None, :]
     gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + at + num_cols, mask=inside, other=0.0).to(tl.float32)
     h = gate * tl.sigmoid(gate) * up
     code, scale = _encode(h, tl.max(tl.abs(h), 1)[:, None])
     tl.store(q + row[:, None].to(tl.int64) * num_cols + col[None, :], code, mask=inside)
-    tl.store(scales + tl.program_id(1) * num_rows + row[:, None], scale, mask=inside)
+    tl.store(scales + expert * expert_pitch + tl.program_id(1) * pitch + of_expert[:, None], scale, mask=inside)
 
 
 @triton.jit
@@ -109,9 +113,13 @@ def quantize_both(x, q, scales, q_t, scales_t, tile=8):
     _columns[grid](x, q, scales, q_t, scales_t, rows, cols, BLOCK, True, num_warps=tile)
 
 
-def swiglu_quantize(x, q, scales, tile=8):
-    rows, cols = q.shape
-    _swiglu[triton.cdiv(rows, tile), cols // BLOCK](x, q, scales, rows, cols, tile, num_warps=max(1, tile // 4))
+def swiglu_quantize(x, q, scales, tile=8, counts=None):
+    """With `counts`, of stacks, one matrix an expert: as many rows of each."""
+    rows, cols = q.numel() // q.shape[-1], q.shape[-1]
+    expert = (q.shape[1], scales.stride(0)) if counts is not None else (rows, 0)
+    grid = triton.cdiv(rows, tile), cols // BLOCK
+    constants = {"ROWS": tile, "MASKED": counts is not None, "num_warps": max(1, tile // 4)}
+    _swiglu[grid](x, q, scales, counts, rows, cols, *expert, scales.stride(-1), **constants)
 
 
 def swiglu_backward(x, grad, grad_x, tile=4):
