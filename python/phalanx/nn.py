@@ -46,7 +46,10 @@ class ExpertMLP(torch.nn.Module):
             weights = self._quantized[1]
         else:
             weights = self.quantized_weights()
-        return _ExpertMLP.apply(x, topk_idx, topk_weights, self.gate_up, self.down, weights)
+        operands = x, topk_weights, self.gate_up, self.down
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+            return _ExpertMLP.apply(x, topk_idx, topk_weights, self.gate_up, self.down, weights)
+        return _forward(x, topk_idx, topk_weights, weights)[0]
 
     def quantized_weights(self) -> tuple[torch.Tensor, ...]:
         """Data and scales of gate_up and down, then of both with rows and columns swapped, for the backward pass."""
@@ -61,32 +64,36 @@ class ExpertMLP(torch.nn.Module):
         return tuple(part for pair in (*pairs, *swapped) for part in pair)
 
 
-class _ExpertMLP(torch.autograd.Function):
-    """Routing weights multiply between the two products, where a row has the fewest columns.
+def _forward(x, topk_idx, topk_weights, quantized):
+    """y, and what was made on the way: rows of gates and ups, the next product's operand, the routing."""
+    gate_up, down = quantized[0:2], quantized[2:4]
+    rows, routing = phalanx.route_and_permute(phalanx.quantize(x), topk_idx, gate_up[0].shape[0])
+    gate_up_rows = phalanx.grouped_gemm_fp8(rows, gate_up, routing.offsets)
+    act = phalanx.swiglu_quantize(gate_up_rows)
+    y = phalanx.unpermute(phalanx.grouped_gemm_fp8(act, down, routing.offsets), routing, topk_weights)
+    return y, gate_up_rows, act, routing
 
-    Rows of no token are not written by the products, and may hold anything. Their weight is zero, so that they raise no
-    scale of a block that they share with others; neither products nor sums read them.
+
+class _ExpertMLP(torch.autograd.Function):
+    """Rows of no token are not written by the products, and may hold anything. In the backward pass their weight is
+    zero, so that they raise no scale of a block that they share with others; neither products nor sums read them.
     """
 
     @staticmethod
     def forward(ctx, x, topk_idx, topk_weights, gate_up, down, quantized):
-        gate_up_q, down_q = quantized[0:2], quantized[2:4]
-        rows, routing = phalanx.route_and_permute(phalanx.quantize(x), topk_idx, gate_up.shape[0])
-        gate_up_rows = phalanx.grouped_gemm_fp8(rows, gate_up_q, routing.offsets)
-        row_weights = _take(topk_weights, routing.sources)
-        act = phalanx.swiglu_quantize(gate_up_rows, row_weights)
-        y = phalanx.unpermute(phalanx.grouped_gemm_fp8(act, down_q, routing.offsets), routing)
-        ctx.save_for_backward(x, gate_up_rows, row_weights, *act, *routing[:5])
+        y, gate_up_rows, act, routing = _forward(x, topk_idx, topk_weights, quantized)
+        ctx.save_for_backward(x, topk_weights, gate_up_rows, *act, *routing[:5])
         ctx.quantized = quantized
         ctx.weight_dtypes = gate_up.dtype, down.dtype
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, gate_up_rows, row_weights, act, act_scales, *fields = ctx.saved_tensors
+        x, topk_weights, gate_up_rows, act, act_scales, *fields = ctx.saved_tensors
         gate_up_t, down_t = ctx.quantized[4:6], ctx.quantized[6:8]
         routing = phalanx.Routing(*fields)
         offsets = routing.offsets
+        row_weights = _take(topk_weights, routing.sources)
 
         grad_out, grad_out_t = phalanx.quantize_both(phalanx.permute(grad.contiguous(), routing))
         grad_act = phalanx.grouped_gemm_fp8(grad_out, down_t, offsets)
@@ -99,7 +106,8 @@ class _ExpertMLP(torch.autograd.Function):
             rows_t = phalanx.quantize_transposed(phalanx.permute(x, routing))
             grads[0] = phalanx.grouped_wgrad_fp8(grad_gate_up_t, rows_t, offsets).to(ctx.weight_dtypes[0])
         if ctx.needs_input_grad[4]:
-            act_t = phalanx.quantize_transposed(phalanx.dequantize((act, act_scales), dtype=x.dtype))
+            weighted = act, act_scales * row_weights[:, None]
+            act_t = phalanx.quantize_transposed(phalanx.dequantize(weighted, dtype=x.dtype))
             grads[1] = phalanx.grouped_wgrad_fp8(grad_out_t, act_t, offsets).to(ctx.weight_dtypes[1])
         return grad_x, None, _take(grad_row_weights, routing.slots), *grads, None
 
