@@ -26,10 +26,10 @@ enum class QuantizeForm {
 // A thread holds pieces of 16 bytes, of several rows; kQuantizeBlock / kCount lanes share the 128 columns of a block.
 constexpr int piece_count(FloatType type) { return type == FloatType::f32 ? 4 : 8; }
 
-// Kernels whose warps each take 32 pieces of some rows: of kMany, so that many bytes are in flight, or where these
-// would be too few warps for the GPU, of one.
+// Kernels whose warps each take 32 pieces of some rows: of kMany, so that many bytes are in flight, or where all warps
+// that take one are on the GPU at once, of one.
 struct RowTiles {
-  static constexpr int kThreads = 256, kMany = 4, kEnoughWarps = 400;
+  static constexpr int kThreads = 128, kMany = 4, kEnoughWarps = 1024;
 
   static constexpr int warp_cols(FloatType type) { return 32 * piece_count(type); }
   static constexpr i64 num_warps(FloatType type, i64 rows, i64 cols, int rows_per_warp) {
@@ -56,7 +56,7 @@ struct SquareTiles {
 
 // Kernels whose CTAs each take a few whole rows.
 struct WholeRows {
-  static constexpr int kMany = 4, kEnoughRows = 2048;
+  static constexpr int kThreads = 256, kMany = 4, kEnoughRows = 2048;
 
   static constexpr int rows_per_cta(i64 rows) { return rows >= kEnoughRows ? kMany : 1; }
 };
@@ -89,9 +89,15 @@ struct DequantizeConfig {
 };
 
 struct SwigluConfig {
-  FloatType type = FloatType::bf16;  // of gate and up, and of the gradients
+  FloatType type = FloatType::bf16;  // of gate and up
 
   constexpr int num_threads() const { return RowTiles::kThreads; }
+};
+
+struct SwigluBackwardConfig {
+  FloatType type = FloatType::bf16;  // of gate and up, and of the gradients
+
+  constexpr int num_threads() const { return WholeRows::kThreads; }
 };
 
 }  // namespace phalanx

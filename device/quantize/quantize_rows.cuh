@@ -5,7 +5,7 @@
 //             ...       16 bytes of x a lane, 8 bytes of q
 //             row 3   [                       |                        ]
 //           scales of MN-major order: 16 bytes side by side for each of the two columns
-//   CTA:    8 such warps, side by side, then down
+//   CTA:    4 such warps, side by side, then down
 //
 // Few rows are spread over more warps, one row each.
 #pragma once

@@ -122,7 +122,8 @@ __device__ __forceinline__ void store_column_scales(ColumnSmem<P>& smem, const S
 
 // Neighbouring rows of a column are packed into neighbouring bytes.
 template <class P, int kRows>
-__device__ __forceinline__ void encode_columns(ColumnSmem<P>& smem, const P (&x)[kRows]) {
+__device__ __forceinline__ void encode_columns(ColumnSmem<P>& smem, const P (&x)[kRows], const SquareTile<P>& tile) {
+  if (tile.rows <= 0) return;
   const int first = int(threadIdx.x) % P::kLanes * P::kCount, byte = SquareTile<P>::chunk() * kRows;
   const int chunk = byte / 8 ^ ColumnSmem<P>::swizzle(first);
 #pragma unroll
@@ -171,7 +172,7 @@ __device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, const P (&
   __syncthreads();  // column_maxima are complete
   store_column_scales(smem, tile, q_t, cols, pow2);
   __syncthreads();  // inverse is complete
-  encode_columns(smem, x);
+  encode_columns(smem, x, tile);
   __syncthreads();  // the transposed tile is complete
   store_columns(smem, tile, q_t, rows, cols);
 }

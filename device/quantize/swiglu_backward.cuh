@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_row_sums(float (&sum)[kRows], float* out, 
   out[r * stride] = total;
 }
 
-template <SwigluConfig C, int kRows>
+template <SwigluBackwardConfig C, int kRows>
 __device__ __forceinline__ void swiglu_backward_rows(const SwigluBackwardParams& p) {
   using P = Piece<C.type>;
   const i64 row = i64(blockIdx.x) * kRows, rows = p.rows - row;
@@ -62,7 +62,7 @@ __device__ __forceinline__ void swiglu_backward_rows(const SwigluBackwardParams&
                                            rows);
 }
 
-template <SwigluConfig C>
+template <SwigluBackwardConfig C>
 __device__ __forceinline__ void swiglu_backward(const SwigluBackwardParams& p) {
   ptx::grid_launch_dependents();
   if (p.rows_per_cta == 1)

@@ -21,11 +21,13 @@ __device__ __forceinline__ void swiglu_quantize_both(const SwigluParams& p) {
   const auto tile = SquareTile<H>::of_cta(p.rows, p.cols);
   ptx::grid_wait_dependencies();
 
-  P gate[kRows], up[kRows];
-  float weight[kRows];
-  load_swiglu(gate, up, weight, p, tile);
-  H h[kRows];
-  swiglu_pieces<kRows, true>(h, gate, up, p.limit, weight);
+  H h[kRows] = {};
+  if (tile.rows > 0) {  // where there are few, the others' would take most of the time
+    P gate[kRows], up[kRows];
+    float weight[kRows];
+    load_swiglu(gate, up, weight, p, tile);
+    swiglu_pieces<kRows, true>(h, gate, up, p.limit, weight);
+  }
   quantize_pieces(h, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);
   quantize_columns(smem, h, tile, p.q_t, p.rows, p.cols, p.pow2_scales);
 }
@@ -55,7 +57,7 @@ __device__ __forceinline__ void swiglu_backward_both(const SwigluBackwardBothPar
   const i64 gate_col = swiglu_gate_column(mine.col, p.interleaved), up = swiglu_up_distance(p.cols, p.interleaved);
   const u8* x = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + gate_col) * P::kSize;
   const u8* grad = static_cast<const u8*>(p.grad) + (tile.row * p.grad_stride + mine.col) * P::kSize;
-  P gradient[kRows];
+  P gradient[kRows] = {};
 #pragma unroll
   for (int r0 = 0; r0 < kRows; r0 += kAtOnce) {
     const i64 rows = tile.rows - r0;
@@ -65,6 +67,7 @@ __device__ __forceinline__ void swiglu_backward_both(const SwigluBackwardBothPar
     load_rows(grads, grad + r0 * p.grad_stride * P::kSize, p.grad_stride, rows, cols, p.vectors);
     float weight[kAtOnce];
     load_weights(weight, p.weights, p.weight_stride, tile.row + r0, rows);
+    if (rows <= 0) continue;
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
       backward_piece(gates[r], ups[r], grads[r], p.limit, weight[r]);

@@ -14,7 +14,7 @@ KernelSource gemm_source(const GemmConfig& config);
 KernelSource quantize_source(const QuantizeConfig& config);
 KernelSource dequantize_source(const DequantizeConfig& config);
 KernelSource swiglu_quantize_source(const SwigluConfig& config);
-KernelSource swiglu_backward_source(const SwigluConfig& config);
+KernelSource swiglu_backward_source(const SwigluBackwardConfig& config);
 KernelSource swiglu_quantize_both_source();
 KernelSource swiglu_backward_both_source();
 KernelSource route_source();

@@ -67,9 +67,9 @@ KernelSource swiglu_quantize_source(const SwigluConfig& config) {
                 format_text(".type = FloatType::{}", name_of(type)), "SwigluParams");
 }
 
-KernelSource swiglu_backward_source(const SwigluConfig& config) {
+KernelSource swiglu_backward_source(const SwigluBackwardConfig& config) {
   const auto& [type] = config;
-  return kernel(format_text("swiglu_backward_{}", name_of(type)), "swiglu_backward", "swiglu_backward", "SwigluConfig",
+  return kernel(format_text("swiglu_backward_{}", name_of(type)), "swiglu_backward", "swiglu_backward", "SwigluBackwardConfig",
                 format_text(".type = FloatType::{}", name_of(type)), "SwigluBackwardParams");
 }
 

@@ -52,7 +52,7 @@ void backward_on_cuda(const Tensor& x, const Tensor& grad, const Tensor& grad_x,
   const int ordinal = x.device.index;
   require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
-  const SwigluConfig config{float_type(x.dtype)};
+  const SwigluBackwardConfig config{float_type(x.dtype)};
   static KernelOfDevice kernels[kNumFloatTypes];
   const cuda::Kernel& kernel =
       kernels[int(config.type)].get(ordinal, [&] { return jit::swiglu_backward_source(config); });

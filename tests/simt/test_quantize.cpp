@@ -161,7 +161,7 @@ void run_forward(Problem<T>& problem) {
 
 template <class T>
 void run_backward(Problem<T>& problem) {
-  constexpr SwigluConfig kConfig{kType<T>};
+  constexpr SwigluBackwardConfig kConfig{kType<T>};
   const int rows = problem.rows, cols = problem.cols;
   Matrix<T> expected(rows, 2 * cols, 1), actual(rows, 2 * cols, 1);
   const Tensor x = problem.x.tensor(), grad = problem.grad.tensor(), grad_x = actual.tensor();
