@@ -65,9 +65,7 @@ struct QuantizeConfig {
   FloatType type = FloatType::bf16;  // of x
   QuantizeForm form = QuantizeForm::rows;
 
-  constexpr int num_threads() const {
-    return form == QuantizeForm::rows ? RowTiles::kThreads : SquareTiles::kThreads;
-  }
+  constexpr int num_threads() const { return form == QuantizeForm::rows ? RowTiles::kThreads : SquareTiles::kThreads; }
   constexpr u32 num_ctas(i64 rows, i64 cols) const {
     return form == QuantizeForm::rows ? RowTiles::num_ctas(type, rows, cols) : SquareTiles::num_ctas(rows, cols);
   }

@@ -50,13 +50,13 @@ struct SquareTile {
 // --- 128 x 128 -------------------------------------------------------------------------------------------------------
 
 template <class P, int kRows>
-__device__ __forceinline__ void quantize_block(const P (&x)[kRows], const SquareTile<P>& tile,
-                                               const ScaledMatrix& q, bool vectors, bool pow2) {
+__device__ __forceinline__ void quantize_block(const P (&x)[kRows], const SquareTile<P>& tile, const ScaledMatrix& q,
+                                               bool vectors, bool pow2) {
   using M = Magnitudes<P::kType>;
   constexpr int kWarps = SquareTiles::kThreads / 32;
   __shared__ u32 warp_maximum[kWarps];
-  u32 maximum = M::largest(finite_maximum<P::kType, kRows * P::kWords>(
-      [&](int i) { return x[i / P::kWords].word[i % P::kWords]; }));
+  u32 maximum = M::largest(
+      finite_maximum<P::kType, kRows * P::kWords>([&](int i) { return x[i / P::kWords].word[i % P::kWords]; }));
   maximum = __reduce_max_sync(0xffffffffu, maximum);
   if (threadIdx.x % 32 == 0) warp_maximum[threadIdx.x / 32] = maximum;
   __syncthreads();
@@ -165,9 +165,8 @@ __device__ __forceinline__ void store_columns(const ColumnSmem<P>& smem, const S
 
 // By all threads of the CTA.
 template <class P, int kRows>
-__device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, const P (&x)[kRows],
-                                                 const SquareTile<P>& tile, const ScaledMatrix& q_t, i64 rows, int cols,
-                                                 bool pow2) {
+__device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, const P (&x)[kRows], const SquareTile<P>& tile,
+                                                 const ScaledMatrix& q_t, i64 rows, int cols, bool pow2) {
   store_column_maxima(smem, x);
   __syncthreads();  // column_maxima are complete
   store_column_scales(smem, tile, q_t, cols, pow2);

@@ -69,8 +69,8 @@ KernelSource swiglu_quantize_source(const SwigluConfig& config) {
 
 KernelSource swiglu_backward_source(const SwigluBackwardConfig& config) {
   const auto& [type] = config;
-  return kernel(format_text("swiglu_backward_{}", name_of(type)), "swiglu_backward", "swiglu_backward", "SwigluBackwardConfig",
-                format_text(".type = FloatType::{}", name_of(type)), "SwigluBackwardParams");
+  return kernel(format_text("swiglu_backward_{}", name_of(type)), "swiglu_backward", "swiglu_backward",
+                "SwigluBackwardConfig", format_text(".type = FloatType::{}", name_of(type)), "SwigluBackwardParams");
 }
 
 KernelSource swiglu_quantize_both_source() {
