@@ -22,6 +22,8 @@ _FUNCTIONS = (
     "ep_info",
     "ep_num_rows",
     "ep_release",
+    "expert_mlp",
+    "expert_mlp_bytes",
     "gemm_bf16",
     "gemm_fp8",
     "grouped_gemm_bf16",

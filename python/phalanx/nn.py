@@ -3,6 +3,7 @@
 import torch
 
 import phalanx
+from phalanx import _native
 
 
 class ExpertMLP(torch.nn.Module):
@@ -49,7 +50,9 @@ class ExpertMLP(torch.nn.Module):
         operands = x, topk_weights, self.gate_up, self.down
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
             return _ExpertMLP.apply(x, topk_idx, topk_weights, self.gate_up, self.down, weights)
-        return _forward(x, topk_idx, topk_weights, weights)[0]
+        if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+            return _forward(x, topk_idx, topk_weights, weights)[0]
+        return _in_one_call(x, topk_idx, topk_weights, weights)
 
     def quantized_weights(self) -> tuple[torch.Tensor, ...]:
         """Data and scales of gate_up and down, then of both with rows and columns swapped, for the backward pass."""
@@ -72,6 +75,17 @@ def _forward(x, topk_idx, topk_weights, quantized):
     act = phalanx.swiglu_quantize(gate_up_rows)
     y = phalanx.unpermute(phalanx.grouped_gemm_fp8(act, down, routing.offsets), routing, topk_weights)
     return y, gate_up_rows, act, routing
+
+
+def _in_one_call(x, topk_idx, topk_weights, quantized):
+    """y of `_forward`, in a fraction of the host's time."""
+    experts, hidden, intermediate = quantized[2].shape
+    (tokens, _), (_, topk) = x.shape, topk_idx.shape
+    y = torch.empty_strided((tokens, hidden), (hidden, 1), dtype=torch.bfloat16, device=x.device)
+    num_bytes = _native.expert_mlp_bytes(tokens, topk, experts, hidden, intermediate)
+    workspace = torch.empty_strided((num_bytes // 4,), (1,), dtype=torch.int32, device=x.device)
+    _native.expert_mlp(x, topk_idx, topk_weights, *quantized[:4], y, workspace, None)
+    return y
 
 
 class _ExpertMLP(torch.autograd.Function):

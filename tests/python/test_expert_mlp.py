@@ -58,6 +58,19 @@ def test_agrees_with_torch(layer):
     assert not ours[2][4].any() and not ours[3][4].any()  # of the expert that nobody chose
 
 
+def test_in_one_call_where_nothing_is_recorded(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    with torch.no_grad():
+        y = mlp(x, topk_idx, topk_weights)
+        assert mlp(x[:0], topk_idx[:0], topk_weights[:0]).shape == (0, 256)
+        assert not mlp(x, torch.full_like(topk_idx, -1), topk_weights).any()
+        with pytest.raises(TypeError, match="weights"):
+            mlp(x, topk_idx, topk_weights.double())
+        with pytest.raises(ValueError, match="slots|topk|weights"):
+            mlp(x, topk_idx, topk_weights[:, :2])
+    assert not y.requires_grad and torch.equal(y, mlp(x, topk_idx, topk_weights))
+
+
 def test_new_weights_are_quantised_again(layer):
     mlp, x, topk_idx, topk_weights = layer
     before = mlp(x, topk_idx, topk_weights)
