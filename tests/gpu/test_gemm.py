@@ -55,18 +55,22 @@ def test_c(arrays, shape, c, out):
     run(GemmFp8Case(*shape, out=out, c=c), arrays)
 
 
+def varied(i, seed, shape):
+    """The i-th of many cases: outputs, C, layouts, padding and values in turn."""
+    return GemmFp8Case(
+        *shape,
+        out=("bf16", "f32")[i % 2],
+        c=("none", "none", "apart", "alias")[i // 2 % 4],
+        sfa_layout=("mn", "k")[i // 3 % 2],
+        pad=i % 5,
+        values=("normal", "bits", "exact")[i % 3],
+        seed=seed,
+    )
+
+
 def test_random_shapes(arrays, seed):
     for i, shape in enumerate(random_shapes(400, seed, 1500)):
-        case = GemmFp8Case(
-            *shape,
-            out=("bf16", "f32")[i % 2],
-            c=("none", "none", "apart", "alias")[i // 2 % 4],
-            sfa_layout=("mn", "k")[i // 3 % 2],
-            pad=i % 5,
-            values=("normal", "bits", "exact")[i % 3],
-            seed=seed,
-        )
-        run(case, arrays)
+        run(varied(i, seed, shape), arrays)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 16])
@@ -78,18 +82,7 @@ def test_constant_weights(arrays, shape, rows):
 
 def test_constant_weights_of_random_shapes(arrays, seed):
     for i, (m, n, k) in enumerate(random_shapes(120, seed, 9000)):
-        case = GemmFp8Case(
-            1 + m % 16,
-            n,
-            1 + k % 3000,
-            out=("bf16", "f32")[i % 2],
-            c=("none", "none", "apart", "alias")[i // 2 % 4],
-            sfa_layout=("mn", "k")[i // 3 % 2],
-            pad=i % 5,
-            values=("normal", "bits", "exact")[i % 3],
-            seed=seed,
-        )
-        run(case, arrays, constant_b=True)
+        run(varied(i, seed, (1 + m % 16, n, 1 + k % 3000)), arrays, constant_b=True)
 
 
 def test_constant_weights_beside_late_activations(arrays):
