@@ -2,10 +2,11 @@
 //
 //   rows[row(s, t, k)] = x_s[t], for every source s, token t and choice k of an expert of this rank
 //
-//   sending warps   topk_idx ---------------------------------> peers' experts, weights;   route flags
+//   sending warps   topk_idx ---------------------------------> peers' choices, weights;   route flags
 //                   x[t], quantised if wanted ----------------> peers' token slots;        token flags, one a warp
-//   receiving warps route flags --> rows of all tokens (route.cuh)
-//                   x[t] of this rank, then slots behind their flags --> rows, scales MN-major, row_weights
+//                   rows, weights ----------------------------> the handle, row_weights
+//   receiving warps choices --> rows of all tokens (route.cuh)
+//   all warps       x[t] of this rank, then slots behind their flags --> rows; those that have sent: scales, MN-major
 //                   all read --> credits, behind which peers may send again into the same buffer
 //
 // A CTA handles the same tokens on both sides, so that it waits for one CTA a peer only, but for the routing.
@@ -75,11 +76,6 @@ __device__ __forceinline__ void ep_put(const EpTargets& to, const EpVector (&pie
     for (int i = 0; i < kCount; ++i)
       if (at + i * kEpPitch < end) *reinterpret_cast<EpVector*>(target + i * kEpPitch) = pieces[i];
   }
-}
-
-__device__ __forceinline__ EpVector ep_load(const u8* from) {
-  const uint4 v = ptx::load_cg_16(from);
-  return {{v.x, v.y, v.z, v.w}};
 }
 
 // Columns of a row as they are, with scales if there are any.
@@ -170,13 +166,32 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   }
 }
 
-__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpRole& role, int* vote,
-                                                 const EpRouteState& state) {
-  const EpOperation op(p.c, kEpDispatchSend);
-  if (!ep_wait_for_credits(op, role, kEpPhaseDispatchCredit, p.c.layout.dispatch_credit, vote)) return;
-  if (p.route) ep_send_routing(op, role, state);
+template <bool kCounted>
+__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                 const EpRouteState& state, int* failed) {
+  const EpCommon& c = p.c;
+  const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas);
+  // What needs no credit is asked for before they are waited for.
+  const EpOwnChoice first(p, tokens, kCounted ? tokens.size() * c.shape.topk : role.thread());
+  if (!kCounted && p.copy) {
+    const int size = p.x_format == kEpE4m3 ? 1 : 2;
+#pragma unroll 1
+    for (int t = tokens.begin; t < tokens.end; ++t)
+#pragma unroll 1
+      for (int at = role.thread() * 128; at < c.shape.hidden * size; at += role.num_threads() * 128)
+        ptx::prefetch_l2(static_cast<const u8*>(p.x) + t * p.x_stride * size + at);
+  }
+  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, c.layout.dispatch_credit, {0, c.shape.num_ctas},
+                                        role.thread(), role.num_threads());
+  if (!role.all(fine, failed)) return;
+  if (p.route) {
+    ep_send_header(op, role);
+    if constexpr (kCounted)
+      ep_send_counted(p, op, role, state, tokens);
+    else
+      ep_send_choices(p, op, role, tokens, first);
+  }
   if (p.copy) ep_send_tokens(p, op, role);
-  ep_finish(op, role, 0);
 }
 
 // --- receiving ------------------------------------------------------------------------------------------------------
@@ -200,118 +215,145 @@ __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, cons
   }
 }
 
-// This CTA's tokens of one source to their rows; `first_warp` takes the first piece.
-__device__ __forceinline__ bool ep_receive_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                  const EpRouteState& state, int source, int first_warp) {
+// Until the CTA has come so far, or has failed. `count` is shared memory that only grows. By one thread.
+__device__ __forceinline__ void ep_wait_in_cta(const int* count, int wanted, const int* failed) {
+  while (*static_cast<const volatile int*>(count) < wanted && *static_cast<const volatile int*>(failed) == 0)
+    ptx::fence_acq_rel_cta();
+  ptx::fence_acq_rel_cta();
+}
+
+// Piece i of a source's tokens of this CTA, to its rows. By a warp.
+__device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, const EpOperation& op,
+                                                 const EpRouteState& state, const EpPieces& pieces, int source,
+                                                 int turn, int i) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32, size = p.format == kEpE4m3 ? 1 : 2;
-  const EpPieces pieces = ep_pieces(c.shape, state.range(source));
-  const int* rows = state.rows(source) + lane;
-  const auto row_of = [&](int i) {
-    const bool has_choice = i < pieces.count() && lane < c.shape.topk;
-    return has_choice ? rows[(pieces.token(i) - pieces.tokens.begin) * c.shape.topk] : kEpNotHere;
-  };
-  int first = role.warp() - first_warp % role.num_warps;
-  if (first < 0) first += role.num_warps;
-  int next_row = row_of(first);
-#pragma unroll 1
-  for (int i = first; i < pieces.count(); i += role.num_warps) {
-    const int token = pieces.token(i);
-    float* stage = c.shape.staged ? state.stage(token - pieces.tokens.begin) : nullptr;
-    const EpTargets to = ep_rows(p, next_row, stage);
-    next_row = row_of(i + role.num_warps);
-    if (to.lanes == 0) continue;
-    if (source == c.rank) {
-      ep_move_own(p, token, pieces.cols(i), to);
-      continue;
-    }
-    int fine = 1;
-    if (lane == 0) fine = ep_wait_for_piece(op, kEpPhaseTokens, source, c.layout.token_flags, p.format, i);
-    __syncwarp();
-    if (!__shfl_sync(0xffffffffu, fine, 0)) return false;
-    const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
-    const u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
-    const float* scales = size == 1 ? reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
-    ep_copy(slot, scales, 1, pieces.cols(i), size, to);
+  const int token = pieces.token(i), number = token - pieces.tokens.begin;
+  const int row = lane < c.shape.topk ? state.rows(source)[number * c.shape.topk + lane] : kEpNotHere;
+  const EpTargets to = ep_rows(p, row, c.shape.staged ? state.stage(turn, number) : nullptr);
+  if (to.lanes == 0) return true;
+  if (source == c.rank) {
+    ep_move_own(p, token, pieces.cols(i), to);
+    return true;
   }
+  int fine = 1;
+  if (lane == 0) fine = ep_wait_for_piece(op, kEpPhaseTokens, source, c.layout.token_flags, p.format, i);
+  __syncwarp();
+  if (!__shfl_sync(0xffffffffu, fine, 0)) return false;
+  const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
+  const u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
+  const float* scales = size == 1 ? reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
+  ep_copy(slot, scales, 1, pieces.cols(i), size, to);
   return true;
 }
 
 // Staged scales to their rows, in the order of rows: neighbouring lanes write neighbouring words, one block at a time.
-// By the whole role, behind a barrier.
+// By the whole role, when all pieces of the source have been written.
 __device__ __forceinline__ void ep_write_staged_scales(const EpDispatchParams& p, const EpRole& role,
-                                                       const EpRouteState& state, int source) {
+                                                       const EpRouteState& state, EpShared& shared, int source,
+                                                       int turn) {
   const EpCommon& c = p.c;
   const EpRange tokens = state.range(source);
   const i64 base = ep_choice(c, source, tokens.begin);
-  const int* rows = c.handle + c.handle_layout.rows + base;
+  const int* rows = state.rows(source);
   const int* places = c.handle + c.handle_layout.places + base;
-#pragma unroll 1
+  if (role.thread() == 0) {
+    ep_wait_in_cta(&state.done(source), ep_pieces(c.shape, tokens).count(), &shared.failed);
+    shared.num_staged = 0;
+  }
+  role.sync();
+#pragma unroll 4
   for (int i = role.thread(); i < tokens.size() * c.shape.topk; i += role.num_threads()) {
     const int row = rows[i];
     if (row == kEpNotHere) continue;
     state.staged_rows()[places[i]] = row;
     state.staged_tokens()[places[i]] = i / c.shape.topk;
-    atomicAdd(&state.num_staged(), 1);
+    atomicAdd(&shared.num_staged, 1);
   }
   role.sync();
-  const int count = *static_cast<volatile int*>(&state.num_staged()), blocks = ceil_div(c.shape.hidden, kQuantizeBlock);
+  const int count = *static_cast<volatile int*>(&shared.num_staged), blocks = ceil_div(c.shape.hidden, kQuantizeBlock);
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < count; i += 32) {
     const i64 row = state.staged_rows()[i];
     if (row >= p.capacity) continue;
-    const float* scales = state.stage(state.staged_tokens()[i]);
+    const float* scales = state.stage(turn, state.staged_tokens()[i]);
 #pragma unroll 4
     for (int b = role.warp(); b < blocks; b += role.num_warps) p.row_scales[row + b * p.row_scale_stride] = scales[b];
   }
   role.sync();
-  if (role.thread() == 0) state.num_staged() = 0;
+  if (role.thread() == 0) {
+    ptx::fence_acq_rel_cta();
+    *static_cast<volatile int*>(&shared.written) = turn + 1;
+  }
 }
 
-// Its own tokens first: the others' are on their way meanwhile.
-__device__ __forceinline__ bool ep_receive_all_tokens(const EpDispatchParams& p, const EpOperation& op,
-                                                      const EpRole& role, const EpRouteState& state, int* vote) {
+// This CTA's tokens of all sources, its own first: the others' are on their way meanwhile. All warps take pieces; those
+// that have sent write the scales of each source besides, where they are staged.
+__device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, const EpOperation& op,
+                                                  const EpRouteState& state, EpShared& shared, const EpRole& sender) {
   const EpShape& shape = p.c.shape;
-  bool fine = true;
-  int num_pieces = 0;
+  const bool staged = shape.staged && p.format == kEpE4m3, has_sent = int(threadIdx.x) < sender.num_threads();
+  int source = p.c.rank, turn = 0, begin = 0;
+  EpPieces pieces = ep_pieces(shape, state.range(source));
 #pragma unroll 1
-  for (int i = 0; i < shape.num_ranks; ++i) {
-    const int source = (p.c.rank + i) % shape.num_ranks;
-    fine = fine && ep_receive_tokens(p, op, role, state, source, num_pieces);
-    if (shape.staged && p.format == kEpE4m3) {
-      if (!role.all(fine, vote)) return false;
-      ep_write_staged_scales(p, role, state, source);
+  for (;;) {
+    const int taken = ep_take(&shared.next);
+#pragma unroll 1
+    while (turn < shape.num_ranks && taken - begin >= pieces.count()) {
+      if (staged && has_sent) ep_write_staged_scales(p, sender, state, shared, source, turn);
+      begin += pieces.count();
+      source = source + 1 == shape.num_ranks ? 0 : source + 1;
+      ++turn;
+      pieces = ep_pieces(shape, state.range(source));
     }
-    num_pieces += ep_pieces(shape, state.range(source)).count();
+    if (turn == shape.num_ranks) return;
+    if (*static_cast<volatile int*>(&shared.failed) != 0) continue;  // whoever meets others must still do so
+    // The stage is that of the source before the last one.
+    if (staged && turn >= 2 && threadIdx.x % 32 == 0) ep_wait_in_cta(&shared.written, turn - 1, &shared.failed);
+    __syncwarp();
+    if (!ep_receive_piece(p, op, state, pieces, source, turn, taken - begin)) shared.failed = 1;
+    if (!staged) continue;
+    __syncwarp();
+    ptx::fence_acq_rel_cta();
+    if (threadIdx.x % 32 == 0) atomicAdd(&state.done(source), 1);
   }
-  return role.all(fine, vote);
 }
 
-__device__ __forceinline__ void ep_dispatch_receive(const EpDispatchParams& p, const EpRole& role, int* vote,
-                                                    const EpRouteState& state) {
-  const EpCommon& c = p.c;
-  const EpOperation op(c, kEpDispatchRecv);
-  if (!ep_receive_routing(p, op, role, state, vote)) return;
-  if (p.copy) {
-    ep_write_padding(p, role, state);
-    if (!ep_receive_all_tokens(p, op, role, state, vote)) return;
-  }
-  ep_finish(op, role, c.layout.dispatch_credit);
-}
-
+// kCounted: what the shape says.
+template <bool kCounted>
 __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
-  extern __shared__ __align__(16) u8 ep_smem[];  // EpRouteSmem
-  __shared__ int votes[2];
-  if (threadIdx.x < 2) votes[threadIdx.x] = 0;
+  extern __shared__ __align__(128) u8 smem_base[];  // EpRouteSmem
+  __shared__ EpShared shared;
+  const EpCommon& c = p.c;
+  const EpRouteState state{p, reinterpret_cast<int*>(smem_base)};
+  if (threadIdx.x == 0) shared = {};
+#pragma unroll 1
+  for (int r = threadIdx.x; c.shape.staged && r < c.shape.num_ranks; r += 32 * kEpDispatchWarps) state.done(r) = 0;
   __syncthreads();
   ptx::grid_wait_dependencies();
-  const EpRouteState state{p, reinterpret_cast<int*>(ep_smem)};
+  constexpr int kRowsKnown = 3, kThreads = 32 * kEpDispatchWarps;
   const EpRole sender{1, 0, kEpSendWarps}, receiver{2, kEpSendWarps, kEpDispatchWarps - kEpSendWarps};
+  const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
+  const auto failed = [&] { return *static_cast<volatile int*>(&shared.failed) != 0; };
   if (threadIdx.x < kEpSendWarps * 32) {
-    if (p.c.send) ep_dispatch_send(p, sender, &votes[0], state);
-  } else {
-    if (p.c.recv) ep_dispatch_receive(p, receiver, &votes[1], state);
+    if (c.send) ep_dispatch_send<kCounted>(p, send, sender, state, &shared.failed);
+    if (c.recv) {
+      ptx::named_barrier_sync(kRowsKnown, kThreads);
+      if (!failed()) {
+        if (!ep_keep_rows<kCounted>(p, recv, sender, state)) shared.failed = 1;
+        if (blockIdx.x == 0) ep_publish_routing(p, sender, state);
+      }
+    }
+  } else if (c.recv) {
+    const bool known = ep_receive_routing<kCounted>(p, recv, receiver, state, &shared.failed);
+    ptx::named_barrier_arrive(kRowsKnown, kThreads);
+    if (known && p.copy) ep_write_padding(p, receiver, state);
   }
+  if (c.recv && p.copy) ep_receive_tokens(p, recv, state, shared, sender);
+  __syncthreads();
+  if (failed()) return;
+  if (c.send) ep_finish_send(send);
+  if (c.recv) ep_finish_recv(recv, c.layout.dispatch_credit);
 }
 
 }  // namespace phalanx

@@ -1,10 +1,10 @@
 // The symmetric buffer of an expert-parallel group, for host and device: the one place where its offsets are made.
 //
-//   rank d's buffer   words    stop, epochs and counts of finished CTAs (its own), credits, flags (written by peers)
+//   rank d's buffer   words    stop and epochs (its own), credits, flags (written by peers)
 //                     then, once or twice ("buffers"; an operation of epoch n uses buffer n % num_buffers):
 //                     headers  [R]            how many tokens source s has
-//                     choices  [R][T][K]      s's topk_idx, each with the epoch
-//                     weights  [R][T][K]      s's topk_weights, likewise
+//                     choices  [R][T][K]      s's topk_idx, each with the epoch; where "counted" with the weight
+//                     weights  [R][T][K]      s's topk_weights, each with the epoch; not where "counted"
 //                     counts   [R][G][E]      where "counted": choices of this rank's experts by the tokens of s's CTA
 //                     tokens   [R - 1][T]     dispatch slots: s's token t, if it has an expert on d
 //                     sums     [R - 1][T]     combine slots: what rank s has summed for d's token t
@@ -24,23 +24,25 @@ constexpr int kEpMaxRanks = 64;
 constexpr int kEpMaxTopk = 32;   // one lane of a warp for each choice
 constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whole block of scales
 
-// Roles of a CTA's warps: the first ones send, the others receive. Dispatch writes each token once a rank and then once
-// a row; combine reads as many rows for others as for itself.
+// Roles of a CTA's warps: the first ones send, the others receive, and who has nothing left to send receives too.
 constexpr int kEpSendWarps = 8;
-constexpr int kEpDispatchWarps = 16, kEpCombineWarps = 16;
+constexpr int kEpDispatchWarps = 16;
 
 // A flag is raised behind so many pieces of a warp, as the fence before it waits for all of the thread's stores; with few
 // tokens behind each.
 constexpr int kEpPiecesPerFlag = 2;
 
-// Pieces of 16 bytes that a thread of dispatch has on their way, in registers; and steps of so many that a thread of
-// combine has, in shared memory.
-constexpr int kEpDispatchPieces = 8, kEpCombinePieces = 4, kEpCombineSteps = 6;
+// Pieces of 16 bytes that a thread of dispatch has on their way, in registers.
+constexpr int kEpDispatchPieces = 8;
 struct alignas(16) EpVector {
   u32 word[4];
 };
 constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a thread's pieces to its next
-constexpr int kEpCombineSmemBytes = kEpCombineWarps * kEpPitch * kEpCombinePieces * kEpCombineSteps;
+
+// Combine: warps that sum, and one each that loads and that signals. A stage holds a row, or so many columns of one.
+constexpr int kEpSumWarps = 14, kEpCombineWarps = kEpSumWarps + 2;
+constexpr int kEpSumPieces = 2, kEpStageBytes = kEpSumPieces * kEpSumWarps * kEpPitch, kEpStages = 15;
+constexpr int kEpCombineSmemBytes = kEpStages * (kEpStageBytes + 48) + 1024;
 
 // What is agreed upon by all ranks.
 struct EpShape {
@@ -71,15 +73,15 @@ enum EpSequence { kEpDispatchSend, kEpDispatchRecv, kEpCombineSend, kEpCombineRe
 struct EpWords {
   u64 stop;  // not 0: give up waiting. 1 + the rank that called abort(), or that timed out
   u64 pad[7];
-  u64 epoch[kEpSequences];  // operations finished
-  u64 done[kEpSequences];   // CTAs that have finished the present one
-  u64 recorded;             // not 0: the status has been written
+  u64 recorded;  // not 0: the status has been written
 };
 
 struct EpLayout {
-  i64 dispatch_credit, combine_credit;  // u64 [R]: epoch that rank d has finished to read
+  i64 epochs;                           // u64 [sequences][G]: operations that a CTA of this rank has finished
+  i64 dispatch_credit, combine_credit;  // u64 [R][G]: epoch that a CTA of rank d has finished to read
   i64 route_flags;                      // u64 [R][G]
-  i64 token_flags, sum_flags;           // u64 [R][G][sending warps]
+  i64 token_flags;                      // u64 [R][G][sending warps]
+  i64 sum_flags;                        // u64 [R][G]
   i64 buffers, buffer_stride;
   i64 headers, choices, weights, counts, tokens, sums;  // within a buffer
   i64 token_slot, sum_slot;                             // bytes
@@ -92,12 +94,13 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   EpLayout l{};
   l.token_slot = ep_token_slot(s);
   l.sum_slot = ep_sum_slot(s);
-  l.dispatch_credit = ep_align_region(sizeof(EpWords));
-  l.combine_credit = l.dispatch_credit + ep_align_region(ranks * 8);
-  l.route_flags = l.combine_credit + ep_align_region(ranks * 8);
+  l.epochs = ep_align_region(sizeof(EpWords));
+  l.dispatch_credit = l.epochs + ep_align_region(kEpSequences * s.num_ctas * 8);
+  l.combine_credit = l.dispatch_credit + ep_align_region(ranks * s.num_ctas * 8);
+  l.route_flags = l.combine_credit + ep_align_region(ranks * s.num_ctas * 8);
   l.token_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
   l.sum_flags = l.token_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
-  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
+  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * 8);
   l.headers = 0;
   l.choices = ep_align_region(ranks * 8);
   l.weights = l.choices + choices;
@@ -123,7 +126,7 @@ constexpr u32 ep_flag_count(u64 flag) { return u32(flag) & 0xffffffu; }
 
 enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEpSumsAndValues = 5 };
 
-// What 32 bits hold goes with its epoch in one word, so that it needs no flag.
+// Where no flag is waited for, what 32 bits hold goes with its epoch in one word.
 constexpr u64 ep_word(u64 epoch, u32 bits) { return epoch << 32 | bits; }
 
 // A choice. Where senders rank: the number among their CTA's choices of the expert, and the expert; else the expert
@@ -173,12 +176,13 @@ struct EpRouteSmem {
   i64 ranges;           // EpRange [R]: this CTA's tokens
   i64 rows;             // [R][choices of a CTA]: where they are few, else only the handle has them
   // Of senders that count.
+  i64 own;   // [choices of a CTA]
   i64 sent;  // [sending warps][E]
-  // Of receivers where scales are staged.
+  // Where scales are staged.
   i64 places;                      // [R][local experts + 1]: of this CTA's rows of a source
-  i64 num_staged;                  // [1], rows of the present source
+  i64 done;                        // [R]: pieces of a source that have been written
   i64 staged_rows, staged_tokens;  // [choices of a CTA], in order
-  i64 stage;                       // [tokens of a CTA][pitch]: scales
+  i64 stage;                       // [2][tokens of a CTA][pitch]: scales of the sources in turn
   i64 words;
 };
 constexpr int ep_tokens_per_cta(const EpShape& s) { return ceil_div(s.max_tokens, s.num_ctas); }
@@ -195,13 +199,14 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.num_tokens = l.counts + local_experts;
   l.ranges = l.num_tokens + ranks;
   l.rows = l.ranges + 2 * ranks;
-  l.sent = l.rows + (ranks * choices <= kMaxRows ? ranks * choices : 0);
+  l.own = l.rows + (ranks * choices <= kMaxRows ? ranks * choices : 0);
+  l.sent = l.own + (s.counted ? choices : 0);
   l.places = l.sent + (s.counted ? kEpSendWarps * s.num_experts : 0);
-  l.num_staged = l.places + (s.staged ? ranks * (local_experts + 1) : 0);
-  l.staged_rows = l.num_staged + 1;
+  l.done = l.places + (s.staged ? ranks * (local_experts + 1) : 0);
+  l.staged_rows = l.done + (s.staged ? ranks : 0);
   l.staged_tokens = l.staged_rows + (s.staged ? choices : 0);
   l.stage = l.staged_tokens + (s.staged ? choices : 0);
-  l.words = l.stage + (s.staged ? i64(ep_tokens_per_cta(s)) * ep_stage_pitch(s.hidden) : 0);
+  l.words = l.stage + (s.staged ? 2 * i64(ep_tokens_per_cta(s)) * ep_stage_pitch(s.hidden) : 0);
   return l;
 }
 constexpr i64 kEpMaxRouteSmemBytes = 48 << 10;  // of experts and sources alone

@@ -13,24 +13,29 @@ namespace phalanx {
 
 // --- receiving: where each expert's rows begin ------------------------------------------------------------------------
 
-// Exclusive prefix sums of counts rounded up to the alignment, and the sum behind them. By one warp.
-__device__ __forceinline__ void ep_scan_experts(int* offsets, const int* counts, int num_experts, int alignment) {
-  const int lane = threadIdx.x % 32;
-  int carry = 0;
+// Exclusive prefix sums of what taken(e) is of each expert: first(e, sum). Returns the whole sum. By one warp, whose lanes
+// have neighbouring experts.
+template <class Taken, class First>
+__device__ __forceinline__ int ep_scan_experts(int num_experts, Taken taken, First first) {
+  const int lane = threadIdx.x % 32, each = ceil_div(num_experts, 32);
+  const int begin = min_of(lane * each, num_experts), end = min_of(begin + each, num_experts);
+  int mine = 0;
 #pragma unroll 1
-  for (int first = 0; first < num_experts; first += 32) {
-    const int e = first + lane;
-    const int taken = e < num_experts ? ceil_div(counts[e], alignment) * alignment : 0;
-    int sum = taken;
+  for (int e = begin; e < end; ++e) mine += taken(e);
+  int sum = mine;
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int lower = __shfl_up_sync(0xffffffffu, sum, distance);
-      if (lane >= distance) sum += lower;
-    }
-    if (e < num_experts) offsets[e] = carry + sum - taken;
-    carry += __shfl_sync(0xffffffffu, sum, 31);
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int lower = __shfl_up_sync(0xffffffffu, sum, distance);
+    if (lane >= distance) sum += lower;
   }
-  if (lane == 0) offsets[num_experts] = carry;
+  int before = sum - mine;
+#pragma unroll 1
+  for (int e = begin; e < end; ++e) {
+    const int count = taken(e);
+    first(e, before);
+    before += count;
+  }
+  return __shfl_sync(0xffffffffu, sum, 31);
 }
 
 // By one thread: until the word of this epoch is here.
@@ -102,18 +107,17 @@ __device__ __forceinline__ bool ep_count_choices(const EpOperation& op, const Ep
 #pragma unroll 1
   for (int i = role.thread(); i < 2 * num_ranks * num_local; i += role.num_threads()) state.total(0)[i] = 0;
   role.sync();
-  const int groups = min_of(num_ranks, role.num_warps), group = role.warp() % groups;
-  const int first = role.warp() / groups * 32 + int(threadIdx.x) % 32;
-  const int step = ceil_div(role.num_warps - group, groups) * 32;
+  const EpShare share(role, num_ranks);
   bool fine = true;
 #pragma unroll 1
-  for (int s = group; fine && s < num_ranks; s += groups) fine = ep_count_source(op, state, s, first, step);
+  for (int s = share.source; fine && s < num_ranks; s += share.num_groups)
+    fine = ep_count_source(op, state, s, share.first, share.step);
   return fine;
 }
 
 // Many tokens: total and before from the counts of the senders' CTAs, each behind its flag.
 __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRole& role, const EpRouteState& state,
-                                              int* vote) {
+                                              int* failed) {
   const EpCommon& c = op.c;
   const int num_local = ep_num_local_experts(c), num_ctas = c.shape.num_ctas;
   bool fine = true;
@@ -121,7 +125,7 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
   for (int i = role.thread(); fine && i < c.shape.num_ranks * num_ctas; i += role.num_threads())
     fine = ep_wait(op.c, kEpPhaseRouting, i / num_ctas, op.word(c.rank, c.layout.route_flags, i),
                    ep_flag(op.epoch, kEpRouting, 1));
-  if (!role.all(fine, vote)) return false;
+  if (!role.all(fine, failed)) return false;
   if (const int s = role.thread(); s < c.shape.num_ranks)
     state.set_num_tokens(s, ep_flag_count(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.headers, s))));
   const int* counts = reinterpret_cast<const int*>(op.buffer(c.rank, c.layout.counts));
@@ -130,7 +134,7 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
     const int source = i / num_local, e = i - source * num_local;
     const int* column = counts + i64(source) * num_ctas * c.shape.max_local_experts + e;
     int total = 0, before = 0;
-#pragma unroll 8
+#pragma unroll 16
     for (int cta = 0; cta < num_ctas; ++cta) {
       const int count = column[i64(cta) * c.shape.max_local_experts];
       total += count;
@@ -144,35 +148,41 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
 }
 
 // First rows of the experts; `before` becomes the row of this CTA's first choice, `places` its place.
+template <bool kCounted>
 __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                 const EpRouteState& state, int* vote) {
+                                                 const EpRouteState& state, int* failed) {
   const EpCommon& c = p.c;
   const int num_local = ep_num_local_experts(c), num_ranks = c.shape.num_ranks;
-  const bool fine = c.shape.counted ? ep_add_counts(op, role, state, vote) : ep_count_choices(op, role, state);
-  if (!role.all(fine, vote)) return false;
-#pragma unroll 1
-  for (int e = role.thread(); e < num_local; e += role.num_threads()) {
-    int count = 0;
-#pragma unroll 1
-    for (int s = 0; s < num_ranks; ++s) count += state.total(s)[e];
-    state.counts()[e] = count;
+  bool fine;
+  if constexpr (kCounted)
+    fine = ep_add_counts(op, role, state, failed);
+  else
+    fine = ep_count_choices(op, role, state);
+  if (!role.all(fine, failed)) return false;
+  if (role.warp() == 0) {
+    const auto count = [&](int e) {
+      int sum = 0;
+#pragma unroll 2
+      for (int s = 0; s < num_ranks; ++s) sum += state.total(s)[e];
+      return sum;
+    };
+    const auto taken = [&](int e) { return ceil_div(count(e), p.alignment) * p.alignment; };
+    const int rows = ep_scan_experts(num_local, taken, [&](int e, int first) {
+      state.offsets()[e] = first;
+      state.counts()[e] = count(e);
+#pragma unroll 2
+      for (int s = 0; s < num_ranks; ++s) {
+        state.before(s)[e] += first;
+        first += state.total(s)[e];
+      }
+    });
+    if (threadIdx.x % 32 == 0) state.offsets()[num_local] = rows;
   }
-  role.sync();
+  if constexpr (kCounted) {
 #pragma unroll 1
-  for (int s = role.warp(); s <= (c.shape.staged ? num_ranks : 0); s += role.num_warps) {
-    int* places = state.places(s - 1);
-    ep_scan_experts(s == 0 ? state.offsets() : places, s == 0 ? state.counts() : places, num_local,
-                    s == 0 ? p.alignment : 1);
-  }
-  role.sync();
-#pragma unroll 1
-  for (int e = role.thread(); e < num_local; e += role.num_threads()) {
-    int base = state.offsets()[e];
-#pragma unroll 1
-    for (int s = 0; s < num_ranks; ++s) {
-      state.before(s)[e] += base;
-      base += state.total(s)[e];
-    }
+    for (int s = role.warp(); c.shape.staged && s < num_ranks; s += role.num_warps)
+      ep_scan_experts(
+          num_local, [&](int e) { return state.places(s)[e]; }, [&](int e, int first) { state.places(s)[e] = first; });
   }
   role.sync();
   return true;
@@ -180,56 +190,49 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
 
 // --- receiving: the rows of this CTA's tokens -------------------------------------------------------------------------
 
-// Few tokens: local experts become rows. A warp takes a source, token by token.
+// Few tokens: local experts become rows. A warp takes a source.
 __device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRouteState& state) {
   const EpShape& shape = state.p.c.shape;
 #pragma unroll 1
   for (int s = role.warp(); s < shape.num_ranks; s += role.num_warps) {
     int* rows = state.rows(s);
-    ep_number_choices(rows, state.range(s).size(), shape.topk, state.before(s), rows);
+    ep_number_choices(rows, state.range(s).size() * shape.topk, state.before(s),
+                      [&](int i, int, int row) { rows[i] = row; });
   }
 }
 
-// Many tokens: the row of a choice of source s, and its place among those of this CTA.
-__device__ __forceinline__ int ep_row_of_choice(const EpOperation& op, const EpRouteState& state, int s, i64 at) {
+// Many tokens: rows from the choices, their numbers, and the rows of the CTA's first ones; places likewise.
+__device__ __forceinline__ void ep_find_rows(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
+  constexpr int kAhead = 4;
   const EpCommon& c = op.c;
-  const int num_local = ep_num_local_experts(c);
-  const int choice = int(u32(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, at))));
-  const int e = ep_choice_expert(choice) - c.first_expert[c.rank];
-  const bool is_here = choice >= 0 && e >= 0 && e < num_local;
-  if (c.shape.staged)
-    c.handle[c.handle_layout.places + at] = is_here ? state.places(s)[e] + ep_choice_number(choice) : 0;
-  return is_here ? state.before(s)[e] + ep_choice_number(choice) : kEpNotHere;
-}
-
-// Rows and weights of this CTA's tokens, to the handle and to where they are wanted.
-__device__ __forceinline__ bool ep_keep_rows(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                             const EpRouteState& state) {
-  const EpCommon& c = p.c;
-  int* handle_rows = c.handle + c.handle_layout.rows;
-  float* handle_weights = reinterpret_cast<float*>(c.handle + c.handle_layout.weights);
-  bool fine = true;
+  const int num_local = ep_num_local_experts(c), first_expert = c.first_expert[c.rank];
+  const EpShare share(role, c.shape.num_ranks);
 #pragma unroll 1
-  for (int s = 0; s < c.shape.num_ranks; ++s) {
+  for (int s = share.source; s < c.shape.num_ranks; s += share.num_groups) {
     const EpRange tokens = state.range(s);
-    int* rows = state.rows(s);
+    const int num_choices = tokens.size() * c.shape.topk;
     const i64 base = ep_choice(c, s, tokens.begin);
+    int* rows = state.rows(s);
+    int* places = c.handle + c.handle_layout.places + base;
 #pragma unroll 1
-    for (int i = role.thread(); fine && i < tokens.size() * c.shape.topk; i += role.num_threads()) {
-      if (p.route) {
-        const int row = c.shape.counted ? ep_row_of_choice(op, state, s, base + i) : rows[i];
-        u64 weight;
-        fine = ep_wait_for_word(op, s, ep_words_at(op, c.rank, c.layout.weights, base + i), weight);
-        rows[i] = row;
-        handle_rows[base + i] = row;
-        handle_weights[base + i] = __uint_as_float(u32(weight));
-      } else if (state.has_rows()) {
-        rows[i] = handle_rows[base + i];
+    for (int first = share.first; first < num_choices; first += kAhead * share.step) {
+      int choice[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int i = first + j * share.step;
+        choice[j] =
+            i < num_choices ? int(u32(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, base + i)))) : -1;
       }
-      if (p.row_weights && rows[i] >= 0 && rows[i] < p.capacity) p.row_weights[rows[i]] = handle_weights[base + i];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const int i = first + j * share.step, e = ep_choice_expert(choice[j]) - first_expert;
+        if (i >= num_choices) continue;
+        const bool is_here = choice[j] >= 0 && e >= 0 && e < num_local;
+        rows[i] = is_here ? state.before(s)[e] + ep_choice_number(choice[j]) : kEpNotHere;
+        if (c.shape.staged) places[i] = is_here ? state.places(s)[e] + ep_choice_number(choice[j]) : 0;
+      }
     }
   }
-  return fine;
 }
 
 // What the handle said at an earlier dispatch.
@@ -243,6 +246,70 @@ __device__ __forceinline__ void ep_recall_routing(const EpCommon& c, const EpRol
 #pragma unroll 1
   for (int s = role.thread(); s < c.shape.num_ranks; s += role.num_threads())
     state.set_num_tokens(s, c.handle[c.handle_layout.num_tokens + s]);
+  role.sync();
+  const EpShare share(role, c.shape.num_ranks);
+#pragma unroll 1
+  for (int s = share.source; state.has_rows() && s < c.shape.num_ranks; s += share.num_groups) {
+    const int* rows = c.handle + c.handle_layout.rows + ep_choice(c, s, state.range(s).begin);
+#pragma unroll 4
+    for (int i = share.first; i < state.range(s).size() * c.shape.topk; i += share.step) state.rows(s)[i] = rows[i];
+  }
+}
+
+// By the whole role: until the rows of this CTA's tokens are known. False if a peer did not come.
+template <bool kCounted>
+__device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                   const EpRouteState& state, int* failed) {
+  if (!p.route) {
+    ep_recall_routing(p.c, role, state);
+  } else {
+    if (!ep_place_experts<kCounted>(p, op, role, state, failed)) return false;
+    if constexpr (kCounted)
+      ep_find_rows(op, role, state);
+    else
+      ep_number_rows(role, state);
+  }
+  role.sync();
+  return true;
+}
+
+// --- keeping what was found, when there is time -----------------------------------------------------------------------
+
+// Rows and weights of this CTA's tokens, to the handle and to row_weights.
+template <bool kCounted>
+__device__ __forceinline__ bool ep_keep_rows(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                             const EpRouteState& state) {
+  const EpCommon& c = p.c;
+  const EpShare share(role, c.shape.num_ranks);
+  bool fine = true;
+#pragma unroll 1
+  for (int s = share.source; s < c.shape.num_ranks; s += share.num_groups) {
+    const EpRange tokens = state.range(s);
+    const int* rows = state.rows(s);
+    const i64 base = ep_choice(c, s, tokens.begin);
+    int* handle_rows = c.handle + c.handle_layout.rows + base;
+    float* weights = reinterpret_cast<float*>(c.handle + c.handle_layout.weights) + base;
+#pragma unroll 1
+    for (int i = share.first; fine && i < tokens.size() * c.shape.topk; i += share.step) {
+      float weight;
+      if (!p.route) {
+        weight = weights[i];
+      } else {
+        u64 word;
+        if constexpr (kCounted) {
+          word = ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, base + i));
+          weight = __uint_as_float(u32(word >> 32));
+        } else {
+          fine = ep_wait_for_word(op, s, ep_words_at(op, c.rank, c.layout.weights, base + i), word);
+          weight = __uint_as_float(u32(word));
+        }
+        handle_rows[i] = rows[i];
+        weights[i] = weight;
+      }
+      if (p.row_weights && rows[i] >= 0 && rows[i] < p.capacity) p.row_weights[rows[i]] = weight;
+    }
+  }
+  return fine;
 }
 
 // By the first CTA: what concerns all of them.
@@ -266,22 +333,6 @@ __device__ __forceinline__ void ep_publish_routing(const EpDispatchParams& p, co
     c.status->rows_given = p.capacity;
     ptx::store_release_sys(&c.status->rows_needed, state.offsets()[num_local]);
   }
-}
-
-// By the whole role; false if a peer did not come. Afterwards the rows of this CTA's tokens are known.
-__device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                   const EpRouteState& state, int* vote) {
-  if (p.c.shape.staged && role.thread() == 0) state.num_staged() = 0;
-  if (p.route) {
-    if (!ep_place_experts(p, op, role, state, vote)) return false;
-    if (!p.c.shape.counted) ep_number_rows(role, state);
-  } else {
-    ep_recall_routing(p.c, role, state);
-  }
-  role.sync();
-  const bool fine = ep_keep_rows(p, op, role, state);
-  if (blockIdx.x == 0) ep_publish_routing(p, role, state);
-  return role.all(fine, vote);
 }
 
 }  // namespace phalanx

@@ -8,112 +8,135 @@ __device__ __forceinline__ u64* ep_words_at(const EpOperation& op, int rank, i64
   return reinterpret_cast<u64*>(op.buffer(rank, region)) + at;
 }
 
-// This rank's choice, and its weight, to every rank.
-__device__ __noinline__ void ep_send_choice(const EpDispatchParams& p, u64 epoch, i64 buffer, i64 token, int k,
-                                            int choice, float weight) {
+// A choice of this rank's and its weight.
+struct EpOwnChoice {
+  int expert = -1;
+  float weight = 1;
+
+  __device__ __forceinline__ EpOwnChoice(const EpDispatchParams& p, EpRange tokens, int i) {
+    const int topk = p.c.shape.topk, token = i / topk;
+    if (!p.route || token >= tokens.size()) return;
+    expert = ep_own_expert(p, tokens.begin + token, i - token * topk);
+    if (p.topk_weights) weight = p.topk_weights[(tokens.begin + token) * p.weights_stride + i - token * topk];
+  }
+};
+
+__device__ __forceinline__ void ep_send_header(const EpOperation& op, const EpRole& role) {
+  const int rank = role.thread();
+  if (blockIdx.x == 0 && rank < op.c.shape.num_ranks)
+    ptx::store_relaxed_sys(ep_words_at(op, rank, op.c.layout.headers, op.c.rank),
+                           ep_flag(op.epoch, kEpRouting, op.c.num_tokens));
+}
+
+// Few tokens: the choices of this CTA's tokens to the handle and to every rank; `first` is this thread's first.
+__device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                EpRange tokens, EpOwnChoice first) {
   const EpCommon& c = p.c;
-  const i64 at = ep_choice(c, c.rank, token) + k;
+  int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * c.shape.topk;
+  const i64 base = ep_choice(c, c.rank, tokens.begin);
 #pragma unroll 1
-  for (int r = 0; r < c.shape.num_ranks; ++r) {
-    u8* to = c.peers[r] + buffer + at * 8;
-    ptx::store_relaxed_sys(reinterpret_cast<u64*>(to + c.layout.choices), ep_word(epoch, u32(choice)));
-    ptx::store_relaxed_sys(reinterpret_cast<u64*>(to + c.layout.weights), ep_word(epoch, __float_as_uint(weight)));
+  for (int i = role.thread(); i < tokens.size() * c.shape.topk; i += role.num_threads()) {
+    const EpOwnChoice own = i == role.thread() ? first : EpOwnChoice(p, tokens, i);
+    experts[i] = own.expert;
+#pragma unroll 1
+    for (int r = 0; r < c.shape.num_ranks; ++r) {
+      ptx::store_relaxed_sys(ep_words_at(op, r, c.layout.choices, base + i), ep_word(op.epoch, u32(own.expert)));
+      ptx::store_relaxed_sys(ep_words_at(op, r, c.layout.weights, base + i),
+                             ep_word(op.epoch, __float_as_uint(own.weight)));
+    }
   }
 }
 
-// Numbers choices, [tokens][topk] experts or below 0, in order: next[e] is the next choice's number of e. Writes -1
-// where there is no choice, and without `numbers` nothing; these may lie where the experts do. By a warp.
-__device__ __noinline__ void ep_number_choices(const int* experts, int num_tokens, int topk, int* next, int* numbers) {
-  constexpr int kAhead = 4;  // tokens whose choices are loaded at once
+// Numbers choices, experts or below 0, in order: next[e] is the next choice's number of e; `put` gets place, expert and
+// number, below 0 where there is no choice. By a warp, 32 choices at a time.
+template <class Put>
+__device__ __forceinline__ void ep_number_choices(const int* experts, int num_choices, int* next, Put put) {
   const int lane = threadIdx.x % 32;
   const u32 lower_lanes = (1u << lane) - 1;
 #pragma unroll 1
-  for (int t = 0; t < num_tokens; t += kAhead) {
-    int expert[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      expert[j] = t + j < num_tokens && lane < topk ? experts[(t + j) * topk + lane] : -1;
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int e = expert[j];
-      // A token may choose an expert twice: its lanes take numbers in order.
-      const u32 same = __match_any_sync(0xffffffffu, e >= 0 ? e : -1 - lane);
-      const int number = e >= 0 ? next[e] + __popc(same & lower_lanes) : -1;
-      __syncwarp();
-      if (e >= 0 && (same & lower_lanes) == 0) next[e] += __popc(same);
-      __syncwarp();
-      if (numbers && t + j < num_tokens && lane < topk) numbers[(t + j) * topk + lane] = number;
-    }
+  for (int first = 0; first < num_choices; first += 32) {
+    const int i = first + lane, e = i < num_choices ? experts[i] : -1;
+    const u32 same = __match_any_sync(0xffffffffu, e >= 0 ? e : -1 - lane);
+    const int number = e >= 0 ? next[e] + __popc(same & lower_lanes) : -1;
+    __syncwarp();
+    if (e >= 0 && (same & lower_lanes) == 0) next[e] += __popc(same);
+    __syncwarp();
+    if (i < num_choices) put(i, e, number);
   }
 }
 
-// Numbers this CTA's choices of each expert, into `numbers`, and sends how many there are.
+// Numbers this CTA's choices of each expert, and sends how many there are. Each warp numbers some; sent(w)[e] becomes how
+// many choices of e the warps before it have.
 __device__ __forceinline__ void ep_count_own_choices(const EpOperation& op, const EpRole& role,
-                                                     const EpRouteState& state, const int* experts, int num_tokens,
-                                                     int* numbers) {
+                                                     const EpRouteState& state, int num_choices, int piece) {
   const EpCommon& c = op.c;
-  const int topk = c.shape.topk, piece = ceil_div(num_tokens, role.num_warps);
-  const int begin = min_of(role.warp() * piece, num_tokens), end = min_of(begin + piece, num_tokens);
+  const int begin = min_of(role.warp() * piece, num_choices), end = min_of(begin + piece, num_choices);
+  int* own = state.own() + begin;
   int* next = state.sent(role.warp());
 #pragma unroll 1
   for (int e = threadIdx.x % 32; e < c.shape.num_experts; e += 32) next[e] = 0;
-  role.sync();  // experts are written as well
+  role.sync();  // own is written as well
+  ep_number_choices(own, end - begin, next, [&](int i, int e, int number) { own[i] = ep_numbered_choice(e, number); });
+  role.sync();
 #pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    ep_number_choices(experts + begin * topk, end - begin, topk, next, pass == 0 ? nullptr : numbers + begin * topk);
-    role.sync();
-    if (pass == 1) return;
-#pragma unroll 1
-    for (int e = role.thread(); e < c.shape.num_experts; e += role.num_threads()) {
-      int sum = 0;
-#pragma unroll 1
-      for (int w = 0; w < role.num_warps; ++w) {
-        const int count = state.sent(w)[e];
-        state.sent(w)[e] = sum;
-        sum += count;
-      }
-      const int r = ep_rank_of(c.first_expert, c.shape.num_ranks, e);
-      const i64 cta = i64(c.rank) * c.shape.num_ctas + blockIdx.x;
-      reinterpret_cast<int*>(op.buffer(r, c.layout.counts))[cta * c.shape.max_local_experts + e - c.first_expert[r]] =
-          sum;
+  for (int e = role.thread(); e < c.shape.num_experts; e += role.num_threads()) {
+    int sum = 0;
+#pragma unroll
+    for (int w = 0; w < kEpSendWarps; ++w) {
+      const int count = state.sent(w)[e];
+      state.sent(w)[e] = sum;
+      sum += count;
     }
-    role.sync();
-  }
-}
-
-// This CTA's tokens: their choices to the handle and to every rank.
-__device__ __forceinline__ void ep_send_routing(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
-  const EpDispatchParams& p = state.p;
-  const EpCommon& c = p.c;
-  const int topk = c.shape.topk, rank = role.thread();
-  const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas);
-  if (blockIdx.x == 0 && rank < c.shape.num_ranks)
-    ptx::store_relaxed_sys(ep_words_at(op, rank, c.layout.headers, c.rank),
-                           ep_flag(op.epoch, kEpRouting, c.num_tokens));
-  int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * topk;
-  // Where this CTA's receivers will put rows later, behind the flag of this one too.
-  int* numbers = c.handle + c.handle_layout.rows + ep_choice(c, c.rank, tokens.begin);
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-#pragma unroll 1
-    for (int i = role.thread(); i < tokens.size() * topk; i += role.num_threads()) {
-      const int token = i / topk, k = i - token * topk;
-      // Asked for before the choice is waited for.
-      const float weight = p.topk_weights ? p.topk_weights[(tokens.begin + token) * p.weights_stride + k] : 1.0f;
-      if (pass == 0) experts[i] = ep_own_expert(p, tokens.begin + token, k);
-      if (pass == 1 || !c.shape.counted)
-        ep_send_choice(p, op.epoch, op.buffer_offset, tokens.begin + token, k,
-                       pass == 0 ? experts[i] : ep_numbered_choice(experts[i], numbers[i]), weight);
-    }
-    if (!c.shape.counted) return;
-    if (pass == 0) ep_count_own_choices(op, role, state, experts, tokens.size(), numbers);
+    const int r = ep_rank_of(c.first_expert, c.shape.num_ranks, e);
+    const i64 cta = i64(c.rank) * c.shape.num_ctas + blockIdx.x;
+    reinterpret_cast<int*>(op.buffer(r, c.layout.counts))[cta * c.shape.max_local_experts + e - c.first_expert[r]] =
+        sum;
   }
   role.sync();
-  if (rank < c.shape.num_ranks) {
-    ptx::fence_acq_rel_sys();
-    ptx::store_relaxed_sys(op.word(rank, c.layout.route_flags, c.rank * c.shape.num_ctas + int(blockIdx.x)),
-                           ep_flag(op.epoch, kEpRouting, 1));
+}
+
+// Many tokens: the same, numbered, with weights, behind a flag.
+__device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                const EpRouteState& state, EpRange tokens) {
+  constexpr int kAhead = 4;  // choices that a thread asks for at once
+  const EpCommon& c = p.c;
+  const int num_choices = tokens.size() * c.shape.topk, step = role.num_threads();
+  int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * c.shape.topk;
+  const i64 base = ep_choice(c, c.rank, tokens.begin);
+#pragma unroll 1
+  for (int first = role.thread(); first < num_choices; first += kAhead * step) {
+    int expert[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) expert[j] = EpOwnChoice(p, tokens, first + j * step).expert;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      if (first + j * step >= num_choices) continue;
+      state.own()[first + j * step] = expert[j];
+      experts[first + j * step] = expert[j];
+    }
   }
+  const int piece = ceil_div(num_choices, role.num_warps);
+  ep_count_own_choices(op, role, state, num_choices, piece);
+#pragma unroll 1
+  for (int first = role.thread(); first < num_choices; first += kAhead * step) {
+    float weight[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) weight[j] = EpOwnChoice(p, tokens, first + j * step).weight;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = first + j * step;
+      if (i >= num_choices) continue;
+      int choice = state.own()[i];
+      if (choice >= 0) choice += state.sent(i / piece)[ep_choice_expert(choice)] << kEpRankShift;
+#pragma unroll 1
+      for (int r = 0; r < c.shape.num_ranks; ++r)
+        *ep_words_at(op, r, c.layout.choices, base + i) = ep_word(__float_as_uint(weight[j]), u32(choice));
+    }
+  }
+  role.sync();
+  if (const int rank = role.thread(); rank < c.shape.num_ranks)
+    ptx::store_release_sys(op.word(rank, c.layout.route_flags, c.rank * c.shape.num_ctas + int(blockIdx.x)),
+                           ep_flag(op.epoch, kEpRouting, 1));
 }
 
 }  // namespace phalanx

@@ -19,22 +19,44 @@ struct EpRouteState {
     num_tokens(s) = count;
     range(s) = ep_tokens_of_cta(count, blockIdx.x, p.c.shape.num_ctas);
   }
-  __device__ __forceinline__ bool has_rows() const { return p.smem.rows != p.smem.sent; }
+  __device__ __forceinline__ bool has_rows() const { return p.smem.rows != p.smem.own; }
   // Of this CTA's tokens of a source.
   __device__ __forceinline__ int* rows(int s) const {
     if (has_rows()) return smem + p.smem.rows + i64(s) * ep_choices_per_cta(p.c.shape);
     return p.c.handle + p.c.handle_layout.rows + ep_choice(p.c, s, range(s).begin);
   }
+  __device__ __forceinline__ int* own() const { return smem + p.smem.own; }
   __device__ __forceinline__ int* sent(int warp) const { return smem + p.smem.sent + warp * p.c.shape.num_experts; }
   __device__ __forceinline__ int* places(int s) const {
     return smem + p.smem.places + s * (ep_num_local_experts(p.c) + 1);
   }
-  __device__ __forceinline__ int& num_staged() const { return smem[p.smem.num_staged]; }
+  __device__ __forceinline__ int& done(int s) const { return smem[p.smem.done + s]; }
   __device__ __forceinline__ int* staged_rows() const { return smem + p.smem.staged_rows; }
   __device__ __forceinline__ int* staged_tokens() const { return smem + p.smem.staged_tokens; }
-  // Of a token, counted from the CTA's first.
-  __device__ __forceinline__ float* stage(int token) const {
-    return reinterpret_cast<float*>(smem + p.smem.stage) + token * ep_stage_pitch(p.c.shape.hidden);
+  // Of a token, counted from the CTA's first, of the source whose turn is `turn`.
+  __device__ __forceinline__ float* stage(int turn, int token) const {
+    const int row = turn % 2 * ep_tokens_per_cta(p.c.shape) + token;
+    return reinterpret_cast<float*>(smem + p.smem.stage) + row * ep_stage_pitch(p.c.shape.hidden);
+  }
+};
+
+// What a CTA's warps share beside it. All 0 at the start.
+struct EpShared {
+  int failed;
+  int next;        // piece to be written
+  int num_staged;  // rows of the source whose scales are written
+  int written;     // sources whose scales have been
+};
+
+// The warps of a role share sources: each takes the choices first, first + step, ... of source, source + num_groups, ...
+struct EpShare {
+  int source, num_groups, first, step;
+
+  __device__ __forceinline__ EpShare(const EpRole& role, int num_ranks)
+      : num_groups(min_of(num_ranks, role.num_warps)) {
+    source = role.warp() % num_groups;
+    first = role.warp() / num_groups * 32 + int(threadIdx.x) % 32;
+    step = ceil_div(role.num_warps - source, num_groups) * 32;
   }
 };
 

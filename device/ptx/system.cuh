@@ -20,6 +20,10 @@ __device__ __forceinline__ void store_relaxed_sys(u64* p, u64 value) {
 __device__ __forceinline__ void store_release_sys(int* p, int value) {
   asm volatile("st.release.sys.global.s32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
+__device__ __forceinline__ void store_release_sys(u64* p, u64 value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+__device__ __forceinline__ void fence_acq_rel_cta() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Returns what was there.

@@ -14,9 +14,6 @@ u8* sum_slot(const EpOperation& op, const EpCommon& c, int at, int source, i64 t
   return ep_slot(op, c, at, source, token, c.layout.sums, c.layout.sum_slot);
 }
 
-// Of one CTA and one warp.
-int sum_flag_idx(int source) { return source * kEpSendWarps; }
-
 // FMA on machines that have it; the library's, with the same bits, elsewhere.
 [[gnu::target_clones("arch=haswell", "default")]] void add_row(const Bf16* row, float weight, float* sum, int count) {
   for (int i = 0; i < count; ++i) sum[i] = __builtin_fmaf(weight, std::bit_cast<float>(u32(row[i].bits) << 16), sum[i]);
@@ -51,7 +48,7 @@ void send_sums(const EpCombineParams& p, const EpOperation& op, const EpHandle& 
       Bf16* out = reinterpret_cast<Bf16*>(slot);
       for (int i = 0; i < hidden; ++i) out[i] = from_f32<Bf16>(sum[i]);
       if (p.values) std::memcpy(slot + ep_bf16_bytes(hidden), values.data(), values.size() * 4);
-      op.signal(op.word(s, c.layout.sum_flags, sum_flag_idx(c.rank)), ep_flag(op.epoch(), sums_format(p), u32(t) + 1));
+      op.signal(op.word(s, c.layout.sum_flags, c.rank), ep_flag(op.epoch(), sums_format(p), u32(t) + 1));
     }
   }
 }
@@ -70,7 +67,7 @@ bool receive_sums(const EpCombineParams& p, const EpOperation& op, const EpHandl
         sum_rows(p, handle, r, t, sum.data(), values.data());
         for (int i = 0; i < hidden; ++i) total[i] += sum[i];
       } else {
-        if (!op.wait(kEpPhaseSums, r, op.word(c.rank, c.layout.sum_flags, sum_flag_idx(r)),
+        if (!op.wait(kEpPhaseSums, r, op.word(c.rank, c.layout.sum_flags, r),
                      ep_flag(op.epoch(), sums_format(p), u32(t) + 1)))
           return false;
         const u8* slot = sum_slot(op, c, c.rank, r, t);

@@ -11,11 +11,10 @@ namespace phalanx::cpu {
 // One rank's half of one operation: its epoch, its flags, its waits.
 class EpOperation {
  public:
-  EpOperation(const EpCommon& c, EpSequence sequence)
-      : c_(c), epoch_(words(c.rank)->epoch[sequence] + 1), sequence_(sequence) {}
+  EpOperation(const EpCommon& c, EpSequence sequence) : c_(c), epoch_(*epoch_word(sequence) + 1), sequence_(sequence) {}
 
   /// Ends it; call only when nothing failed.
-  void finish() { words(c_.rank)->epoch[sequence_] = epoch_; }
+  void finish() { *epoch_word(sequence_) = epoch_; }
 
   u64 epoch() const { return epoch_; }
 
@@ -45,6 +44,7 @@ class EpOperation {
   }
 
  private:
+  u64* epoch_word(EpSequence s) const { return word(c_.rank, c_.layout.epochs, s * c_.shape.num_ctas); }
   EpWords* words(int r) const { return reinterpret_cast<EpWords*>(c_.peers[r]); }
 
   bool fail(EpState state, EpPhase phase, int peer, u64 expected, u64 seen, u64 who = 0) const;

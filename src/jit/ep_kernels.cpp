@@ -5,17 +5,23 @@
 namespace phalanx::jit {
 namespace {
 
-KernelSource ep_source(const char* function, const char* params, const char* warps) {
-  return {.name = function,
+KernelSource ep_source(const char* name, const char* file, const char* function, const char* params,
+                       const char* warps) {
+  return {.name = name,
           .text = format_text(R"(#include "device/ep/{0}.cuh"
-extern "C" __global__ void __launch_bounds__(32 * phalanx::{3}, 1) {1}(const __grid_constant__ phalanx::{2} params) {{ phalanx::ep_{0}(params); }}
+extern "C" __global__ void __launch_bounds__(32 * phalanx::{4}, 1) {1}(const __grid_constant__ phalanx::{3} params) {{ phalanx::{2}(params); }}
 )",
-                              function + 3, kEntryPoint, params, warps)};
+                              file, kEntryPoint, function, params, warps)};
 }
 
 }  // namespace
 
-KernelSource ep_dispatch_source() { return ep_source("ep_dispatch", "EpDispatchParams", "kEpDispatchWarps"); }
-KernelSource ep_combine_source() { return ep_source("ep_combine", "EpCombineParams", "kEpCombineWarps"); }
+KernelSource ep_dispatch_source(bool counted) {
+  return ep_source(counted ? "ep_dispatch_counted" : "ep_dispatch", "dispatch",
+                   counted ? "ep_dispatch<true>" : "ep_dispatch<false>", "EpDispatchParams", "kEpDispatchWarps");
+}
+KernelSource ep_combine_source() {
+  return ep_source("ep_combine", "combine", "ep_combine", "EpCombineParams", "kEpCombineWarps");
+}
 
 }  // namespace phalanx::jit

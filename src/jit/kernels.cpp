@@ -65,7 +65,7 @@ std::vector<KernelSource> all_kernels() {
       kernels.push_back(unpermute_backward_source({rows_f32, tokens_f32}));
     }
   }
-  kernels.insert(kernels.end(), {ep_dispatch_source(), ep_combine_source()});
+  kernels.insert(kernels.end(), {ep_dispatch_source(false), ep_dispatch_source(true), ep_combine_source()});
   return kernels;
 }
 

@@ -22,7 +22,7 @@ KernelSource permute_source();
 KernelSource route_and_permute_source();
 KernelSource unpermute_source(const UnpermuteConfig& config);
 KernelSource unpermute_backward_source(const UnpermuteConfig& config);
-KernelSource ep_dispatch_source();
+KernelSource ep_dispatch_source(bool counted);
 KernelSource ep_combine_source();
 
 /// Everything that any planner can return, each once.

@@ -90,7 +90,7 @@ EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType
       if (4 * ep_route_smem(s, s.max_local_experts).words > kEpMaxSmemBytes) s.*what = 0;
     };
     // Adding up the counts of all CTAs must be less work than counting all choices.
-    if (int64_t{config.max_tokens} * config.topk > int64_t{4} * s.num_ctas * s.max_local_experts &&
+    if (int64_t{config.max_tokens} * config.topk > int64_t{s.num_ctas} * s.max_local_experts &&
         config.num_experts <= kEpMaxCountedExperts && ep_choices_per_cta(s) < kEpMaxCountedChoices)
       fits(&EpShape::counted);
     if (s.counted) fits(&EpShape::staged);
@@ -163,7 +163,8 @@ struct ExpertParallel::Impl {
     for (int r = 0; r < g.size; ++r) common.peers[r] = static_cast<u8*>(memory->blocks[r].get());
     if (g.device.type == DeviceType::cuda) {
       const cuda::ContextGuard context(g.device.index);
-      dispatch_kernel = &load_kernel(g.device.index, jit::ep_dispatch_source(), static_cast<int>(kEpMaxSmemBytes));
+      dispatch_kernel =
+          &load_kernel(g.device.index, jit::ep_dispatch_source(shape.counted), static_cast<int>(kEpMaxSmemBytes));
       combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(), kEpCombineSmemBytes);
     }
   }

@@ -103,23 +103,94 @@ def test_graphs_in_any_order(seed):
             assert torch.equal(out.cpu().view(torch.int16), wanted.view(torch.int16))
 
 
-def test_a_missing_rank_is_named_and_the_context_lives(seed):
-    config = cases.Config(2, 256, 8, 2, 16)
-    problem = cases.random_problem(config, np.random.default_rng(seed), tokens=[16, 16])
-    for latency in (False, True):
-        eps = make(config, timeout=0.5, latency=latency)
+FAILURE = (
+    r"rank 0 of 2.*the peer's {what}.*peer 1, operation {epoch}, expected 0x[0-9a-f]+, seen 0x[0-9a-f]+.*within 1 s"
+)
 
-        def dispatch(rank, eps=eps):
+
+@pytest.mark.parametrize("latency", [False, True])
+def test_a_stopped_rank_is_named_and_the_group_can_be_made_anew(latency, seed):
+    """Rank 1 stops: at once, after some rounds, or between dispatch and combine."""
+    config = cases.Config(2, 256, 8, 2, 16)
+    rng = np.random.default_rng(seed)
+    problem = cases.random_problem(config, rng, tokens=[16, 16])
+    for rounds, has_dispatched in ((0, False), (3, False), (2, True)):
+        eps = make(config, NUM_GPUS > 1, timeout=1.0, dtype="bf16", latency=latency)
+        for _ in range(rounds):
+            cases.check_round(eps, problem, rng, False, False, False, False)
+
+        def stop(rank, eps=eps, rounds=rounds, has_dispatched=has_dispatched):
+            ep, device = eps[rank], eps[rank].group.device
+            x, idx = problem.x[rank].to(device), problem.topk_idx[rank].to(device)
+            rows = torch.zeros(64, config.hidden, dtype=torch.bfloat16, device=device)
+            ep.group.barrier()
+            if rank == 1 and not has_dispatched:
+                return
+            result = ep.dispatch(x, idx, capacity=64)
+            torch.cuda.current_stream().synchronize()
             if rank == 1:
                 return
-            eps[0].dispatch(problem.x[0].cuda(), problem.topk_idx[0].cuda(), capacity=64, quantize=True)
-            torch.cuda.current_stream().synchronize()
-            with pytest.raises(phalanx.PeerTimeoutError, match="rank 0 of 2.*peer 1.*operation 1"):
-                eps[0].check()
+            if has_dispatched:
+                ep.combine(rows, result.handle, tokens=len(x))
+                torch.cuda.current_stream().synchronize()
+            what = r"sums \(combine\)" if has_dispatched else r"routing \(dispatch\)"
+            with pytest.raises(phalanx.PeerTimeoutError, match=FAILURE.format(what=what, epoch=rounds + 1)):
+                ep.check()
+            with pytest.raises(phalanx.PeerTimeoutError):
+                ep.dispatch(x, idx, capacity=64)
 
-        cases.on_ranks([ep.group for ep in eps], dispatch)
-        fresh = make(config, latency=latency)
-        cases.check_round(fresh, problem, np.random.default_rng(seed), True, True, False, False)
+        cases.on_ranks([ep.group for ep in eps], stop)
+        for ep in eps:
+            ep.close()
+            ep.group.close()
+    fresh = make(config, NUM_GPUS > 1, dtype="bf16", latency=latency)
+    cases.check_round(fresh, problem, rng, True, True, False, False)
+
+
+def test_a_late_rank_is_waited_for(seed):
+    config = cases.Config(2, 256, 8, 2, 16)
+    problem = cases.random_problem(config, np.random.default_rng(seed), tokens=[16, 13])
+    for latency in (False, True):
+        eps = make(config, NUM_GPUS > 1, timeout=4.0, dtype="bf16", latency=latency)
+
+        def dispatch(rank, eps=eps):
+            ep, device = eps[rank], eps[rank].group.device
+            inputs = [a[rank].to(device) for a in (problem.x, problem.topk_idx, problem.topk_weights)]
+            ep.group.barrier()
+            if rank == 1:
+                time.sleep(0.5)
+            return ep.dispatch(*inputs, capacity=64)
+
+        for rank, result in enumerate(cases.on_ranks([ep.group for ep in eps], dispatch)):
+            cases.check_rows(problem, rank, result)
+
+
+def test_ranks_that_disagree_are_named(seed):
+    """About shapes when they are made; about types when tokens come."""
+    config = cases.Config(2, 256, 8, 2, 16)
+    problem = cases.random_problem(config, np.random.default_rng(seed), tokens=[16, 16])
+    groups = phalanx.Group.local(devices(2, NUM_GPUS > 1), timeout=1.0)
+    others = cases.Config(2, 512, 8, 2, 16)
+
+    def disagree(rank):
+        with pytest.raises(ValueError, match="rank 0 has hidden=256, rank 1 has hidden=512"):
+            (others if rank else config).make(groups[rank], num_sms=8)
+
+    cases.on_ranks(groups, disagree)
+    eps = make(config, NUM_GPUS > 1, timeout=1.0, dtype="bf16")
+
+    def dispatch(rank):
+        ep, device = eps[rank], eps[rank].group.device
+        inputs = [a[rank].to(device) for a in (problem.x, problem.topk_idx)]
+        ep.group.barrier()
+        ep.dispatch(*inputs, capacity=64, quantize=rank == 1)
+        torch.cuda.current_stream().synchronize()
+        names = ["bf16 tokens", "e4m3 tokens"]
+        match = f"rank {rank} of 2.*peer {1 - rank}.*expected {names[rank]}, rank {1 - rank} sent {names[1 - rank]}"
+        with pytest.raises(ValueError, match=match):
+            ep.check()
+
+    cases.on_ranks([ep.group for ep in eps], dispatch)
 
 
 def test_abort_wakes_a_waiting_kernel(seed):

@@ -9,15 +9,12 @@
 
 namespace phalanx {
 
-// The kernels' dynamic shared memory. Of each CTA, as it is a thread.
-alignas(16) thread_local u8 ep_smem[kEpMaxSmemBytes];
-static_assert(sizeof ep_smem >= kEpCombineSmemBytes);
-
 namespace test {
 namespace {
 
 void dispatch(const EpDispatchParams& p) {
-  simt::launch(p.c.shape.num_ctas, 32 * kEpDispatchWarps, [&] { ep_dispatch(p); });
+  simt::launch(p.c.shape.num_ctas, 32 * kEpDispatchWarps,
+               [&] { p.c.shape.counted ? ep_dispatch<true>(p) : ep_dispatch<false>(p); });
 }
 void combine(const EpCombineParams& p) {
   simt::launch(p.c.shape.num_ctas, 32 * kEpCombineWarps, [&] { ep_combine(p); });

@@ -4,6 +4,7 @@
 namespace phalanx::ptx {
 
 inline uint4 load_cg_16(const void* from) { return *static_cast<const uint4*>(from); }
+inline void prefetch_l2(const void*) {}
 inline void cp_async_16(void* to, const void* from) { simt::fiber().open_group.push_back({to, from, 16}); }
 inline void cp_async_4(void* to, const void* from) { simt::fiber().open_group.push_back({to, from, 4}); }
 inline void cp_async_commit_group() {
@@ -27,6 +28,7 @@ inline u8* simt_in_cta(const void* p, int rank) { return simt::cta->cluster->cta
 inline u32 simt_swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
 inline void fence_proxy_async() {}
+inline void fence_proxy_async_global() {}
 inline float4 load_cluster_f4(const void* p, u32 cta_rank) {
   float4 v;
   std::memcpy(&v, simt_in_cta(p, int(cta_rank)), sizeof v);

@@ -12,6 +12,13 @@ void register_decrease() {}
 
 inline void named_barrier_sync(int id, int num_threads) { simt::meet(simt::cta->barriers[id], num_threads); }
 
+inline void named_barrier_arrive(int id, int num_threads) {
+  simt::Barrier& barrier = simt::cta->barriers[id];
+  if (++barrier.arrived < num_threads) return;
+  barrier.arrived = 0;
+  ++barrier.turn;
+}
+
 inline u32 cluster_ctarank() { return u32(simt::cta->rank); }
 inline void cluster_sync() {
   simt::Cluster& cluster = *simt::cta->cluster;

@@ -55,6 +55,14 @@ inline void tma_load_2d_multicast(void* smem, const TensorMap* map, u64* bar, in
 inline void tma_load_2d(void* smem, const TensorMap* map, u64* bar, int x, int y) {
   tma_load_2d_multicast(smem, map, bar, x, y, u16(1 << simt_rank()));
 }
+inline void bulk_load(void* smem, const void* global, u32 bytes, u64* bar) {
+  simt::later([=] {
+    with_mbarrier(bar, simt_rank(), [&](auto& b) {
+      std::memcpy(smem, global, bytes);
+      b.receive(int(bytes));
+    });
+  });
+}
 inline void tma_load_2d_once(void* smem, const TensorMap* map, u64* bar, int x, int y) {
   tma_load_2d(smem, map, bar, x, y);
 }
