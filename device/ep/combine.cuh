@@ -80,51 +80,70 @@ __device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int f
 
 // --- the ring -------------------------------------------------------------------------------------------------------
 
-// What is to be done with a stage, in this order.
-constexpr u32 kEpBegin = 1;     // a new sum
-constexpr u32 kEpAdd = 2;       // + weight * row
-constexpr u32 kEpStash = 4;     // this rank's own sum waits
-constexpr u32 kEpAddStash = 8;  // and is added
-constexpr u32 kEpEnd = 16;      // store it
-constexpr u32 kEpStep = 32;     // all sums of one more token of each source have been stored
-constexpr u32 kEpStop = 64;
+// A sum to be made: so many stages, from the one that this lies beside.
 struct alignas(16) EpStage {
   u8* out;
   const u8* residual;
-  u32 tasks;
-  int bytes;  // of the columns
-  float weight;
+  int bytes;                // of the columns
+  short own, before, more;  // rows of this rank; sums of ranks before it, which are added first; and of ranks behind it
+  short stages;             // of it all; without any term one that is empty
+  int steps;                // of so many tokens of every source all sums have been asked for before this one
+  int stop;
 };
 
 struct EpCombineSmem {
   u8 rows[kEpStages][kEpStageBytes];
   EpStage stage[kEpStages];
+  float weight[kEpStages];
   u64 full[kEpStages], empty[kEpStages];
   int steps[32];  // finished by each summing warp
   EpRange tokens[kEpMaxRanks];
   int failed;
 };
-
 static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
+
+// A place in the ring.
+struct EpRing {
+  int stage = 0;
+  u32 phase = 0;
+
+  __device__ __forceinline__ void advance(int n) {
+    stage += n;
+    if (stage >= kEpStages) {
+      stage -= kEpStages;
+      phase ^= 1;
+    }
+  }
+};
 
 // The loading warp's side.
 struct EpFeeder {
   EpCombineSmem& smem;
-  int count = 0;  // stages
+  EpRing ring = {};
 
-  // All lanes have the same arguments. `row`: null if there is nothing to add.
-  __device__ __forceinline__ void push(const EpStage& stage, const u8* row) {
-    const int s = count % kEpStages, round = count / kEpStages;
-    ++count;
-    if (threadIdx.x % 32 != 0) return;
-    if (round > 0) ptx::mbarrier_wait(&smem.empty[s], (round - 1) % 2);
-    smem.stage[s] = stage;
-    if (row) {
-      ptx::mbarrier_arrive_expect_tx(&smem.full[s], u32(stage.bytes));
-      ptx::bulk_load(smem.rows[s], row, u32(stage.bytes), &smem.full[s]);
-    } else {
-      ptx::mbarrier_arrive(&smem.full[s]);
+  // One stage for each lane in `lanes`, at most kEpStages, in their order; empty if there is no row. The first one may be
+  // where the sum begins.
+  __device__ __forceinline__ void push(u32 lanes, const u8* row, float weight, const EpStage& sum, bool begins) {
+    const int lane = threadIdx.x % 32;
+    EpRing mine = ring;
+    mine.advance(__popc(lanes & ((1u << lane) - 1)));
+    if (lanes >> lane & 1) {
+      ptx::mbarrier_wait(&smem.empty[mine.stage], mine.phase ^ 1);
+      smem.weight[mine.stage] = weight;
+      if (begins && __ffs(lanes) - 1 == lane) smem.stage[mine.stage] = sum;
+      if (row) {
+        ptx::mbarrier_arrive_expect_tx(&smem.full[mine.stage], u32(sum.bytes));
+        ptx::bulk_load(smem.rows[mine.stage], row, u32(sum.bytes), &smem.full[mine.stage]);
+      } else {
+        ptx::mbarrier_arrive(&smem.full[mine.stage]);
+      }
     }
+    __syncwarp();
+    ring.advance(__popc(lanes));
+  }
+  __device__ __forceinline__ void push_nothing(int steps, int stop) {
+    const EpStage sum{nullptr, nullptr, 0, 0, 0, 0, 1, steps, stop};
+    push(1, nullptr, 0, sum, true);
   }
 };
 
@@ -175,34 +194,46 @@ struct EpWork {
   }
 };
 
-// Columns [begin, begin + bytes) of a token's rows on this rank; `stage` is what to do with them, and the last one's too.
+// Columns from byte `begin` of the rows in the lanes `rows`, which are pushed as the first terms of `sum`.
 __device__ __forceinline__ void ep_load_rows(const EpCombineParams& p, EpFeeder& feeder, const EpTerms& terms, u32 rows,
-                                             i64 begin, EpStage& stage, u32 last) {
+                                             int begin, const EpStage& sum) {
+  const u8* row = static_cast<const u8*>(p.rows) + i64(terms.row) * p.row_stride * 2 + begin;
+  bool is_first = true;
 #pragma unroll 1
-  for (u32 left = rows; left != 0;) {
-    const int k = ep_pop(left);
-    const i64 row = __shfl_sync(0xffffffffu, terms.row, k);
-    stage.weight = __shfl_sync(0xffffffffu, terms.weight, k);
-    stage.tasks |= kEpAdd | (left == 0 ? last : 0);
-    feeder.push(stage, static_cast<const u8*>(p.rows) + row * p.row_stride * 2 + begin);
-    stage.tasks = 0;
+  while (rows != 0) {
+    u32 now = rows;  // as many as there are stages
+#pragma unroll 1
+    while (__popc(now) > kEpStages) now &= ~(1u << (31 - __clz(int(now))));
+    feeder.push(now, row, terms.weight, sum, is_first);
+    rows &= ~now;
+    is_first = false;
   }
 }
 
-// Until the peers in `ranks` have sent their sums of this rank's token number i of this CTA. By a warp.
-__device__ __forceinline__ bool ep_wait_for_sums(const EpCombineParams& p, const EpOperation& op, u64 ranks, int i) {
-  const EpCommon& c = p.c;
-  bool fine = true;
+// How many tokens' sums each peer has sent as far as is known, one a lane (of ranks above 31 nothing is).
+struct EpNews {
+  u32 count = 0;
+
+  // Until the peers in `ranks` have sent their sums of this rank's token number i of this CTA. By a warp.
+  __device__ __forceinline__ bool wait(const EpCombineParams& p, const EpOperation& op, u64 ranks, u32 i) {
+    const EpCommon& c = p.c;
+    const int lane = threadIdx.x % 32;
+    if (__all_sync(0xffffffffu, ranks >> 32 == 0 && (!(ranks >> lane & 1) || count > i))) return true;
+    bool fine = true;
 #pragma unroll 1
-  for (int r = threadIdx.x % 32; r < c.shape.num_ranks; r += 32) {
-    if (ranks >> r & 1)
-      fine =
-          fine && ep_wait(c, kEpPhaseSums, r, ep_sum_flag(op, c.rank, r), ep_flag(op.epoch, ep_sums_format(p), i + 1));
+    for (int r = lane; r < c.shape.num_ranks; r += 32) {
+      if (!(ranks >> r & 1)) continue;
+      const u64* flag = ep_sum_flag(op, c.rank, r);
+      const u64 wanted = ep_flag(op.epoch, ep_sums_format(p), i + 1), seen = ptx::load_acquire_sys(flag);
+      const bool is_here = seen >= wanted && seen >> 24 == wanted >> 24;
+      if (r == lane) count = is_here ? ep_flag_count(seen) : i + 1;
+      fine = fine && (is_here || ep_wait(c, kEpPhaseSums, r, flag, wanted));
+    }
+    __syncwarp();
+    ptx::fence_proxy_async_global();  // stored by others' threads, loaded by TMA
+    return __all_sync(0xffffffffu, fine);
   }
-  __syncwarp();
-  ptx::fence_proxy_async_global();  // stored by others' threads, loaded by TMA
-  return __all_sync(0xffffffffu, fine);
-}
+};
 
 // Lane k: what the rank that holds its choice says of its row.
 __device__ __forceinline__ void ep_write_values(const EpCombineParams& p, const EpOperation& op, const EpWork& work) {
@@ -220,50 +251,58 @@ __device__ __forceinline__ void ep_write_values(const EpCombineParams& p, const 
 
 // A sum of this rank's rows to its slot at the token's home.
 __device__ __forceinline__ void ep_load_send(const EpCombineParams& p, const EpOperation& op, EpFeeder& feeder,
-                                             const EpWork& work) {
+                                             const EpWork& work, int steps) {
   const int row_bytes = 2 * p.c.shape.hidden;
   const u32 rows = __ballot_sync(0xffffffffu, work.terms.has_row(p));
   if (!__any_sync(0xffffffffu, work.terms.row != kEpNotHere)) return;  // nobody will look
   u8* slot = ep_sum_slot(op, work.source, p.c.rank, work.token);
+  const short count = short(__popc(rows));
 #pragma unroll 1
   for (int begin = 0; begin < row_bytes; begin += kEpStageBytes) {
-    EpStage stage{slot + begin, nullptr, kEpBegin, min_of(row_bytes - begin, kEpStageBytes), 0};
-    ep_load_rows(p, feeder, work.terms, rows, begin, stage, kEpEnd);
-    if (rows != 0) continue;
-    stage.tasks |= kEpEnd;
-    feeder.push(stage, nullptr);
+    const EpStage sum{
+        slot + begin, nullptr, min_of(row_bytes - begin, kEpStageBytes), count, 0, 0, count > 0 ? count : short(1),
+        steps,        0};
+    if (count > 0)
+      ep_load_rows(p, feeder, work.terms, rows, begin, sum);
+    else
+      feeder.push(1, nullptr, 0, sum, true);
   }
 }
 
 // The sum of a token of this rank: its own rows first, which need no waiting, then the other ranks' sums.
 __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpOperation& op, EpFeeder& feeder,
-                                             const EpWork& work, int number) {
+                                             EpNews& news, const EpWork& work, int number, int steps) {
   const EpCommon& c = p.c;
-  const int row_bytes = 2 * c.shape.hidden;
+  const int row_bytes = 2 * c.shape.hidden, lane = threadIdx.x % 32;
   const u32 rows = __ballot_sync(0xffffffffu, work.terms.has_row(p));
-  const u64 me = u64(1) << c.rank, ranks = ep_ranks_of(c, work.expert), others = ranks & ~me,
-            before = others & (me - 1);
+  const u64 me = u64(1) << c.rank, others = ep_ranks_of(c, work.expert) & ~me, before = others & (me - 1);
+  const int own = __popc(rows), num_before = __popcll(before), num_others = __popcll(others);
   const u8* residual = static_cast<const u8*>(p.residual);
+  // Whoever waits for what this rank has sent must not have to wait for what it waits for.
+  if (own == 0 && others != 0) feeder.push_nothing(steps, 0);
 #pragma unroll 1
   for (int begin = 0; begin < row_bytes; begin += kEpStageBytes) {
-    EpStage stage{static_cast<u8*>(p.out) + work.token * p.out_stride * 2 + begin,
-                  residual ? residual + work.token * p.residual_stride * 2 + begin : nullptr, kEpBegin,
-                  min_of(row_bytes - begin, kEpStageBytes), 1};
-    ep_load_rows(p, feeder, work.terms, rows, begin, stage,
-                 kEpStash | (before == 0 ? kEpAddStash : 0) | (others == 0 ? kEpEnd : 0));
-    if (begin == 0 && !ep_wait_for_sums(p, op, others, number)) return false;
-    stage.weight = 1;
+    const EpStage sum{static_cast<u8*>(p.out) + work.token * p.out_stride * 2 + begin,
+                      residual ? residual + work.token * p.residual_stride * 2 + begin : nullptr,
+                      min_of(row_bytes - begin, kEpStageBytes),
+                      short(own),
+                      short(num_before),
+                      short(num_others - num_before),
+                      short(own + num_others > 0 ? own + num_others : 1),
+                      steps,
+                      0};
+    if (own + num_others == 0) feeder.push(1, nullptr, 0, sum, true);
+    ep_load_rows(p, feeder, work.terms, rows, begin, sum);
+    if (begin == 0 && !news.wait(p, op, others, u32(number))) return false;
+    bool is_first = own == 0;
 #pragma unroll 1
-    for (u64 left = others; left != 0;) {
-      const int r = ep_pop(left);
-      const bool is_turn = rows != 0 && (before >> r & 1) && (before >> r) == 1;  // the last one before this rank
-      stage.tasks |= kEpAdd | (is_turn ? kEpAddStash : 0) | (left == 0 ? kEpEnd : 0);
-      feeder.push(stage, ep_sum_slot(op, c.rank, r, work.token) + begin);
-      stage.tasks = 0;
+    for (int r = 0; r < c.shape.num_ranks; r += kEpStages) {
+      const u32 now = u32(others >> r) & ((1u << kEpStages) - 1);
+      if (now == 0) continue;
+      const u8* slot = now >> lane & 1 ? ep_sum_slot(op, c.rank, r + lane, work.token) + begin : nullptr;
+      feeder.push(now, slot, 1, sum, is_first);
+      is_first = false;
     }
-    if (rows != 0 || others != 0) continue;
-    stage.tasks |= kEpEnd;
-    feeder.push(stage, nullptr);
   }
   if (p.values) ep_write_values(p, op, work);
   return true;
@@ -276,6 +315,7 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
   const int num_ranks = c.shape.num_ranks, lane = threadIdx.x % 32;
   EpUnit unit(p, tokens);
   EpWork work(p, unit, tokens);
+  EpNews news;
   if (c.send) {
     const EpRange mine{int(blockIdx.x), int(blockIdx.x) + 1};
     const bool fine = ep_wait_for_credits(send, kEpPhaseCombineCredit, c.layout.combine_credit, mine, lane, 32);
@@ -284,15 +324,14 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
 #pragma unroll 1
   while (!unit.is_over()) {
     const EpWork present = work;
-    const bool is_home = unit.is_home(num_ranks), ends_step = is_home && unit.step < unit.sends;
-    const int number = unit.token();
+    const bool is_home = unit.is_home(num_ranks);
+    const int number = unit.token(), steps = min_of(unit.step + is_home, unit.sends);
     unit.next(num_ranks);
     work = EpWork(p, unit, tokens);
-    if (ends_step) feeder.push({nullptr, nullptr, kEpStep, 0, 0}, nullptr);
     if (present.source < 0) continue;
     if (!is_home) {
-      ep_load_send(p, send, feeder, present);
-    } else if (!ep_load_home(p, recv, feeder, present, number)) {
+      ep_load_send(p, send, feeder, present, steps);
+    } else if (!ep_load_home(p, recv, feeder, news, present, number, steps)) {
       return false;
     }
   }
@@ -301,46 +340,65 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
 
 // --- summing --------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void ep_sum_stages(EpCombineSmem& smem) {
-  const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32, first = int(threadIdx.x) * 16;
-  constexpr int kPitch = kEpSumWarps * kEpPitch;
-  EpSum sum[kEpSumPieces] = {}, stash[kEpSumPieces] = {};
-  int steps = 0;
+// Adds the next `count` stages.
+__device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpCombineSmem& smem, EpRing& ring,
+                                              int count) {
+  const int lane = threadIdx.x % 32, first = int(threadIdx.x) * 16;
 #pragma unroll 1
-  for (int n = 0;; ++n) {
-    const int s = n % kEpStages;
-    ptx::mbarrier_wait(&smem.full[s], n / kEpStages % 2);
-    const EpStage stage = smem.stage[s];
+  for (int j = 0; j < count; ++j) {
+    ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
+    const float weight = smem.weight[ring.stage];
     EpVector x[kEpSumPieces];
 #pragma unroll
-    for (int i = 0; i < kEpSumPieces; ++i) x[i] = *reinterpret_cast<const EpVector*>(smem.rows[s] + first + i * kPitch);
+    for (int i = 0; i < kEpSumPieces; ++i)
+      x[i] = *reinterpret_cast<const EpVector*>(smem.rows[ring.stage] + first + i * (kEpSumWarps * kEpPitch));
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&smem.empty[s]);
-    if (stage.tasks & kEpStop) return;
+    if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.stage]);
+    ring.advance(1);
 #pragma unroll
-    for (int i = 0; i < kEpSumPieces; ++i) {
-      if (stage.tasks & kEpBegin) sum[i] = {};
-      if (stage.tasks & kEpAdd) sum[i].add(x[i], stage.weight);
-      if (stage.tasks & kEpStash) {
-        stash[i] = sum[i];
-        sum[i] = {};
-      }
-      if (stage.tasks & kEpAddStash) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i].v[j] += stash[i].v[j];
-      }
-      if ((stage.tasks & kEpEnd) && first + i * kPitch < stage.bytes) {
-        if (stage.residual) sum[i].add(*reinterpret_cast<const EpVector*>(stage.residual + first + i * kPitch), 1.0f);
-        *reinterpret_cast<EpVector*>(stage.out + first + i * kPitch) = sum[i].to_bf16();
-      }
-    }
-    if (stage.tasks & kEpStep) {
-      ++steps;
+    for (int i = 0; i < kEpSumPieces; ++i) sum[i].add(x[i], weight);
+  }
+}
+
+__device__ __forceinline__ void ep_sum_stages(EpCombineSmem& smem) {
+  const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32;
+  EpRing ring;
+  int steps = 0;
+#pragma unroll 1
+  for (;;) {
+    ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
+    const EpStage todo = smem.stage[ring.stage];
+    if (todo.steps > steps) {
+      steps = todo.steps;
       __syncwarp();
       if (lane == 0) {
         ptx::fence_acq_rel_cta();
         *static_cast<volatile int*>(&smem.steps[warp]) = steps;
       }
+    }
+    EpSum sum[kEpSumPieces] = {};
+    ep_add_stages(sum, smem, ring, todo.own);
+    if (todo.before != 0) {
+      EpSum total[kEpSumPieces] = {};
+      ep_add_stages(total, smem, ring, todo.before);
+#pragma unroll
+      for (int i = 0; i < kEpSumPieces; ++i)
+#pragma unroll
+        for (int j = 0; j < 8; ++j) sum[i].v[j] += total[i].v[j];
+    }
+    ep_add_stages(sum, smem, ring, todo.more);
+    if (todo.own + todo.before + todo.more == 0) {
+      __syncwarp();
+      if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.stage]);
+      ring.advance(1);
+      if (todo.stop) return;
+    }
+#pragma unroll
+    for (int i = 0; i < kEpSumPieces; ++i) {
+      const int at = int(threadIdx.x) * 16 + i * (kEpSumWarps * kEpPitch);
+      if (at >= todo.bytes) continue;
+      if (todo.residual) sum[i].add(*reinterpret_cast<const EpVector*>(todo.residual + at), 1.0f);
+      *reinterpret_cast<EpVector*>(todo.out + at) = sum[i].to_bf16();
     }
   }
 }
@@ -371,6 +429,7 @@ __device__ __forceinline__ void ep_signal_sums(const EpCombineParams& p, const E
   int told = 0;
 #pragma unroll 1
   while (told < num_steps && *static_cast<volatile int*>(&smem.failed) == 0) {
+    ptx::nanosleep(50);
     const int mine = lane < kEpSumWarps ? *static_cast<volatile int*>(&smem.steps[lane]) : num_steps;
     const int stored = num_steps - int(__reduce_max_sync(0xffffffffu, u32(num_steps - mine)));
     if (stored == told) continue;
@@ -411,7 +470,7 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   } else if (warp == kEpSumWarps) {
     EpFeeder feeder{smem};
     if (!ep_load_all(p, send, recv, feeder)) *static_cast<volatile int*>(&smem.failed) = 1;
-    feeder.push({nullptr, nullptr, kEpStop, 0, 0}, nullptr);
+    feeder.push_nothing(EpUnit(p, smem.tokens).sends, 1);
   } else if (c.send) {
     ep_signal_sums(p, send, smem);
   }

@@ -42,7 +42,7 @@ constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a th
 // Combine: warps that sum, and one each that loads and that signals. A stage holds a row, or so many columns of one.
 constexpr int kEpSumWarps = 14, kEpCombineWarps = kEpSumWarps + 2;
 constexpr int kEpSumPieces = 2, kEpStageBytes = kEpSumPieces * kEpSumWarps * kEpPitch, kEpStages = 15;
-constexpr int kEpCombineSmemBytes = kEpStages * (kEpStageBytes + 48) + 1024;
+constexpr int kEpCombineSmemBytes = kEpStages * (kEpStageBytes + 72) + 1024;
 
 // What is agreed upon by all ranks.
 struct EpShape {

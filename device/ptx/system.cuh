@@ -38,6 +38,9 @@ __device__ __forceinline__ u64 atomic_exchange_relaxed_gpu(u64* p, u64 value) {
   return old;
 }
 
+// About so many nanoseconds.
+__device__ __forceinline__ void nanosleep(u32 time) { asm volatile("nanosleep.u32 %0;" ::"r"(time)); }
+
 // Nanoseconds, the same clock on all SMs of a GPU; ticks coarsely.
 __device__ __forceinline__ u64 global_timer() {
   u64 time;

@@ -237,6 +237,7 @@ inline unsigned __funnelshift_r(unsigned lo, unsigned hi, unsigned shift) {
 }
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __clz(unsigned x) { return std::countl_zero(x); }
+inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline int __ffsll(unsigned long long x) { return x ? std::countr_zero(x) + 1 : 0; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }

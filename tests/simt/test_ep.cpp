@@ -59,6 +59,17 @@ TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
   }
 }
 
+TEST_P(Simulated, MoreRowsOfATokenThanStages) {
+  std::mt19937 rng(kSeed + GetParam());
+  const ExpertParallelConfig config{
+      .hidden = 272, .num_experts = 40, .topk = 32, .max_tokens = 6, .dtype = DType::bf16, .latency = GetParam() > 1};
+  for (const int n : {1, 2}) {
+    auto groups = Group::local(cpus(n), kPatient);
+    auto eps = make_all(groups, config);
+    run_round(eps, random_problem(n, config, rng), {.weighted = true, .values = true}, unsigned(rng()));
+  }
+}
+
 TEST_P(Simulated, RowsLongerThanTheRings) {
   std::mt19937 rng(kSeed);
   const ExpertParallelConfig config{

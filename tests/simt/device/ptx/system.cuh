@@ -26,6 +26,7 @@ inline void fence_acq_rel_cta() { simt::yield(); }
 inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline u64 atomic_add_acq_rel_gpu(u64* p, u64 value) { return simt_atomic(p).fetch_add(value); }
 inline u64 atomic_exchange_relaxed_gpu(u64* p, u64 value) { return simt_atomic(p).exchange(value); }
+inline void nanosleep(u32) { simt::yield(); }
 inline u64 global_timer() {
   return u64(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
 }
