@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import datetime
 import json
 import os
 import statistics
@@ -307,6 +308,7 @@ def nccl(rank: Rank, tokens: int) -> list[dict]:
 def overlap(rank: Rank, group, trace: Path) -> list[dict]:
     """A product and a dispatch on streams of their own, each on its share of the SMs: alone, and together.
 
+    The dispatch's stream has the higher priority: products that follow each other start early, on any SM that is free.
     Writes a timeline of the last for Perfetto or chrome://tracing.
     """
     import phalanx
@@ -320,7 +322,7 @@ def overlap(rank: Rank, group, trace: Path) -> list[dict]:
     w = phalanx.quantize(torch.randn(4096, HIDDEN, device="cuda").bfloat16(), block=(128, 128))
     product = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="cuda")
     rest = torch.cuda.get_device_properties(rank.rank).multi_processor_count - sms
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream(priority=-1)]
 
     def multiply():
         for _ in range(repeats):
@@ -331,8 +333,9 @@ def overlap(rank: Rank, group, trace: Path) -> list[dict]:
             ep.dispatch(q, idx, weights, capacity=capacity, out=result)
 
     def both():
-        for stream, work in zip(streams, (multiply, dispatch), strict=True):
+        for stream in streams:
             stream.wait_stream(torch.cuda.current_stream())
+        for stream, work in zip(reversed(streams), (dispatch, multiply), strict=True):
             with torch.cuda.stream(stream):
                 work()
         for stream in streams:
@@ -343,10 +346,51 @@ def overlap(rank: Rank, group, trace: Path) -> list[dict]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         both()
         torch.cuda.synchronize()
+        dist.barrier()
+        both()
+        torch.cuda.synchronize()
     if rank.rank == 0:
         profile.export_chrome_trace(str(trace))
+        times |= name_kernels(trace, repeats)
     ep.check()
     return [{"op": name, "us": us} for name, us in times.items()]
+
+
+def name_kernels(trace: Path, repeats: int) -> dict[str, float]:
+    """Keeps the last round of both streams in a trace, says which kernel is which; the mean time of each in it."""
+    document = json.loads(trace.read_text())
+    kernels = [event for event in document["traceEvents"] if event.get("name") == "phalanx_kernel"]
+    grids = sorted({event["args"]["grid"][0] for event in kernels})
+    names = dict(zip(grids, ("dispatch", "product"), strict=True))  # by their numbers of CTAs
+    kept, times = [], {}
+    for grid, name in names.items():
+        mine = sorted((event for event in kernels if event["args"]["grid"][0] == grid), key=lambda event: event["ts"])
+        kept += [event | {"name": name, "tid": name} for event in mine[-repeats:]]
+        times[f"{name}, of both"] = statistics.mean(event["dur"] for event in mine[-repeats:])
+    trace.write_text(json.dumps({"traceEvents": kept}) + "\n")
+    return times
+
+
+def deep_ep(rank: Rank, tokens: int) -> list[dict]:
+    """DeepEP within a node, where it is installed. Its rows are not expanded, its sums not weighted."""
+    try:
+        from deep_ep import Buffer
+    except ImportError:
+        return []
+    x, idx, weights = rank.problem(tokens)
+    buffer = Buffer(dist.group.WORLD, num_nvl_bytes=1 << 30)
+    per_rank, per_node, per_expert, is_here, _ = buffer.get_dispatch_layout(idx, EXPERTS)
+    layout = {"num_tokens_per_rank": per_rank, "num_tokens_per_rdma_rank": per_node, "is_token_in_rank": is_here}
+    call = lambda: buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_tokens_per_expert=per_expert, **layout)  # noqa: E731
+    received, *_, handle, _ = call()
+    return [
+        {"op": "dispatch bf16", "tokens": tokens, "us": rank.time(call)},
+        {
+            "op": "combine bf16 (unweighted)",
+            "tokens": tokens,
+            "us": rank.time(lambda: buffer.combine(received, handle)),
+        },
+    ]
 
 
 def soak(rank: Rank, group, rounds: int) -> int:
@@ -406,9 +450,11 @@ def run_rank(rank: int, size: int, arguments: argparse.Namespace) -> None:
         for sms in arguments.sms:
             note("throughput", throughput(me, group, 4096, sms))
         if not arguments.quick:
-            note("throughput", throughput(me, group, 8192, 32))
+            for sms in (32, 64, 128):
+                note("throughput", throughput(me, group, 8192, sms))
             note("throughput", throughput(me, group, 4096, 32, hot=True))
             note("throughput", throughput(me, group, 4096, 32, empty_rank=True))
+        note("deep_ep", deep_ep(me, 4096))
         note("overlap", overlap(me, group, Path(arguments.out).with_suffix(".trace.json")))
         note("nccl", nccl(me, 4096) + nccl(me, 128))
         if arguments.soak:
@@ -416,7 +462,8 @@ def run_rank(rank: int, size: int, arguments: argparse.Namespace) -> None:
             if rank == 0:
                 print("soak", result["soak_rounds"], flush=True)
         if rank == 0:
-            result["gpu"] = torch.cuda.get_device_name()
+            result["gpu"] = f"{size} x {torch.cuda.get_device_name()}"
+            result["date"] = datetime.date.today().isoformat()
             Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
     finally:
         dist.destroy_process_group()
@@ -427,7 +474,7 @@ def main() -> None:
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--out", default="ep.json")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--sms", type=numbers, default=[8, 16, 24, 32])
+    parser.add_argument("--sms", type=numbers, default=[2, 4, 8, 16, 24, 32])
     parser.add_argument("--latency-sms", type=numbers, default=[64, 128])
     parser.add_argument("--soak", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true")
