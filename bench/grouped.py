@@ -1,18 +1,19 @@
 """Grouped products and weight gradients beside DeepGEMM: python -m bench.grouped [--only ragged,masked]
 
-Experts are those of DeepSeek-V3, (N, K) = (4096, 7168) and (7168, 2048), unless --experts says otherwise. FLOPs and
-bytes count the rows that groups really have: a library that pads does so at its own cost. Results:
-bench/results/grouped.json.
+Experts are those of DeepSeek-V3, (N, K) = (4096, 7168) and (7168, 2048), unless --experts says otherwise; --only sweep
+takes three models' experts and 1 to 8192 tokens on each of eight ranks, routed at random. FLOPs and bytes count the
+rows that groups really have: a library that pads does so at its own cost. Results: bench/results/grouped.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import phalanx
@@ -25,6 +26,12 @@ from bench.report import write_json
 from bench.timing import Call, L2Flush, interleaved, with_environment
 
 EXPERTS = ((4096, 7168), (7168, 2048))
+MODELS = {  # experts, then (N, K) of gate and up together and of down
+    "deepseek-v3": (256, EXPERTS),
+    "qwen3-235b": (128, ((3072, 4096), (4096, 1536))),
+    "qwen3-30b": (128, ((1536, 2048), (2048, 768))),
+}
+RANKS, TOP_K = 8, 8
 SAMPLED_ROWS = 64
 ALIGNMENT = 128  # of a group's rows in DeepGEMM's contiguous layout
 
@@ -41,6 +48,11 @@ def operand(shape: tuple[int, ...], block: tuple[int, int], seed: int) -> tuple[
     scales = torch.stack([pair.scales.t() for pair in pairs]) if block[0] == 1 else None
     stacked = scales.swapaxes(1, 2) if block[0] == 1 else torch.stack([pair.scales for pair in pairs])
     return torch.stack([pair.data.view(torch.uint8) for pair in pairs]).view(torch.float8_e4m3fn), stacked
+
+
+@lru_cache(maxsize=1)
+def weights(groups: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return operand((groups, n, k), (128, 128), 2)
 
 
 def dequantized(data: torch.Tensor, scales: torch.Tensor, block_rows: int) -> torch.Tensor:
@@ -81,7 +93,7 @@ def sample(sizes: list[int]) -> list[tuple[int, int]]:
 
 def contiguous(sizes: list[int], n: int, k: int, deep_gemm, op: str) -> Case:
     rows, groups = sum(sizes), len(sizes)
-    a, b = operand((rows, k), (1, 128), 1), operand((groups, n, k), (128, 128), 2)
+    a, b = operand((rows, k), (1, 128), 1), weights(groups, n, k)
     starts = [sum(sizes[:g]) for g in range(groups)]
     offsets = torch.tensor([*starts, rows], dtype=torch.int32, device="cuda")
     d = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
@@ -113,11 +125,14 @@ def contiguous(sizes: list[int], n: int, k: int, deep_gemm, op: str) -> Case:
     return Case(op, shape, 2 * rows * n * k, num_bytes, calls, errors)
 
 
-def masked(groups: int, expected: int, n: int, k: int, deep_gemm) -> Case:
-    max_rows = max(256, -(-expected * 2 // 128) * 128)
+def uneven(groups: int, expected: int) -> list[int]:
     generator = torch.Generator().manual_seed(groups)
-    counts = [int(expected * (0.7 + 0.6 * x)) for x in torch.rand(groups, generator=generator).tolist()]
-    a, b = operand((groups, max_rows, k), (1, 128), 1), operand((groups, n, k), (128, 128), 2)
+    return [int(expected * (0.7 + 0.6 * x)) for x in torch.rand(groups, generator=generator).tolist()]
+
+
+def masked(counts: list[int], expected: int, n: int, k: int, deep_gemm, op: str) -> Case:
+    groups, max_rows = len(counts), max(256, -(-max(*counts, expected * 2) // 128) * 128)
+    a, b = operand((groups, max_rows, k), (1, 128), 1), weights(groups, n, k)
     on_device = torch.tensor(counts, dtype=torch.int32, device="cuda")
     outs = {name: torch.empty(groups, max_rows, n, device="cuda", dtype=torch.bfloat16) for name in ("ours", "theirs")}
     calls = {
@@ -134,9 +149,10 @@ def masked(groups: int, expected: int, n: int, k: int, deep_gemm) -> Case:
         calls["deep_gemm"] = lambda: deep_gemm.m_grouped_fp8_gemm_nt_masked(a, b, outs["theirs"], on_device, expected)
         errors["deep_gemm"] = lambda: error(outs["theirs"])
     total = sum(counts)
-    num_bytes = total * (k + 4 * (k // 128)) + groups * n * k + 2 * total * n
+    used = sum(1 for count in counts if count)
+    num_bytes = total * (k + 4 * (k // 128)) + used * n * k + 2 * total * n
     shape = {"groups": groups, "rows": total, "expected": expected, "n": n, "k": k}
-    return Case("masked", shape, 2 * total * n * k, num_bytes, calls, errors)
+    return Case(op, shape, 2 * total * n * k, num_bytes, calls, errors)
 
 
 def gradient(sizes: list[int], m: int, n: int, deep_gemm) -> Case:
@@ -185,11 +201,22 @@ def gradient(sizes: list[int], m: int, n: int, deep_gemm) -> Case:
     return Case("wgrad" if groups == 1 else "grouped_wgrad", shape, 2 * m * n * k, num_bytes, calls, errors)
 
 
-def routed(tokens: int, experts: int, ranks: int, topk: int) -> list[int]:
+def routed(tokens: int, experts: int) -> list[int]:
     """Rows of each expert of the first rank, when `tokens` on each rank choose at random."""
     generator = torch.Generator().manual_seed(tokens)
-    chosen = torch.rand(tokens * ranks, experts, generator=generator).topk(topk).indices
-    return torch.bincount(chosen.flatten(), minlength=experts)[: experts // ranks].tolist()
+    chosen = torch.rand(tokens * RANKS, experts, generator=generator).topk(TOP_K).indices
+    return torch.bincount(chosen.flatten(), minlength=experts)[: experts // RANKS].tolist()
+
+
+def sweep(model: str, deep_gemm):
+    """Rows in one piece for every number of tokens; few tokens in places of their own, too."""
+    experts, shapes = MODELS[model]
+    for n, k in shapes:
+        for tokens in (1, 16, 128, 1024, 8192):
+            yield partial(contiguous, routed(tokens, experts), n, k, deep_gemm, f"{model}_{tokens}")
+        for tokens in (1, 16, 128):
+            expected = -(-tokens * RANKS * TOP_K // experts)
+            yield partial(masked, routed(tokens, experts), expected, n, k, deep_gemm, f"{model}_masked_{tokens}")
 
 
 def cases(kinds: tuple[str, ...], experts: tuple[tuple[int, int], ...], deep_gemm):
@@ -199,15 +226,18 @@ def cases(kinds: tuple[str, ...], experts: tuple[tuple[int, int], ...], deep_gem
                 yield partial(contiguous, [rows] * groups, n, k, deep_gemm, "contiguous")
         if "ragged" in kinds:
             for tokens in (512, 2048, 8192):
-                yield partial(contiguous, routed(tokens, 256, 8, 8), n, k, deep_gemm, f"ragged_{tokens}")
+                yield partial(contiguous, routed(tokens, 256), n, k, deep_gemm, f"ragged_{tokens}")
         if "masked" in kinds:
             for groups, expected in ((1, 1024), (2, 512), (4, 256), (32, 128), (32, 16)):
-                yield partial(masked, groups, expected, n, k, deep_gemm)
+                yield partial(masked, uneven(groups, expected), expected, n, k, deep_gemm, "masked")
         if "wgrad" in kinds:
             for groups, tokens in ((4, 8192), (8, 4096)):
                 yield partial(gradient, [tokens] * groups, n, k, deep_gemm)
             for tokens in (4096, 8192):
                 yield partial(gradient, [tokens], n, k, deep_gemm)
+    for model in MODELS:
+        if "sweep" in kinds or model in kinds:
+            yield from sweep(model, deep_gemm)
 
 
 def measure(case: Case, repeats: int, ceilings: dict, configs: list[str]) -> dict:
@@ -250,7 +280,11 @@ def measure(case: Case, repeats: int, ceilings: dict, configs: list[str]) -> dic
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.grouped", description=__doc__)
-    parser.add_argument("--only", default="contiguous,ragged,masked,wgrad", help="kinds (default %(default)s)")
+    parser.add_argument(
+        "--only",
+        default="contiguous,ragged,masked,wgrad,sweep",
+        help="kinds, or models of the sweep (default %(default)s)",
+    )
     parser.add_argument("--experts", default="", help="NxK,NxK instead of DeepSeek-V3's")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument(
@@ -282,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         peers = "  ".join(f"{name} {us} ({us / row['median_us']:.3f}x)" for name, us in row["peers"].items())
         shape = " ".join(f"{key}={value}" for key, value in row["shape"].items())
         print(
-            f"{row['op']:14} {shape:48} {row['median_us']:9.1f} us {row['tflops']:7.1f} TFLOPS {row['gbps']:7.0f} GB/s"
+            f"{row['op']:22} {shape:48} {row['median_us']:9.1f} us {row['tflops']:7.1f} TFLOPS {row['gbps']:7.0f} GB/s"
             f" {row['of_read'] or 0:.2f}  {peers} {row['failed'] or ''}",
             flush=True,
         )
@@ -290,10 +324,11 @@ def main(argv: list[str] | None = None) -> int:
         by_op: dict[str, list[float]] = {}
         for row in result["rows"]:
             if peer in row["peers"]:
-                by_op.setdefault(row["op"], []).append(row["peers"][peer] / row["median_us"])
+                kind = re.sub(r"_\d+$", "", row["op"])  # without the number of tokens
+                by_op.setdefault(kind, []).append(row["peers"][peer] / row["median_us"])
         for op, ratios in by_op.items():
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-            print(f"{op:14} {mean:.3f}x {peer} in the geometric mean, {min(ratios):.3f}x at the least")
+            print(f"{op:22} {mean:.3f}x {peer} in the geometric mean, {min(ratios):.3f}x at the least")
     return 0
 
 
