@@ -38,51 +38,70 @@ __device__ __forceinline__ void clear_neighbours(u8* a, u8* b, int begin, int en
   ptx::named_barrier_sync(1 + C.num_consumers, kThreads);
 }
 
-// A thread's products of scales for one wave; `scales_b` are those of the tile's columns, in shared memory.
+// Scales of a k-block that a thread needs: of its two rows, and of two in every 8 columns.
 template <GemmConfig C>
-__device__ __forceinline__ void multiply_scales(float (&scales)[C.block_n / 2], const float (&scales_a)[2],
-                                                const float* scales_b) {
-  const float2* mine = reinterpret_cast<const float2*>(scales_b) + threadIdx.x % 4;
-#pragma unroll
-  for (int i = 0; i < C.block_n / 2; i += 4) {
-    const float2 b = mine[i];
-    scales[i + 0] = scales_a[0] * b.x, scales[i + 1] = scales_a[0] * b.y;
-    scales[i + 2] = scales_a[1] * b.x, scales[i + 3] = scales_a[1] * b.y;
-  }
-}
+struct ColumnScales {
+  float a[2];
+  float2 b[C.block_n / 8];
 
-// One k-block of the tile's group; the first begins the sum. Scales are multiplied under the product, where registers suffice
-// for them.
-template <GemmConfig C, bool kFirst>
-__device__ __forceinline__ void multiply_columns(Consumer<C>& self, const Tile& t, int kb) {
-  using Wgmma = typename Consumer<C>::Wgmma;
-  constexpr bool kEarly = C.num_consumers < 3 && C.num_waves() == 1;
-  const int stage = self.pipe.stage;
-  self.pipe.wait_full();
-  const int begin = t.group_begin - kb * kBlockK, end = t.group_end - kb * kBlockK;
-  if (begin > 0 || (end < kBlockK && t.group_end < self.p.k))  // past K, TMA has put zeros
-    clear_neighbours<C>(self.smem.a(stage), self.smem.b(stage), begin, end);
+  __device__ __forceinline__ void load(const float* rows, const float* columns) {
+    a[0] = rows[0], a[1] = rows[8];
 #pragma unroll
-  for (int wave = 0; wave < C.num_waves(); ++wave) {
-    float partial[C.block_n / 2], scales[C.block_n / 2];
-    Wgmma::multiply(partial, ptx::wgmma_advance(self.first_a, (stage * C.block_m + wave * 64) * kBlockK),
+    for (int i = 0; i < C.block_n / 8; ++i) b[i] = reinterpret_cast<const float2*>(columns)[i * 4];
+  }
+  // Of the thread's i-th value.
+  __device__ __forceinline__ float product(int i) const { return a[i / 2 % 2] * (i % 2 ? b[i / 4].y : b[i / 4].x); }
+};
+
+// Sums the tile over `ks`, at least one k-block. While the tensor cores read shared memory, other reads of it wait long; so a
+// k-block's scales are loaded between two products, and multiplied with each other under their own:
+//
+//     tensor cores   | product s              |                          | product s + 1
+//     this warp      | sfa * sfb of s; full?  | += of s; scales of s + 1 | sfa * sfb of s + 1; full?
+template <GemmConfig C>
+__device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, const KRange& ks) {
+  static_assert(C.num_waves() == 1);
+  using Wgmma = typename Consumer<C>::Wgmma;
+  constexpr int kValues = C.block_n / 2;
+  int column = threadIdx.x % 4 * 2, kb = ks.begin;
+  ptx::keep_in_register(column);
+  ColumnScales<C> scales;
+  const auto load_scales = [&](int stage) {
+    scales.load(self.smem.sfa(stage) + self.first_row, self.smem.sfb(stage) + column);
+  };
+  const auto clear_others = [&] {
+    const int stage = self.pipe.stage, begin = t.group_begin - kb * kBlockK, end = t.group_end - kb * kBlockK;
+    if (begin > 0 || (end < kBlockK && t.group_end < self.p.k))  // past K, TMA has put zeros
+      clear_neighbours<C>(self.smem.a(stage), self.smem.b(stage), begin, end);
+  };
+
+  self.pipe.wait_full();
+  load_scales(self.pipe.stage);
+  clear_others();
+  bool more = true;
+#pragma unroll 1
+  while (more) {
+    const int stage = self.pipe.stage;
+    float partial[kValues], products[kValues];
+    Wgmma::multiply(partial, ptx::wgmma_advance(self.first_a, stage * C.block_m * kBlockK),
                     ptx::wgmma_advance(self.first_b, stage * C.block_n * kBlockK), false);
-    const float* sfa = self.smem.sfa(stage) + self.first_row + wave * 64;
-    const float scales_a[2] = {sfa[0], sfa[8]};
-    if constexpr (kEarly) {
-      multiply_scales<C>(scales, scales_a, self.smem.sfb(stage));
-      Wgmma::pin(scales);  // here, not after the wait
-    }
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) products[i] = scales.product(i);
+    Wgmma::pin(products);
+    auto next = self.pipe;
+    next.advance();
+    more = ++kb < ks.end;
+    if (more) next.wait_full();  // here also because ptxas moves no multiplication across its loop, down to the sums
     ptx::wgmma_wait<0>();
     Wgmma::pin(partial);
-    if constexpr (!kEarly) multiply_scales<C>(scales, scales_a, self.smem.sfb(stage));
 #pragma unroll
-    for (int i = 0; i < C.block_n / 2; ++i)
-      self.acc[wave][i] = kFirst ? scales[i] * partial[i] : self.acc[wave][i] + scales[i] * partial[i];
+    for (int i = 0; i < kValues; ++i) self.acc[0][i] += products[i] * partial[i];
+    load_scales(more ? next.stage : stage);  // no branch: they are to run among the sums
+    __syncwarp();                            // every lane has read its scales
+    self.release_stage();
+    self.pipe = next;
+    if (more) clear_others();
   }
-  __syncwarp();  // every lane has read its scales
-  self.release_stage();
-  self.pipe.advance();
 }
 
 template <GemmConfig C>
@@ -93,15 +112,9 @@ __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
     auto tiles = my_tiles<C>(p, smem);
     for (Tile t; tiles.next(t);) {
       const KRange ks = k_range(t);
-      if (ks.begin < ks.end) {
-        multiply_columns<C, true>(self, t, ks.begin);
-#pragma unroll 1
-        for (int kb = ks.begin + 1; kb < ks.end; ++kb) multiply_columns<C, false>(self, t, kb);
-      } else if (p.c_ptr == nullptr) {
-        self.clear();
-      } else {  // nothing to add
-        continue;
-      }
+      if (ks.begin == ks.end && p.c_ptr != nullptr) continue;  // nothing to add
+      self.clear();
+      if (ks.begin < ks.end) sum_columns<C>(self, t, ks);
       smem.gradient().store(p, output_tile<C>(p, t), consumer, self.acc);
     }
     ptx::tma_store_wait_all();
