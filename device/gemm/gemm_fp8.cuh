@@ -137,10 +137,12 @@ struct Consumer {
 
   // The time from the last promotion to the next product is lost to the tensor cores: all that can wait comes after the
   // product was issued. `meanwhile` runs there.
+  // Of groups, two warpgroups also await the next k-block there, if there is `more`.
+  static constexpr bool kAwaitsNext = C.grouped() && C.num_consumers == 2;
   template <bool kFirst, class Meanwhile>
-  __device__ __forceinline__ void multiply_k_block(int position, Meanwhile meanwhile) {
+  __device__ __forceinline__ void multiply_k_block(int position, bool more, Meanwhile meanwhile) {
     TileScalesB<C> scales_b;
-    pipe.wait_full();
+    if (kFirst || !kAwaitsNext) pipe.wait_full();
 #pragma unroll
     for (int wave = 0; wave < C.num_waves(); ++wave) {
       float partial[C.block_n / 2];
@@ -151,6 +153,11 @@ struct Consumer {
       if (wave == 0) {
         scales_b = sfb.get(position);
         meanwhile();
+      }
+      if (kAwaitsNext && wave == C.num_waves() - 1 && more) {
+        auto next = pipe;
+        next.advance();
+        next.wait_full();
       }
       ptx::wgmma_wait<0>();
       if (wave == C.num_waves() - 1) release_stage();
@@ -214,7 +221,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
       self.clear();
       more = false;
     } else {
-      self.template multiply_k_block<true>(0, prepare);
+      self.template multiply_k_block<true>(0, ks.begin + 1 < ks.end, prepare);
     }
     // Every lane of a warp agrees; the vote tells the compiler.
     if (C.grouped() && __any_sync(0xffffffff, t.m + consumer * C.consumer_rows() >= t.group_end)) {
@@ -224,7 +231,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
 #pragma unroll 2
     for (int kb = ks.begin + 1; kb < ks.end; ++kb) {
       const int position = (kb - ks.begin) % ScalesB<C>::kFetched;
-      self.template multiply_k_block<false>(position, [&] {
+      self.template multiply_k_block<false>(position, kb + 1 < ks.end, [&] {
         if (position == ScalesB<C>::kFetched - 1 && kb + 1 < ks.end) self.sfb.fetch(p, t, kb + 1, ks.end);
       });
     }

@@ -58,16 +58,6 @@ __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
     return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
 }
 
-// A guess before it is known which groups have rows: that each has one tile. Its first weights then come from L2.
-template <GemmConfig C>
-__device__ void prefetch_weights(const GemmParams& p) {
-  const int tiles_n = ceil_div(p.n, C.block_n), group = blockIdx.x / tiles_n;
-  if (group >= p.groups.num_groups) return;
-#pragma unroll 1
-  for (int kb = 0; kb < min_of(ceil_div(p.k, kBlockK), C.num_stages); ++kb)
-    ptx::tma_prefetch_2d(&p.b, kb * kBlockK, group * p.groups.b_pitch + blockIdx.x % tiles_n * C.block_n);
-}
-
 // --- scheduler of groups ----------------------------------------------------------------------------------------------
 
 // One warp, when load_spans has filled the table.
@@ -104,7 +94,7 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
 
   ptx::grid_launch_dependents();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == (C.grouped() ? C.num_threads() - 32 : 0)) {  // of groups, the first threads read bounds meanwhile
     const auto pipe = smem.pipeline();
     for (int s = 0; s < C.num_stages; ++s) {
       ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + 32);  // the producer, and the lanes of copy_scales
@@ -126,14 +116,19 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
     ptx::prefetch_tensor_map(&p.a);
     ptx::prefetch_tensor_map(&p.b);
     if constexpr (C.stores_by_tma()) ptx::prefetch_tensor_map(&p.d);
-    if constexpr (C.grouping == Grouping::rows && C.block_m == 64 && C.scaled()) prefetch_weights<C>(p);
   }
-  if constexpr (C.cluster_size() > 1)
-    ptx::cluster_sync();
-  else
-    __syncthreads();
-  ptx::grid_wait_dependencies();  // from here on we read what the previous kernel wrote, and overwrite what it read
-  if constexpr (C.grouped()) load_spans(p.groups, smem.groups());
+  // After grid_wait_dependencies we read what the previous kernel wrote, and overwrite what it read.
+  if constexpr (C.grouped()) {
+    ptx::grid_wait_dependencies();
+    load_spans(p.groups, smem.groups());  // ends with a barrier of the CTA
+    if constexpr (C.cluster_size() > 1) ptx::cluster_sync();
+  } else {
+    if constexpr (C.cluster_size() > 1)
+      ptx::cluster_sync();
+    else
+      __syncthreads();
+    ptx::grid_wait_dependencies();
+  }
 
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers > 1) ptx::register_decrease<C.producer_registers()>();

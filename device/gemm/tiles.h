@@ -17,7 +17,7 @@ struct TilePosition {
   int m, n;
 };
 constexpr TilePosition walk_tiles(int index, int tiles_m, int tiles_n, int group_m) {
-  const int band = index / (group_m * tiles_n), first_m = band * group_m;
+  const int band = tiles_m <= group_m ? 0 : index / (group_m * tiles_n), first_m = band * group_m;
   const int rows = min_of(group_m, tiles_m - first_m), i = index - first_m * tiles_n;
   return {first_m + i % rows, i / rows};
 }

@@ -226,9 +226,14 @@ TEST(SimulatedGemm, OfGroups) {
   constexpr GemmConfig kTile{.block_m = 128, .block_n = 128, .num_stages = 3, .grouping = Grouping::rows};
   constexpr GemmConfig kTall{
       .block_m = 192, .block_n = 128, .num_consumers = 3, .num_stages = 3, .cluster_n = 2, .grouping = Grouping::rows};
+  constexpr GemmConfig kTwoWaves{
+      .block_m = 256, .block_n = 128, .num_stages = 3, .cluster_n = 2, .grouping = Grouping::rows};
+  constexpr GemmConfig kWide{.block_m = 128, .block_n = 192, .num_stages = 2, .grouping = Grouping::rows};
   check_rows<kTile>(Order::col_major);
   check_rows<kTile>(Order::row_major);
   check_rows<kTall>(Order::col_major);
+  check_rows<kTwoWaves>(Order::row_major);
+  check_rows<kWide>(Order::col_major);
 }
 
 TEST(SimulatedGemm, OfGradients) {
