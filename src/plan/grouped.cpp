@@ -21,68 +21,92 @@ std::vector<GemmConfig> make_configs() {
                                   .out = out,
                                   .grouping = Grouping::rows}));
     };
-    // Of equals the first is taken. Few rows a group: every SM streams weights. Many: measured, sharing A pays for the taller
-    // tiles only.
+    // Of equals the first is taken. Few rows a group: every SM streams weights.
     add(64, 128, 1, 1);
     add(64, 64, 1, 1);
+    if (out == OutType::bf16) add(128, 64, 2, 1);
     add(128, 128, 2, 1);
-    if (out == OutType::bf16) add(192, 128, 3, 2), add(192, 128, 3, 1), add(256, 128, 2, 2);
+    if (out == OutType::bf16) {
+      add(128, 192, 2, 1);
+      for (const int cluster_n : {2, 1}) add(192, 128, 3, cluster_n), add(256, 128, 2, cluster_n);
+    }
   }
-  for (const int num_consumers : {3, 2})
-    list.push_back(with_stages({.block_m = 64 * num_consumers,
-                                .block_n = 128,
-                                .num_consumers = num_consumers,
-                                .out = OutType::f32,
-                                .grouping = Grouping::columns}));
+  list.push_back(with_stages({.out = OutType::f32, .grouping = Grouping::columns}));
   return list;
 }
 
 // Cycles for a k-block of a tile of which `rows` rows are of D.
 double cycles_of(const GemmConfig& c, const GroupedProblem& p, int rows) {
-  constexpr double kMmaLoss = 1.39, kMmaLossTwoWaves = 1.295, kMmaLoss3 = 1.235, kWaveLatency = 236;
-  constexpr double kRowScaleLoss = 1.27, kRowScaleLoss3 = 1.235;  // two multiplications a value
-  constexpr double kNotShared = 1.025;                            // of a tall tile whose A no other CTA shares
-  constexpr double kSmBytes = 46, kLoadLatency = 2294;            // one SM, per cycle
+  constexpr double kMmaLoss = 1.37, kMmaLossWide = 1.31, kMmaLossTwoWaves = 1.26, kMmaLoss3 = 1.235, kWaveLatency = 236;
+  constexpr double kRowScaleLoss = 1.4;                 // two multiplications a value
+  constexpr double kNotShared = 1.025;                  // of three consumers whose A no other CTA shares
+  constexpr double kSmBytes = 46, kLoadLatency = 2294;  // one SM, per cycle
   const int consumers = std::min(ceil_div(rows, c.consumer_rows()), c.num_consumers);
-  const double n = c.block_n, loss = consumers == 3 ? kMmaLoss3 : c.num_waves() == 2 ? kMmaLossTwoWaves : kMmaLoss;
+  const double n = c.block_n, loss = consumers == 3       ? kMmaLoss3
+                                     : c.num_waves() == 2 ? kMmaLossTwoWaves
+                                     : n > kScaleBlock    ? kMmaLossWide
+                                                          : kMmaLoss;
   double mma = 2.5 * n + kWaveLatency;
   if (consumers > 1) mma = std::max(mma, consumers * 2 * n * loss);
   if (c.num_consumers == 3 && !c.multicasts()) mma *= kNotShared;
   mma *= c.num_waves();
-  if (p.grouping == Grouping::columns) mma *= c.num_consumers == 3 ? kRowScaleLoss3 : kRowScaleLoss;
+  if (p.grouping == Grouping::columns) mma *= kRowScaleLoss;
   const double loaded_a =
       c.cluster_n > 1 ? double(c.block_m) / c.cluster_n : ceil_div(rows, c.rows_of_request()) * c.rows_of_request();
   return std::max({mma, (loaded_a + n / c.cluster_m) * kBlockK / kSmBytes, kLoadLatency / c.num_stages});
 }
 
-// Cycles of the whole product, if every group of rows has so many.
-double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms, int rows) {
-  constexpr double kDramBytes = 1770;  // all SMs, per cycle
-  constexpr double kTile = 1645;
-  constexpr double kOverlap = 0.25;  // of the shorter of computing and reading weights, that the longer does not hide
-  const bool by_rows = p.grouping == Grouping::rows;
+// The groups that have rows (or columns), and how many. Of groups with few on average some have none.
+struct Groups {
+  double count, rows;
 
-  const int full = rows / c.block_m, rest = rows % c.block_m;
-  const double tiles_m = full + (rest > 0),
-               k_block = (full * cycles_of(c, p, c.block_m) + (rest > 0 ? cycles_of(c, p, rest) : 0)) / tiles_m;
-  const double k_blocks = std::ceil(double(p.k) / (by_rows ? 1 : p.num_groups) / kBlockK);
-  const double groups = by_rows ? std::min(p.num_groups, p.m) : p.num_groups;
-  const double each =
-      groups * tiles_m * ceil_div(p.n, c.block_n * c.cluster_n) / std::max(num_sms / c.cluster_size(), 1);
-  const double compute = std::ceil(each) * (k_blocks * k_block + kTile);
-  const double weights = by_rows ? groups * p.n * p.k / kDramBytes * std::min(std::ceil(each) / each, 2.0) : 0;
-  return std::max(compute, weights) + kOverlap * std::min(compute, weights);
+  explicit Groups(const GroupedProblem& p) : count(p.num_groups), rows(p.m) {
+    if (p.grouping != Grouping::rows) return;
+    const double mean = p.expected_rows > 0 ? p.expected_rows : rows / count, filled = 1 - std::exp(-mean);
+    count *= filled, rows = mean / filled;
+  }
+};
+
+// How far groups are from their mean. Routing is not even: who says what to expect names a mean; otherwise an even share is
+// likely.
+using Spread = std::array<double, 6>;
+Spread spread_of(const GroupedProblem& p) {
+  if (p.grouping != Grouping::rows) return {1, 1, 1, 1, 1, 1};
+  if (p.expected_rows > 0) return {0.7, 0.82, 0.94, 1.06, 1.18, 1.3};
+  return {0.9, 1.0, 1.0, 1.0, 1.0, 1.1};
 }
 
 // It only has to put configurations in order; docs/tuning.md has the measurements.
 double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms) {
-  if (p.grouping == Grouping::columns) return estimate_cycles(c, p, num_sms, p.m);
-  // Routing is not even: who says what to expect names a mean; otherwise an even share is likely.
-  constexpr std::array kHinted = {0.7, 0.82, 0.94, 1.06, 1.18, 1.3}, kEven = {0.9, 1.0, 1.0, 1.0, 1.0, 1.1};
-  const double rows = p.expected_rows > 0 ? p.expected_rows : double(p.m) / std::min(p.num_groups, p.m);
-  double sum = 0;
-  for (const double factor : p.expected_rows > 0 ? kHinted : kEven)
-    sum += estimate_cycles(c, p, num_sms, int(std::min(std::ceil(rows * factor), 1e9)));
+  constexpr double kDramBytes = 1770;  // all SMs, per cycle
+  constexpr double kTile = 1645, kCluster = 1000;
+  constexpr double kOverlap = 0.25;    // of the shorter of computing and reading weights, that the longer does not hide
+  constexpr double kNotShared = 1.02;  // weights that compete with rows of A which no other CTA shares
+
+  const bool by_rows = p.grouping == Grouping::rows;
+  const Groups groups(p);
+  const Spread spread = spread_of(p);
+  Spread tiles{};
+  double mean_tiles = 0, cycles = 0;  // of a group; cycles are of a k-block of all of its tiles
+  for (std::size_t i = 0; i < spread.size(); ++i) {
+    const int rows = int(std::min(std::ceil(groups.rows * spread[i]), 1e9));
+    const int full = rows / c.block_m, rest = rows % c.block_m;
+    tiles[i] = full + (rest > 0);
+    mean_tiles += tiles[i] / spread.size();
+    cycles += (full * cycles_of(c, p, c.block_m) + (rest > 0 ? cycles_of(c, p, rest) : 0)) / spread.size();
+  }
+  const double k_blocks = std::ceil(double(p.k) / (by_rows ? 1 : p.num_groups) / kBlockK);
+  const double tile = k_blocks * cycles / mean_tiles + kTile;
+  const double tiles_n = ceil_div(p.n, c.block_n * c.cluster_n), clusters = std::max(num_sms / c.cluster_size(), 1);
+  const double all_weights = by_rows ? groups.count * p.n * p.k / kDramBytes : 0;
+  double sum = c.cluster_size() > 1 ? kCluster * spread.size() : 0;
+  for (const double of_one : tiles) {  // of many groups the sum spreads less than each
+    const double of_mean = mean_tiles + (of_one - mean_tiles) / std::sqrt(std::max(groups.count, 1.0));
+    const double each = groups.count * of_mean * tiles_n / clusters, rounds = std::ceil(each - 1e-9);
+    const double weights =
+        all_weights * std::min(rounds / each, 2.0) * (c.block_m >= 192 && !c.multicasts() ? kNotShared : 1);
+    sum += std::max(rounds * tile, weights) + kOverlap * std::min(rounds * tile, weights);
+  }
   return sum;
 }
 
@@ -119,7 +143,9 @@ GemmPlan plan_grouped(const GroupedProblem& problem, int num_sms) {
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
   }
-  return plan_grouped_with(*best, kDefaultGroupM, problem, num_sms);
+  // Of gradients, all operands together are little more than L2 holds: a taller band reads less of them again.
+  const int group_m = problem.grouping == Grouping::columns ? 2 * kDefaultGroupM : kDefaultGroupM;
+  return plan_grouped_with(*best, group_m, problem, num_sms);
 }
 
 }  // namespace phalanx::plan
