@@ -127,6 +127,7 @@ constexpr bool is_valid(const GemmConfig& c) {
                         c.num_stages % c.num_consumers == 0 && !c.multicasts() && !c.grouped();
   const bool tile = c.num_consumers >= 1 && c.num_consumers <= 3 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
                     c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 32 && c.num_scales_b() <= 2;
+  const bool waves = !c.scales_b_by_row() || c.num_waves() == 1;  // registers for each value's product of scales
   const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);
   const bool cluster = c.cluster_n >= 1 && c.cluster_m >= 1 && c.split_k >= 1 && one_kind <= 1 &&
                        c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0 &&
@@ -135,7 +136,7 @@ constexpr bool is_valid(const GemmConfig& c) {
   const bool majors = (c.major_a == Major::k || c.block_m / c.cluster_n % kPanelRows == 0) &&
                       (c.major_b == Major::k || c.block_n / c.cluster_m % kPanelRows == 0) &&
                       (!c.scaled() || (c.major_a == Major::k && c.major_b == Major::k));
-  return (c.few_rows() ? few_rows : tile) && cluster && majors && c.num_stages >= 2 &&
+  return (c.few_rows() ? few_rows : tile) && waves && cluster && majors && c.num_stages >= 2 &&
          smem_layout(c).total <= kMaxSmemBytes;
 }
 

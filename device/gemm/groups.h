@@ -18,6 +18,7 @@ struct GroupParams {
   int a_pitch, b_pitch, d_pitch;
   int sfa_pitch_x, sfa_pitch_y;  // along the rows and along the k-blocks of `sfa_map`
   i64 sfa_stride_g, sfb_stride_g;
+  int few_empty;  // of groups of rows: almost all are expected to have some
 };
 
 // One group: its rows (or columns) [begin, end), and the first of its tiles in the row of all groups' tiles.

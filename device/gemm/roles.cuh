@@ -58,6 +58,17 @@ __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
     return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
 }
 
+// A guess before it is known which groups have rows: that each has one tile. Its first weights then come from L2. For nothing
+// where groups are empty, and then others wait for memory meanwhile.
+template <GemmConfig C>
+__device__ void prefetch_weights(const GemmParams& p) {
+  const int tiles_n = ceil_div(p.n, C.block_n), group = blockIdx.x / tiles_n;
+  if (group >= p.groups.num_groups || !p.groups.few_empty) return;
+#pragma unroll 1
+  for (int kb = 0; kb < min_of(ceil_div(p.k, kBlockK), C.num_stages); ++kb)
+    ptx::tma_prefetch_2d(&p.b, kb * kBlockK, group * p.groups.b_pitch + blockIdx.x % tiles_n * C.block_n);
+}
+
 // --- scheduler of groups ----------------------------------------------------------------------------------------------
 
 // One warp, when load_spans has filled the table.
@@ -116,6 +127,7 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
     ptx::prefetch_tensor_map(&p.a);
     ptx::prefetch_tensor_map(&p.b);
     if constexpr (C.stores_by_tma()) ptx::prefetch_tensor_map(&p.d);
+    if constexpr (C.grouping == Grouping::rows && C.block_m == 64 && C.scaled()) prefetch_weights<C>(p);
   }
   // After grid_wait_dependencies we read what the previous kernel wrote, and overwrite what it read.
   if constexpr (C.grouped()) {

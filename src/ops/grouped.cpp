@@ -91,6 +91,8 @@ const float* floats(const Tensor& x) { return static_cast<const float*>(x.data);
 
 // --- launches --------------------------------------------------------------------------------------------------------------
 
+constexpr int kFewEmpty = 4;  // rows of a group, on average, from which on less than one in fifty has none
+
 void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, const Tensor& d,
               const GroupedGemmOptions& options) {
   const Place place(d, options.num_sms);
@@ -134,7 +136,8 @@ void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const T
               .sfa_pitch_x = sfa.pitch_x,
               .sfa_pitch_y = sfa.pitch_y,
               .sfa_stride_g = masked ? sa[0] : 0,
-              .sfb_stride_g = b.scales.strides[0]};
+              .sfb_stride_g = b.scales.strides[0],
+              .few_empty = (options.expected_rows > 0 ? options.expected_rows : m / num_groups) >= kFewEmpty};
   launch(chosen, p, options.stream);
 }
 

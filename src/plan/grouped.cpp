@@ -37,9 +37,9 @@ std::vector<GemmConfig> make_configs() {
 
 // Cycles for a k-block of a tile of which `rows` rows are of D.
 double cycles_of(const GemmConfig& c, const GroupedProblem& p, int rows) {
-  constexpr double kMmaLoss = 1.37, kMmaLossWide = 1.31, kMmaLossTwoWaves = 1.26, kMmaLoss3 = 1.235, kWaveLatency = 236;
+  constexpr double kMmaLoss = 1.37, kMmaLossWide = 1.34, kMmaLossTwoWaves = 1.26, kMmaLoss3 = 1.235, kWaveLatency = 236;
   constexpr double kRowScaleLoss = 1.4;                 // two multiplications a value
-  constexpr double kNotShared = 1.025;                  // of three consumers whose A no other CTA shares
+  constexpr double kNotShared = 1.012;                  // of three consumers whose A no other CTA shares
   constexpr double kSmBytes = 46, kLoadLatency = 2294;  // one SM, per cycle
   const int consumers = std::min(ceil_div(rows, c.consumer_rows()), c.num_consumers);
   const double n = c.block_n, loss = consumers == 3       ? kMmaLoss3
@@ -79,9 +79,9 @@ Spread spread_of(const GroupedProblem& p) {
 // It only has to put configurations in order; docs/tuning.md has the measurements.
 double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms) {
   constexpr double kDramBytes = 1770;  // all SMs, per cycle
-  constexpr double kTile = 1645, kCluster = 1000;
+  constexpr double kTile = 1645, kCluster = 1500;
   constexpr double kOverlap = 0.25;    // of the shorter of computing and reading weights, that the longer does not hide
-  constexpr double kNotShared = 1.02;  // weights that compete with rows of A which no other CTA shares
+  constexpr double kNotShared = 1.03;  // weights that compete with rows of A which no other CTA shares
 
   const bool by_rows = p.grouping == Grouping::rows;
   const Groups groups(p);
