@@ -302,9 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         log(f"deep_gemm is not here: {reason}")
         deep_gemm = None
     result = {
-        "gpu": torch.cuda.get_device_name(0),
-        "commit": machine.commit(),
-        "versions": machine.versions(),
+        **machine.describe(),
         "ceilings": {name: round(value, 1) for name, value in ceilings.items()},
         "rows": [],
     }
