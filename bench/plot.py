@@ -82,10 +82,15 @@ def plot_expert_parallel(path: Path) -> list[Path]:
     tokens = min(row["tokens"] for row in plain)
     with plt.rc_context(RC):
         figure, (times, rates) = plt.subplots(1, 2, figsize=(10.5, 4.2))
-        for op, color in EP_COLORS.items():
+        counts = sorted({row["sms"] for row in plain if row["tokens"] == tokens})
+        for i, (op, color) in enumerate(EP_COLORS.items()):
             points = sorted((row["sms"], row["us"]) for row in plain if row["op"] == op and row["tokens"] == tokens)
-            if points:
+            if len(counts) > 1:
                 times.plot(*zip(*points, strict=True), "o-", color=color, label=op)
+            elif points:  # of one number there is no curve
+                times.bar_label(
+                    times.bar(i, points[0][1], color=color, label=op), fmt="%.0f", fontsize=8.5, color=color
+                )
         for name, label in (("store", "to the peer"), ("local store", "to its own memory")):
             points = sorted((int(sms), gbps) for sms, gbps in result["links_gbps"].get(name, {}).items())
             if points:
@@ -95,6 +100,9 @@ def plot_expert_parallel(path: Path) -> list[Path]:
         for ax in (times, rates):
             ax.set_xlabel("SMs")
             ax.set_ylim(0)
+        if len(counts) == 1:
+            times.set_xticks([(len(EP_COLORS) - 1) / 2], [str(counts[0])])
+        for ax in (times, rates):
             ax.legend(frameon=False, fontsize=8.5, labelcolor=INK)
         caption = f"{result['gpu']}, commit {result.get('commit', '?')}; the slowest rank's median, cold L2"
         figure.text(0.995, 0.005, caption, ha="right", va="bottom", fontsize=7.5)

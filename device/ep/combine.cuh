@@ -15,31 +15,10 @@
 // The tokens of a CTA are those of its dispatch, and so are the slots' numbers. Sums are sent token by token, to all
 // ranks in turn, so that each home can begin early.
 #pragma once
+#include "device/ep/combine_ring.cuh"
 #include "device/ep/signal.cuh"
-#include "device/ptx/convert.cuh"
-#include "device/ptx/mbarrier.cuh"
-#include "device/ptx/tma.cuh"
 
 namespace phalanx {
-
-// Eight neighbouring columns.
-struct EpSum {
-  float v[8];
-
-  __device__ __forceinline__ void add(const EpVector& x, float weight) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[2 * i] = __fmaf_rn(weight, ptx::bf16_lo(x.word[i]), v[2 * i]);
-      v[2 * i + 1] = __fmaf_rn(weight, ptx::bf16_hi(x.word[i]), v[2 * i + 1]);
-    }
-  }
-  __device__ __forceinline__ EpVector to_bf16() const {
-    EpVector packed;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) packed.word[i] = ptx::pack_bf16(v[2 * i], v[2 * i + 1]);
-    return packed;
-  }
-};
 
 // A token's rows on this rank: lane k has row and weight of choice k.
 struct EpTerms {
@@ -77,75 +56,6 @@ __device__ __forceinline__ u8* ep_sum_slot(const EpOperation& op, int at, int fr
 __device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int from) {
   return op.word(at, op.c.layout.sum_flags, from * op.c.shape.num_ctas + int(blockIdx.x));
 }
-
-// --- the ring -------------------------------------------------------------------------------------------------------
-
-// A sum to be made: so many stages, from the one that this lies beside.
-struct alignas(16) EpStage {
-  u8* out;
-  const u8* residual;
-  int bytes;                // of the columns
-  short own, before, more;  // rows of this rank; sums of ranks before it, which are added first; and of ranks behind it
-  short stages;             // of it all; without any term one that is empty
-  int steps;                // of so many tokens of every source all sums have been asked for before this one
-  int stop;
-};
-
-struct EpCombineSmem {
-  u8 rows[kEpStages][kEpStageBytes];
-  EpStage stage[kEpStages];
-  float weight[kEpStages];
-  u64 full[kEpStages], empty[kEpStages];
-  int steps[32];  // finished by each summing warp
-  EpRange tokens[kEpMaxRanks];
-  int failed;
-};
-static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
-
-// A place in the ring.
-struct EpRing {
-  int stage = 0;
-  u32 phase = 0;
-
-  __device__ __forceinline__ void advance(int n) {
-    stage += n;
-    if (stage >= kEpStages) {
-      stage -= kEpStages;
-      phase ^= 1;
-    }
-  }
-};
-
-// The loading warp's side.
-struct EpFeeder {
-  EpCombineSmem& smem;
-  EpRing ring = {};
-
-  // One stage for each lane in `lanes`, at most kEpStages, in their order; empty if there is no row. The first one may be
-  // where the sum begins.
-  __device__ __forceinline__ void push(u32 lanes, const u8* row, float weight, const EpStage& sum, bool begins) {
-    const int lane = threadIdx.x % 32;
-    EpRing mine = ring;
-    mine.advance(__popc(lanes & ((1u << lane) - 1)));
-    if (lanes >> lane & 1) {
-      ptx::mbarrier_wait(&smem.empty[mine.stage], mine.phase ^ 1);
-      smem.weight[mine.stage] = weight;
-      if (begins && __ffs(lanes) - 1 == lane) smem.stage[mine.stage] = sum;
-      if (row) {
-        ptx::mbarrier_arrive_expect_tx(&smem.full[mine.stage], u32(sum.bytes));
-        ptx::bulk_load(smem.rows[mine.stage], row, u32(sum.bytes), &smem.full[mine.stage]);
-      } else {
-        ptx::mbarrier_arrive(&smem.full[mine.stage]);
-      }
-    }
-    __syncwarp();
-    ring.advance(__popc(lanes));
-  }
-  __device__ __forceinline__ void push_nothing(int steps, int stop) {
-    const EpStage sum{nullptr, nullptr, 0, 0, 0, 0, 1, steps, stop};
-    push(1, nullptr, 0, sum, true);
-  }
-};
 
 // --- loading --------------------------------------------------------------------------------------------------------
 
@@ -259,9 +169,7 @@ __device__ __forceinline__ void ep_load_send(const EpCombineParams& p, const EpO
   const short count = short(__popc(rows));
 #pragma unroll 1
   for (int begin = 0; begin < row_bytes; begin += kEpStageBytes) {
-    const EpStage sum{
-        slot + begin, nullptr, min_of(row_bytes - begin, kEpStageBytes), count, 0, 0, count > 0 ? count : short(1),
-        steps,        0};
+    const EpStage sum{slot + begin, nullptr, min_of(row_bytes - begin, kEpStageBytes), count, 0, 0, steps, 0};
     if (count > 0)
       ep_load_rows(p, feeder, work.terms, rows, begin, sum);
     else
@@ -288,7 +196,7 @@ __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpO
                       short(own),
                       short(num_before),
                       short(num_others - num_before),
-                      short(own + num_others > 0 ? own + num_others : 1),
+
                       steps,
                       0};
     if (own + num_others == 0) feeder.push(1, nullptr, 0, sum, true);
@@ -336,71 +244,6 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
     }
   }
   return true;
-}
-
-// --- summing --------------------------------------------------------------------------------------------------------
-
-// Adds the next `count` stages.
-__device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpCombineSmem& smem, EpRing& ring,
-                                              int count) {
-  const int lane = threadIdx.x % 32, first = int(threadIdx.x) * 16;
-#pragma unroll 1
-  for (int j = 0; j < count; ++j) {
-    ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
-    const float weight = smem.weight[ring.stage];
-    EpVector x[kEpSumPieces];
-#pragma unroll
-    for (int i = 0; i < kEpSumPieces; ++i)
-      x[i] = *reinterpret_cast<const EpVector*>(smem.rows[ring.stage] + first + i * (kEpSumWarps * kEpPitch));
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.stage]);
-    ring.advance(1);
-#pragma unroll
-    for (int i = 0; i < kEpSumPieces; ++i) sum[i].add(x[i], weight);
-  }
-}
-
-__device__ __forceinline__ void ep_sum_stages(EpCombineSmem& smem) {
-  const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32;
-  EpRing ring;
-  int steps = 0;
-#pragma unroll 1
-  for (;;) {
-    ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
-    const EpStage todo = smem.stage[ring.stage];
-    if (todo.steps > steps) {
-      steps = todo.steps;
-      __syncwarp();
-      if (lane == 0) {
-        ptx::fence_acq_rel_cta();
-        *static_cast<volatile int*>(&smem.steps[warp]) = steps;
-      }
-    }
-    EpSum sum[kEpSumPieces] = {};
-    ep_add_stages(sum, smem, ring, todo.own);
-    if (todo.before != 0) {
-      EpSum total[kEpSumPieces] = {};
-      ep_add_stages(total, smem, ring, todo.before);
-#pragma unroll
-      for (int i = 0; i < kEpSumPieces; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i].v[j] += total[i].v[j];
-    }
-    ep_add_stages(sum, smem, ring, todo.more);
-    if (todo.own + todo.before + todo.more == 0) {
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.stage]);
-      ring.advance(1);
-      if (todo.stop) return;
-    }
-#pragma unroll
-    for (int i = 0; i < kEpSumPieces; ++i) {
-      const int at = int(threadIdx.x) * 16 + i * (kEpSumWarps * kEpPitch);
-      if (at >= todo.bytes) continue;
-      if (todo.residual) sum[i].add(*reinterpret_cast<const EpVector*>(todo.residual + at), 1.0f);
-      *reinterpret_cast<EpVector*>(todo.out + at) = sum[i].to_bf16();
-    }
-  }
 }
 
 // --- signalling -----------------------------------------------------------------------------------------------------

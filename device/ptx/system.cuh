@@ -24,14 +24,8 @@ __device__ __forceinline__ void store_release_sys(u64* p, u64 value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
 __device__ __forceinline__ void fence_acq_rel_cta() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
-__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // Returns what was there.
-__device__ __forceinline__ u64 atomic_add_acq_rel_gpu(u64* p, u64 value) {
-  u64 old;
-  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(value) : "memory");
-  return old;
-}
 __device__ __forceinline__ u64 atomic_exchange_relaxed_gpu(u64* p, u64 value) {
   u64 old;
   asm volatile("atom.exch.relaxed.gpu.global.b64 %0, [%1], %2;" : "=l"(old) : "l"(p), "l"(value) : "memory");

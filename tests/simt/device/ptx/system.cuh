@@ -23,8 +23,6 @@ inline void store_relaxed_sys(u64* p, u64 value) { simt_atomic(p).store(value, s
 inline void store_release_sys(int* p, int value) { simt_atomic(p).store(value, std::memory_order_release); }
 inline void store_release_sys(u64* p, u64 value) { simt_atomic(p).store(value, std::memory_order_release); }
 inline void fence_acq_rel_cta() { simt::yield(); }
-inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-inline u64 atomic_add_acq_rel_gpu(u64* p, u64 value) { return simt_atomic(p).fetch_add(value); }
 inline u64 atomic_exchange_relaxed_gpu(u64* p, u64 value) { return simt_atomic(p).exchange(value); }
 inline void nanosleep(u32) { simt::yield(); }
 inline u64 global_timer() {
