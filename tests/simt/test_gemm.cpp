@@ -131,7 +131,7 @@ template <GemmConfig C>
 void run_groups(GemmParams& p, int limit) {
   u64 fault = 0;
   p.groups.bounds = kOffsets.data(), p.groups.fault = &fault, p.groups.by = GroupsBy::offsets;
-  p.groups.num_groups = kGroups, p.groups.limit = limit;
+  p.groups.num_groups = kGroups, p.groups.limit = limit, p.groups.few_empty = 1;
   p.group_m = 8;
   constexpr int kClusters = 3;
   simt::launch(
@@ -229,6 +229,9 @@ TEST(SimulatedGemm, OfGroups) {
   constexpr GemmConfig kTwoWaves{
       .block_m = 256, .block_n = 128, .num_stages = 3, .cluster_n = 2, .grouping = Grouping::rows};
   constexpr GemmConfig kWide{.block_m = 128, .block_n = 192, .num_stages = 2, .grouping = Grouping::rows};
+  constexpr GemmConfig kLow{
+      .block_m = 64, .block_n = 64, .num_consumers = 1, .num_stages = 3, .grouping = Grouping::rows};
+  check_rows<kLow>(Order::col_major);
   check_rows<kTile>(Order::col_major);
   check_rows<kTile>(Order::row_major);
   check_rows<kTall>(Order::col_major);
