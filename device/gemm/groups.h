@@ -15,10 +15,10 @@ struct GroupParams {
   u64* fault;         // a word of the host's; see GroupFault
   GroupsBy by;
   int num_groups, limit;  // rows of A; by counts, rows of each A[g]; of a weight gradient, columns
-  int a_pitch, b_pitch, d_pitch;
-  int sfa_pitch_x, sfa_pitch_y;  // along the rows and along the k-blocks of `sfa_map`
-  i64 sfa_stride_g, sfb_stride_g;
-  int few_empty;  // of groups of rows: almost all are expected to have some
+  int a_pitch = 0, b_pitch = 0, d_pitch = 0;
+  int sfa_pitch_x = 0, sfa_pitch_y = 0;  // along the rows and along the k-blocks of `sfa_map`
+  i64 sfa_stride_g = 0, sfb_stride_g = 0;
+  int few_empty = 0;  // of groups of rows: almost all are expected to have some
 };
 
 // One group: its rows (or columns) [begin, end), and the first of its tiles in the row of all groups' tiles.
