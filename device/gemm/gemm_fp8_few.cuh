@@ -4,12 +4,12 @@
 // larger than the rows that there are. What takes time is to stream B, and what happens between two kernels:
 //
 //     one thread              B by TMA. The first stages before the previous kernel ends, if B does not come from it
-//     one warp                A and its scales, after that end
+//     one warp                A and its scales by TMA, after that end
 //     consumer warpgroups     take k-blocks in turn: 64 x block_m x 128 by WGMMA, promotion, as in gemm_fp8
 //
 // Each consumer has a sum of its own, and where K is split over a cluster, so has each CTA. These parts of a tile are added in
 // their order. In a cluster each CTA adds a slice of the columns: the others send theirs as soon as they have them, and a
-// barrier counts the bytes. Small enough that two CTAs share an SM, this kernel's and the next one's.
+// barrier counts the bytes. Small enough that two CTAs share an SM: two of this kernel, or one and the next kernel's.
 #pragma once
 #include "device/gemm/roles.cuh"
 #include "device/ptx/wgmma.cuh"

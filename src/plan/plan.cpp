@@ -43,7 +43,7 @@ std::vector<GemmConfig> make_configs() {
   return list;
 }
 
-// Where the few rows' kernels may be used: they take two CTAs an SM and sum K in parts that depend on the number of CTAs.
+// Where the few rows' kernels may be used: they take two CTAs an SM and sum K in parts that other kernels do not have.
 bool streams_weights(const GemmProblem& p) { return p.all_sms && p.m <= 16 && !p.batch_invariant; }
 
 // A split of K gives work to each SM. More of it costs more than it brings, unless a CTA would still have many k-blocks: then
