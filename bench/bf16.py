@@ -101,9 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     log = lambda message: print(f"# {message}", file=sys.stderr, flush=True)  # noqa: E731
     ceilings = {} if arguments.no_ceilings else ceiling_probes.measure(True, log, ("copy", "empty kernel", "read"))
     result = {
-        "gpu": torch.cuda.get_device_name(0),
-        "commit": machine.commit(),
-        "versions": machine.versions(),
+        **machine.describe(),
         "ceilings": {name: round(value, 1) for name, value in ceilings.items()},
         "rows": [],
         "summary": {},

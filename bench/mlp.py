@@ -118,8 +118,7 @@ def main() -> int:
     torch.manual_seed(0)
     mlp = ExpertMLP(EXPERTS, HIDDEN, INTERMEDIATE, device="cuda").requires_grad_(False)
     rows = [measure(int(tokens), mlp, arguments.repeats) for tokens in arguments.tokens.split(",")]
-    result = {"gpu": torch.cuda.get_device_name(0), "commit": machine.commit(), "versions": machine.versions()}
-    write_json(result | {"rows": rows}, arguments.out / "mlp.json")
+    write_json(machine.describe() | {"rows": rows}, arguments.out / "mlp.json")
     for row in rows:
         print(row)
     return 0

@@ -162,7 +162,7 @@ def measure(tokens: tuple[int, ...], repeats: int, log: Callable[[str], None]) -
                 f"{op} {count}: {ours:.1f} us, {row['gbps']:.0f} GB/s, {row['share_of_copy']:.0%} of a copy, "
                 f"{row['empty_kernels']:.2f} empty kernels{peers}"
             )
-    return {"gpu": torch.cuda.get_device_name(0), "commit": machine.commit(), "ceilings": ceilings, "rows": rows}
+    return machine.describe() | {"ceilings": ceilings, "rows": rows}
 
 
 def main() -> int:

@@ -245,8 +245,8 @@ def main() -> int:
         for name, speedup in row["speedup"].items():
             speedups.setdefault(name, []).append(speedup)
     summary = {name: round(geomean(values), 3) for name, values in speedups.items()}
-    result = {"gpu": torch.cuda.get_device_name(0), "commit": machine.commit(), "versions": machine.versions()}
-    write_json(result | {"ceilings": ceilings, "summary": summary, "rows": rows}, arguments.out / "quantize.json")
+    result = machine.describe() | {"ceilings": ceilings, "summary": summary, "rows": rows}
+    write_json(result, arguments.out / "quantize.json")
     print_rows(rows)
     print("speedup, geometric mean:", summary)
     return 0

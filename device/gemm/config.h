@@ -115,10 +115,13 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   return s;
 }
 
+// Shared memory with which two CTAs fit on an SM.
+constexpr int kHalfOfSmem = kSmemPerSm / 2 - 1024;
+
 // That a kernel's registers must suffice for, and that a plan may count on if all SMs are free.
 constexpr int ctas_per_sm(const GemmConfig& c) {
   const bool small = c.num_consumers == 1 && c.scaled() && !c.grouped() && c.split_k == 1;
-  return (c.few_rows() || small) && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm ? 2 : 1;
+  return (c.few_rows() || small) && smem_layout(c).total <= kHalfOfSmem ? 2 : 1;
 }
 
 // Whether the kernel can be instantiated; the planner and the tests ask, the kernel asserts.

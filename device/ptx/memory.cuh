@@ -7,8 +7,9 @@ namespace phalanx::ptx {
 __device__ __forceinline__ u32 smem_addr(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
 // Makes this thread's plain writes to shared memory visible to TMA and WGMMA.
-__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same of what it has written to global memory, or seen written there.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // Reads shared memory of another CTA of the cluster, at the address that `p` has in this one.
 __device__ __forceinline__ float4 load_cluster_f4(const void* p, u32 cta_rank) {

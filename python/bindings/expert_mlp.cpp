@@ -1,5 +1,5 @@
-// The experts of a layer, forward, in one call: what phalanx.nn runs where nothing is recorded. Six operations and one piece of memory, so
-// that the host's share is the launches'.
+// The experts of a layer, forward, in one call: what phalanx.nn runs where nothing is recorded. Six operations and one
+// piece of memory, so that the host's share is the launches'.
 #include "bindings/convert.h"
 
 namespace phalanx::python {

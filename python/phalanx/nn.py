@@ -3,7 +3,7 @@
 import torch
 
 import phalanx
-from phalanx import _native
+from phalanx import _frameworks, _native
 
 
 class ExpertMLP(torch.nn.Module):
@@ -47,10 +47,10 @@ class ExpertMLP(torch.nn.Module):
             weights = self._quantized[1]
         else:
             weights = self.quantized_weights()
-        operands = x, topk_weights, self.gate_up, self.down
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+        framework = _frameworks.of(x, "x")
+        if framework.needs_gradient(x, topk_weights, self.gate_up, self.down):
             return _ExpertMLP.apply(x, topk_idx, topk_weights, self.gate_up, self.down, weights)
-        if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        if framework.is_traced(x):
             return _forward(x, topk_idx, topk_weights, weights)[0]
         return _in_one_call(x, topk_idx, topk_weights, weights)
 

@@ -30,15 +30,14 @@ std::vector<GemmConfig> make_configs() {
           with_stages({.block_m = 64, .block_n = block_n, .num_consumers = 1, .split_k = split_k, .out = out}));
     // Large clusters leave SMs idle unless two fit on one.
     for (const int split_k : {4, 8})
-      list.push_back(with_stages({.block_m = 64, .block_n = 64, .num_consumers = 1, .split_k = split_k, .out = out},
-                                 kSmemPerSm / 2 - 1024));
+      list.push_back(
+          with_stages({.block_m = 64, .block_n = 64, .num_consumers = 1, .split_k = split_k, .out = out}, kHalfOfSmem));
     // Two CTAs on an SM: one multiplies while the other stores.
-    list.push_back(with_stages({.block_m = 64, .block_n = 64, .num_consumers = 1, .out = out}, kSmemPerSm / 2 - 1024));
+    list.push_back(with_stages({.block_m = 64, .block_n = 64, .num_consumers = 1, .out = out}, kHalfOfSmem));
     // The fewest rows. Two CTAs on an SM: the next kernel's begins to stream while this one's ends.
     for (const int block_m : {8, 16})
       for (const int split_k : {1, 2, 4, 8})
-        list.push_back(
-            with_stages({.block_m = block_m, .block_n = 64, .split_k = split_k, .out = out}, kSmemPerSm / 2 - 1024));
+        list.push_back(with_stages({.block_m = block_m, .block_n = 64, .split_k = split_k, .out = out}, kHalfOfSmem));
   }
   return list;
 }
@@ -56,7 +55,7 @@ const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
     if (best && config.block_m > best->block_m) break;
     const int k_blocks = ceil_div(p.k, kBlockK), ctas = plan_with(config, kDefaultGroupM, p, num_sms).num_ctas;
     const bool long_k = 2 * k_blocks / config.split_k > kLongK;  // of half as many CTAs
-    const bool fits = ctas <= num_sms || (long_k && ctas <= ctas_per_sm(config) * num_sms);
+    const bool fits = ctas <= num_sms || (long_k && ctas <= max_ctas(config, p, num_sms));
     if (config.split_k == 1 || (fits && config.split_k <= k_blocks)) best = &config;
   }
   return best;
@@ -79,8 +78,8 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
   const double k_blocks = ceil_div(ceil_div(p.k, kBlockK), c.split_k),
                num_ctas = double(tiles.count()) * c.cluster_size();
-  const bool small = c.split_k > 1 && 2 * (smem_layout(c).total + 1024) <= kSmemPerSm && c.num_consumers == 1;
-  const int per_sm = small ? 2 : p.all_sms ? ctas_per_sm(c) : 1;
+  const bool small = c.split_k > 1 && smem_layout(c).total <= kHalfOfSmem && c.num_consumers == 1;
+  const int per_sm = small ? 2 : max_ctas(c, p, 1);
   const double slots = usable_sms(c.cluster_size(), num_sms) * per_sm, active = std::min(num_ctas, slots);
   const double n = c.block_n;
   const double loss = (c.num_consumers == 3 ? kMmaLoss3 : kMmaLoss) + (c.num_scales_b() > 1 ? kGroupLoss : 0);
@@ -106,10 +105,14 @@ const std::vector<GemmConfig>& all_gemm_configs() {
   return list;
 }
 
+int max_ctas(const GemmConfig& config, const GemmProblem& problem, int num_sms) {
+  return num_sms * (problem.all_sms ? ctas_per_sm(config) : 1);
+}
+
 GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms) {
   const int cluster = config.cluster_size();
   const DenseTiles tiles(config, problem.m, problem.n, group_m, 0, cluster);
-  const int resident = std::max(num_sms * (problem.all_sms ? ctas_per_sm(config) : 1) / cluster, 1);
+  const int resident = std::max(max_ctas(config, problem, num_sms) / cluster, 1);
   const int clusters = config.split_k > 1 ? tiles.count() : std::min(tiles.count(), resident);
   return {config, clusters * cluster, group_m};
 }

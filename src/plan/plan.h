@@ -32,6 +32,9 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms);
 /// Every configuration that `plan_gemm` can return.
 const std::vector<GemmConfig>& all_gemm_configs();
 
+/// CTAs of a kernel that `num_sms` SMs are to hold at once.
+int max_ctas(const GemmConfig& config, const GemmProblem& problem, int num_sms);
+
 /// The plan that a given configuration makes for a problem: for tuning.
 GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms);
 

@@ -40,7 +40,7 @@ std::vector<GemmPlan> runnable_plans(const GemmProblem& problem, int num_sms) {
   for (const GemmConfig& config : all_gemm_configs()) {
     const GemmPlan plan = plan_with(config, group_m, problem, num_sms);
     const bool runs = config.out == problem.out && config.split_k <= ceil_div(problem.k, kBlockK) &&
-                      plan.num_ctas <= num_sms * (problem.all_sms ? ctas_per_sm(config) : 1) &&
+                      plan.num_ctas <= max_ctas(config, problem, num_sms) &&
                       (!config.few_rows() || problem.m <= config.block_m) &&
                       !(problem.batch_invariant && config.split_k > 1);
     if (runs) plans.push_back(plan);
