@@ -196,7 +196,6 @@ __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpO
                       short(own),
                       short(num_before),
                       short(num_others - num_before),
-
                       steps,
                       0};
     if (own + num_others == 0) feeder.push(1, nullptr, 0, sum, true);
@@ -271,9 +270,9 @@ __device__ __forceinline__ void ep_signal_sums(const EpCombineParams& p, const E
   const int lane = threadIdx.x % 32, num_steps = EpUnit(p, smem.tokens).sends;
   int told = 0;
 #pragma unroll 1
-  while (told < num_steps && *static_cast<volatile int*>(&smem.failed) == 0) {
+  while (told < num_steps && ep_look(smem.failed) == 0) {
     ptx::nanosleep(50);
-    const int mine = lane < kEpSumWarps ? *static_cast<volatile int*>(&smem.steps[lane]) : num_steps;
+    const int mine = lane < kEpSumWarps ? ep_look(smem.steps[lane]) : num_steps;
     const int stored = num_steps - int(__reduce_max_sync(0xffffffffu, u32(num_steps - mine)));
     if (stored == told) continue;
     ptx::fence_acq_rel_cta();
@@ -318,7 +317,7 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
     ep_signal_sums(p, send, smem);
   }
   __syncthreads();
-  if (*static_cast<volatile int*>(&smem.failed) != 0) return;
+  if (ep_look(smem.failed) != 0) return;
   if (c.send) ep_finish_send(send);
   if (c.recv) ep_finish_recv(recv, c.layout.combine_credit);
 }

@@ -217,8 +217,7 @@ __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, cons
 
 // Until the CTA has come so far, or has failed. `count` is shared memory that only grows. By one thread.
 __device__ __forceinline__ void ep_wait_in_cta(const int* count, int wanted, const int* failed) {
-  while (*static_cast<const volatile int*>(count) < wanted && *static_cast<const volatile int*>(failed) == 0)
-    ptx::fence_acq_rel_cta();
+  while (ep_look(*count) < wanted && ep_look(*failed) == 0) ptx::fence_acq_rel_cta();
   ptx::fence_acq_rel_cta();
 }
 
@@ -271,7 +270,7 @@ __device__ __forceinline__ void ep_write_staged_scales(const EpDispatchParams& p
     atomicAdd(&shared.num_staged, 1);
   }
   role.sync();
-  const int count = *static_cast<volatile int*>(&shared.num_staged), blocks = ceil_div(c.shape.hidden, kQuantizeBlock);
+  const int count = ep_look(shared.num_staged), blocks = ceil_div(c.shape.hidden, kQuantizeBlock);
 #pragma unroll 1
   for (int i = threadIdx.x % 32; i < count; i += 32) {
     const i64 row = state.staged_rows()[i];
@@ -307,7 +306,7 @@ __device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, con
       pieces = ep_pieces(shape, state.range(source));
     }
     if (turn == shape.num_ranks) return;
-    if (*static_cast<volatile int*>(&shared.failed) != 0) continue;  // whoever meets others must still do so
+    if (ep_look(shared.failed) != 0) continue;  // whoever meets others must still do so
     // The stage is that of the source before the last one.
     if (staged && turn >= 2 && threadIdx.x % 32 == 0) ep_wait_in_cta(&shared.written, turn - 1, &shared.failed);
     __syncwarp();
@@ -334,7 +333,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   constexpr int kRowsKnown = 3, kThreads = 32 * kEpDispatchWarps;
   const EpRole sender{1, 0, kEpSendWarps}, receiver{2, kEpSendWarps, kEpDispatchWarps - kEpSendWarps};
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
-  const auto failed = [&] { return *static_cast<volatile int*>(&shared.failed) != 0; };
+  const auto failed = [&] { return ep_look(shared.failed) != 0; };
   if (threadIdx.x < kEpSendWarps * 32) {
     if (c.send) ep_dispatch_send<kCounted>(p, send, sender, state, &shared.failed);
     if (c.recv) {

@@ -28,8 +28,8 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 constexpr int kEpSendWarps = 8;
 constexpr int kEpDispatchWarps = 16;
 
-// A flag is raised behind so many pieces of a warp, as the fence before it waits for all of the thread's stores; with few
-// tokens behind each.
+// A flag is raised behind so many pieces of a warp, as its release waits for all of the thread's stores; with few tokens
+// behind each.
 constexpr int kEpPiecesPerFlag = 2;
 
 // Pieces of 16 bytes that a thread of dispatch has on their way, in registers.

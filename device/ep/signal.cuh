@@ -97,6 +97,9 @@ __device__ __noinline__ bool ep_wait(const EpCommon& c, EpPhase phase, int peer,
   return true;
 }
 
+// A word of shared memory, as other warps have left it by now.
+__device__ __forceinline__ int ep_look(const int& word) { return *static_cast<const volatile int*>(&word); }
+
 // Warps [first, first + count) of a CTA that play a role, and meet at a named barrier of their own.
 struct EpRole {
   int barrier, first_warp, num_warps;
@@ -110,7 +113,7 @@ struct EpRole {
   __device__ __forceinline__ bool all(bool mine, int* vote) const {
     if (!mine) *vote = 1;
     sync();
-    return *reinterpret_cast<volatile int*>(vote) == 0;
+    return ep_look(*vote) == 0;
   }
 };
 
