@@ -1,4 +1,6 @@
-"""Plots of results files, as SVG and PNG: `python -m bench.plot bench/results/dense_fp8.json bench/results/ep.json`.
+"""Plots of results files, as SVG and PNG: `python -m bench.plot bench/results/dense_fp8.json bench/results/ep*.json`.
+
+Of expert parallelism, files of several numbers of GPUs give one plot more, against ranks, beside the first.
 
 The background is transparent and the ink a middle grey: the pictures read on a light page and on a dark one.
 """
@@ -110,6 +112,42 @@ def plot_expert_parallel(path: Path) -> list[Path]:
         return _save(figure, path)
 
 
+def plot_ranks(paths: list[Path]) -> list[Path]:
+    """Times and remote-only bandwidth by number of ranks, from `bench.ep`'s JSON of several numbers of GPUs."""
+    results = {int(result["gpu"].split()[0]): result for result in (json.loads(path.read_text()) for path in paths)}
+    ranks = sorted(results)
+    most = min(max(row["sms"] for row in results[r]["throughput"]) for r in ranks)
+    with plt.rc_context(RC):
+        figure, (times, rates, latencies) = plt.subplots(1, 3, figsize=(12.5, 4.2))
+        for op, color in EP_COLORS.items():
+            rows = [row for r in ranks for row in results[r]["throughput"] if row["op"] == op and row["sms"] == most]
+            rows = [row for row in rows if row["tokens"] == 4096 and not row.get("hot") and not row.get("empty_rank")]
+            times.plot(ranks, [row["us"] for row in rows], "o-", color=color, label=op)
+            rates.plot(ranks, [row["wire_gbps"] for row in rows], "o-", color=color)
+        links = [results[r]["links_gbps"]["store"][str(most)] for r in ranks]
+        rates.plot(ranks, links, "o--", color=INK, label="stores to one peer, and nothing else")
+        for op, color in (("latency dispatch", "#a371c9"), ("latency combine", "#76a832")):
+            for key, style in (("us", "o-"), ("graph_us", "o--")):
+                points = [
+                    max(r["latency"], key=lambda row: (row["op"] == op, row["sms"]))[key] for r in results.values()
+                ]
+                label = op if key == "us" else f"{op}, in a graph"
+                latencies.plot(list(results), points, style, color=color, label=label)
+        _finish(times, "us", f"4096 tokens a rank, {most} SMs: lower is better")
+        _finish(rates, "GB/s, remote bytes only", "the same: higher is better")
+        _finish(latencies, "us", "128 tokens a rank: lower is better")
+        for ax in (times, rates, latencies):
+            ax.set_xlabel("ranks")
+            ax.set_xticks(ranks)
+            ax.set_ylim(0)
+            ax.legend(frameon=False, fontsize=8, labelcolor=INK)
+        commits = ", ".join(sorted({str(result.get("commit", "?")) for result in results.values()}))
+        caption = f"NVIDIA H200, commit {commits}; the slowest rank's median, cold L2"
+        figure.text(0.995, 0.005, caption, ha="right", va="bottom", fontsize=7.5)
+        figure.tight_layout(rect=(0, 0.02, 1, 1))
+        return _save(figure, paths[0].with_name("ep_ranks.json"))
+
+
 def _draw_tflops(ax: Axes, rows: list[dict], ceilings: dict[str, float]) -> None:
     _bars(ax, rows, lambda row, time: row["flops"] / time * 1e-6, "{:.0f}")
     ceiling = ceilings.get("mma_tflops")
@@ -189,10 +227,12 @@ def _caption(result: dict) -> str:
 
 
 def main() -> None:
-    for name in sys.argv[1:]:
-        plot = plot_expert_parallel if "throughput" in json.loads(Path(name).read_text()) else plot_dense
-        for written in plot(Path(name)):
-            print(written)
+    paths = [Path(name) for name in sys.argv[1:]]
+    of_ranks = [path for path in paths if "throughput" in json.loads(path.read_text())]
+    written = [file for path in paths for file in (plot_expert_parallel if path in of_ranks else plot_dense)(path)]
+    if len(of_ranks) > 1:
+        written += plot_ranks(of_ranks)
+    print(*written, sep="\n")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,12 @@ __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpO
                       0};
     if (own + num_others == 0) feeder.push(1, nullptr, 0, sum, true);
     ep_load_rows(p, feeder, work.terms, rows, begin, sum);
-    if (begin == 0 && !news.wait(p, op, others, u32(number))) return false;
+    if (begin == 0 && !news.wait(p, op, others, u32(number))) {
+      // What has been said to come must come, be it anything.
+#pragma unroll 1
+      for (int i = 0; own != 0 && i < num_others; ++i) feeder.push(1, nullptr, 0, sum, false);
+      return false;
+    }
     bool is_first = own == 0;
 #pragma unroll 1
     for (int r = 0; r < c.shape.num_ranks; r += kEpStages) {
@@ -313,8 +318,9 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
     EpFeeder feeder{smem};
     if (!ep_load_all(p, send, recv, feeder)) *static_cast<volatile int*>(&smem.failed) = 1;
     feeder.push_nothing(EpUnit(p, smem.tokens).sends, 1);
-  } else if (c.send) {
-    ep_signal_sums(p, send, smem);
+  } else {
+    ep_give_late_credits(recv, c.layout.combine_credit);
+    if (c.send) ep_signal_sums(p, send, smem);
   }
   __syncthreads();
   if (ep_look(smem.failed) != 0) return;

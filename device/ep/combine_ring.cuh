@@ -103,19 +103,37 @@ struct EpSum {
 __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpCombineSmem& smem, EpRing& ring,
                                               int count) {
   const int lane = threadIdx.x % 32, first = int(threadIdx.x) * 16;
+  // Some at once: one after the other, each would wait for its barrier and for shared memory.
+  constexpr int kAtOnce = 4;
 #pragma unroll 1
-  for (int j = 0; j < count; ++j) {
-    ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
-    const float weight = smem.weight[ring.stage];
-    EpVector x[kEpSumPieces];
+  for (int done = 0; done < count; done += kAtOnce) {
+    const int now = min_of(count - done, kAtOnce);
+    EpVector x[kAtOnce][kEpSumPieces];
+    float weight[kAtOnce];
+    EpRing at = ring;
 #pragma unroll
-    for (int i = 0; i < kEpSumPieces; ++i)
-      x[i] = *reinterpret_cast<const EpVector*>(smem.rows[ring.stage] + first + i * (kEpSumWarps * kEpPitch));
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (j >= now) continue;
+      ptx::mbarrier_wait(&smem.full[at.stage], at.phase);
+      weight[j] = smem.weight[at.stage];
+#pragma unroll
+      for (int i = 0; i < kEpSumPieces; ++i)
+        x[j][i] = *reinterpret_cast<const EpVector*>(smem.rows[at.stage] + first + i * (kEpSumWarps * kEpPitch));
+      at.advance(1);
+    }
     __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.stage]);
-    ring.advance(1);
+    if (lane < now) {
+      EpRing mine = ring;
+      mine.advance(lane);
+      ptx::mbarrier_arrive(&smem.empty[mine.stage]);
+    }
+    ring = at;
 #pragma unroll
-    for (int i = 0; i < kEpSumPieces; ++i) sum[i].add(x[i], weight);
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (j >= now) continue;
+#pragma unroll
+      for (int i = 0; i < kEpSumPieces; ++i) sum[i].add(x[j][i], weight[j]);
+    }
   }
 }
 

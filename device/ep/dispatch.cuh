@@ -2,14 +2,16 @@
 //
 //   rows[row(s, t, k)] = x_s[t], for every source s, token t and choice k of an expert of this rank
 //
-//   sending warps   topk_idx ---------------------------------> peers' choices, weights;   route flags
-//                   x[t], quantised if wanted ----------------> peers' token slots;        token flags, one a warp
+//   sending warps   x[t], quantised if wanted ----------------> peers' token slots;        token flags, one a piece
 //                   rows, weights ----------------------------> the handle, row_weights
-//   receiving warps choices --> rows of all tokens (route.cuh)
+//   receiving warps topk_idx ---------------------------------> peers' choices, weights;   route flags
+//                   choices --> rows of all tokens (route.cuh)
 //   all warps       x[t] of this rank, then slots behind their flags --> rows; those that have sent: scales, MN-major
 //                   all read --> credits, behind which peers may send again into the same buffer
 //
-// A CTA handles the same tokens on both sides, so that it waits for one CTA a peer only, but for the routing.
+// With many tokens, x[t] is sent by CTAs that do nothing else, to one peer after the other: rank r to r + 1, r + 2, ...,
+// and receives from r - 1, r - 2, ... So each link has one sender at a time, and a source's scales are written while
+// the next one's tokens come.
 #pragma once
 #include "device/ep/route.cuh"
 #include "device/ptx/convert.cuh"
@@ -30,10 +32,10 @@ struct EpTargets {
   float* stage;
 };
 
-// The slots of the peers that have an expert of the token, whose choices are one a lane (below 0: none).
-__device__ __forceinline__ EpTargets ep_slots(const EpOperation& op, i64 token, int expert) {
+// The slots at rank `r`, one a lane; where it is this rank, none.
+__device__ __forceinline__ EpTargets ep_slots(const EpOperation& op, i64 token, int r) {
   const EpCommon& c = op.c;
-  const int lane = threadIdx.x % 32, r = expert < 0 ? c.rank : ep_rank_of(c.first_expert, c.shape.num_ranks, expert);
+  const int lane = threadIdx.x % 32;
   const bool is_first = __ffs(__match_any_sync(0xffffffffu, r)) - 1 == lane;  // of those with the same rank
   EpTargets to{__ballot_sync(0xffffffffu, is_first && r != c.rank), nullptr, nullptr, 1, nullptr};
   if (r == c.rank) return to;
@@ -149,49 +151,94 @@ __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token
 
 // --- sending --------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role) {
-  const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32;
-  const EpPieces pieces = ep_pieces(c.shape, ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas));
-  const auto expert_of = [&](int i) {
-    return i < pieces.count() && lane < c.shape.topk ? ep_own_expert(p, pieces.token(i), lane) : -1;
-  };
-  int next_expert = expert_of(role.warp());
+// Flags that a warp will raise together, one a lane.
+struct EpFlags {
+  u64* mine = nullptr;
+  int count = 0;
+
+  // Those in `lanes`, which must fit.
+  __device__ __forceinline__ void add(u32 lanes, u64* flag) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll 1
-  for (int i = role.warp(); i < pieces.count(); i += kEpSendWarps) {
-    const EpTargets to = ep_slots(op, pieces.token(i), next_expert);
-    next_expert = expert_of(i + kEpSendWarps);
-    if (to.lanes != 0) ep_move_own(p, pieces.token(i), pieces.cols(i), to);
-    ep_tell(op, {0, c.shape.num_ranks}, c.layout.token_flags, p.format, i, pieces.count());
+    while (lanes != 0) {
+      const u64 added = __shfl_sync(0xffffffffu, reinterpret_cast<u64>(flag), ep_pop(lanes));
+      if (lane == count) mine = reinterpret_cast<u64*>(added);
+      ++count;
+    }
   }
+  __device__ __forceinline__ void raise(u64 value) {
+    __syncwarp();
+    if (int(threadIdx.x) % 32 < count) ptx::store_release_sys(mine, value);
+    count = 0;
+  }
+};
+
+// The pieces first, first + step, ... to the peers in `ranks` that have an expert of their token. By a warp.
+__device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const EpOperation& op,
+                                               const EpOutgoing& pieces, int first, int step, u64 ranks) {
+  const EpCommon& c = p.c;
+  const int lane = threadIdx.x % 32, per_flag = c.shape.log2_parts == 0 ? kEpPiecesPerFlag : 1;
+  const auto expert_of = [&](int i) {
+    const bool is_one = i < pieces.count() && lane < c.shape.topk && pieces.token(i) < c.num_tokens;
+    return is_one ? ep_own_expert(p, pieces.token(i), lane) : -1;
+  };
+  int next_expert = expert_of(first);
+  EpFlags flags;
+#pragma unroll 1
+  for (int i = first; i < pieces.count(); i += step) {
+    int r = next_expert < 0 ? c.rank : ep_rank_of(c.first_expert, c.shape.num_ranks, next_expert);
+    if (!(ranks >> r & 1)) r = c.rank;
+    const int token = pieces.token(i), part = pieces.part(i);
+    const EpTargets to = ep_slots(op, token, r);
+    next_expert = expert_of(i + step);
+    if (to.lanes == 0) continue;
+    ep_move_own(p, token, ep_cols(c.shape, part), to);
+    flags.add(to.lanes, ep_piece_flag(op, r, c.rank, token, part));
+    if (flags.count >= per_flag) flags.raise(ep_flag(op.epoch, p.format, 1));
+  }
+  flags.raise(ep_flag(op.epoch, p.format, 1));
 }
 
-template <bool kCounted>
-__device__ __forceinline__ void ep_dispatch_send(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                 const EpRouteState& state, int* failed) {
-  const EpCommon& c = p.c;
-  const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.shape.num_ctas);
-  // What needs no credit is asked for before they are waited for.
-  const EpOwnChoice first(p, tokens, kCounted ? tokens.size() * c.shape.topk : role.thread());
-  if (!kCounted && p.copy) {
-    const int size = p.x_format == kEpE4m3 ? 1 : 2;
+// Tokens are quantised once, not once for each peer, and by as many as there are.
+__device__ __forceinline__ bool ep_quantizes(const EpDispatchParams& p) { return p.x_format != p.format; }
+
+// Whether the first warps of CTAs that receive send tokens, too.
+__device__ __forceinline__ bool ep_all_send(const EpDispatchParams& p) {
+  return p.c.shape.num_senders == 0 || ep_quantizes(p);
+}
+
+// By all warps that send.
+__device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                               bool only_sends) {
+  const EpShape& shape = p.c.shape;
+  const int receivers = ep_num_receivers(shape), senders = shape.num_senders * kEpDispatchWarps;
+  const EpOutgoing pieces{receivers, ceil_div(p.c.num_tokens, receivers), shape.log2_parts};
+  const int first = role.warp() + (only_sends ? (int(blockIdx.x) - receivers) * kEpDispatchWarps
+                                              : senders + int(blockIdx.x) * kEpSendWarps);
+  const int step = senders + (ep_all_send(p) ? receivers * kEpSendWarps : 0);
+  const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);  // pieces of a token are little
 #pragma unroll 1
-    for (int t = tokens.begin; t < tokens.end; ++t)
+  for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn)
+    ep_send_pieces(p, op, pieces, first, step, in_turns ? u64(1) << (p.c.rank + turn) % shape.num_ranks : ~u64(0));
+}
+
+// This CTA's tokens into the L2, while credits are waited for. By a role.
+__device__ __forceinline__ void ep_prefetch_tokens(const EpDispatchParams& p, const EpRole& role) {
+  const EpShape& shape = p.c.shape;
+  const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, ep_num_receivers(shape));
+  const i64 size = p.x_format == kEpE4m3 ? 1 : 2;
 #pragma unroll 1
-      for (int at = role.thread() * 128; at < c.shape.hidden * size; at += role.num_threads() * 128)
-        ptx::prefetch_l2(static_cast<const u8*>(p.x) + t * p.x_stride * size + at);
-  }
-  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, c.layout.dispatch_credit, {0, c.shape.num_ctas},
-                                        role.thread(), role.num_threads());
-  if (!role.all(fine, failed)) return;
-  if (p.route) {
-    ep_send_header(op, role);
-    if constexpr (kCounted)
-      ep_send_counted(p, op, role, state, tokens);
-    else
-      ep_send_choices(p, op, role, tokens, first);
-  }
-  if (p.copy) ep_send_tokens(p, op, role);
+  for (int t = tokens.begin; t < tokens.end; ++t)
+#pragma unroll 1
+    for (int at = role.thread() * 128; at < shape.hidden * size; at += role.num_threads() * 128)
+      ptx::prefetch_l2(static_cast<const u8*>(p.x) + t * p.x_stride * size + at);
+}
+
+// By the whole role: until all peers have read what was sent before.
+__device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
+  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit,
+                                        {0, ep_num_receivers(op.c.shape)}, role.thread(), role.num_threads());
+  return role.all(fine, failed);
 }
 
 // --- receiving ------------------------------------------------------------------------------------------------------
@@ -200,7 +247,7 @@ __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, cons
                                                  const EpRouteState& state) {
   const int lane = threadIdx.x % 32, hidden = p.c.shape.hidden, size = p.format == kEpE4m3 ? 1 : 2;
 #pragma unroll 1
-  for (int e = blockIdx.x; e < ep_num_local_experts(p.c); e += p.c.shape.num_ctas) {
+  for (int e = blockIdx.x; e < ep_num_local_experts(p.c); e += ep_num_receivers(p.c.shape)) {
     const int end = min_of(state.offsets()[e + 1], p.capacity);
 #pragma unroll 1
     for (i64 row = state.offsets()[e] + state.counts()[e] + role.warp(); row < end; row += role.num_warps) {
@@ -228,21 +275,22 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32, size = p.format == kEpE4m3 ? 1 : 2;
   const int token = pieces.token(i), number = token - pieces.tokens.begin;
+  const EpRange cols = ep_cols(c.shape, pieces.part(i));
   const int row = lane < c.shape.topk ? state.rows(source)[number * c.shape.topk + lane] : kEpNotHere;
   const EpTargets to = ep_rows(p, row, c.shape.staged ? state.stage(turn, number) : nullptr);
   if (to.lanes == 0) return true;
   if (source == c.rank) {
-    ep_move_own(p, token, pieces.cols(i), to);
+    ep_move_own(p, token, cols, to);
     return true;
   }
   int fine = 1;
-  if (lane == 0) fine = ep_wait_for_piece(op, kEpPhaseTokens, source, c.layout.token_flags, p.format, i);
+  if (lane == 0) fine = ep_wait_for_piece(op, source, p.format, token, pieces.part(i));
   __syncwarp();
   if (!__shfl_sync(0xffffffffu, fine, 0)) return false;
   const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
   const u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
   const float* scales = size == 1 ? reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
-  ep_copy(slot, scales, 1, pieces.cols(i), size, to);
+  ep_copy(slot, scales, 1, cols, size, to);
   return true;
 }
 
@@ -301,7 +349,7 @@ __device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, con
     while (turn < shape.num_ranks && taken - begin >= pieces.count()) {
       if (staged && has_sent) ep_write_staged_scales(p, sender, state, shared, source, turn);
       begin += pieces.count();
-      source = source + 1 == shape.num_ranks ? 0 : source + 1;
+      source = source == 0 ? shape.num_ranks - 1 : source - 1;  // in the order in which they send
       ++turn;
       pieces = ep_pieces(shape, state.range(source));
     }
@@ -331,28 +379,37 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   __syncthreads();
   ptx::grid_wait_dependencies();
   constexpr int kRowsKnown = 3, kThreads = 32 * kEpDispatchWarps;
-  const EpRole sender{1, 0, kEpSendWarps}, receiver{2, kEpSendWarps, kEpDispatchWarps - kEpSendWarps};
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
-  const auto failed = [&] { return ep_look(shared.failed) != 0; };
-  if (threadIdx.x < kEpSendWarps * 32) {
-    if (c.send) ep_dispatch_send<kCounted>(p, send, sender, state, &shared.failed);
-    if (c.recv) {
+  const bool only_sends = int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
+  const EpRole sender{1, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
+  const EpRole receiver{2, kEpSendWarps, kEpDispatchWarps - kEpSendWarps}, first_half{1, 0, kEpSendWarps};
+  bool known = false;  // the same in all threads
+  if (int(threadIdx.x) < sender.num_threads()) {
+    if (!only_sends && sender.warp() == 0) ep_give_late_credits(recv, c.layout.dispatch_credit);
+    if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);
+    if (c.send && p.copy && (only_sends || ep_all_send(p)) && ep_may_send(send, sender, &shared.failed))
+      ep_send_tokens(p, send, sender, only_sends);
+    if (receives) {
       ptx::named_barrier_sync(kRowsKnown, kThreads);
-      if (!failed()) {
-        if (!ep_keep_rows<kCounted>(p, recv, sender, state)) shared.failed = 1;
-        if (blockIdx.x == 0) ep_publish_routing(p, sender, state);
-      }
+      known = ep_look(shared.known) != 0;
+      if (known && !ep_keep_rows<kCounted>(p, recv, first_half, state)) shared.failed = 1;
+      if (known && blockIdx.x == 0) ep_publish_routing(p, first_half, state);
     }
-  } else if (c.recv) {
-    const bool known = ep_receive_routing<kCounted>(p, recv, receiver, state, &shared.failed);
-    ptx::named_barrier_arrive(kRowsKnown, kThreads);
-    if (known && p.copy) ep_write_padding(p, receiver, state);
+  } else {
+    if (c.send && p.route && ep_may_send(send, receiver, &shared.failed))
+      ep_send_routing<kCounted>(p, send, receiver, state);
+    if (receives) {
+      known = ep_receive_routing<kCounted>(p, recv, receiver, state, &shared.failed);
+      if (known) shared.known = 1;
+      ptx::named_barrier_arrive(kRowsKnown, kThreads);
+      if (known && p.copy) ep_write_padding(p, receiver, state);
+    }
   }
-  if (c.recv && p.copy) ep_receive_tokens(p, recv, state, shared, sender);
+  if (known && p.copy) ep_receive_tokens(p, recv, state, shared, first_half);
   __syncthreads();
-  if (failed()) return;
+  if (ep_look(shared.failed) != 0) return;
   if (c.send) ep_finish_send(send);
-  if (c.recv) ep_finish_recv(recv, c.layout.dispatch_credit);
+  if (receives) ep_finish_recv(recv, c.layout.dispatch_credit);
 }
 
 }  // namespace phalanx

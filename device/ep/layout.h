@@ -3,18 +3,21 @@
 //   rank d's buffer   words    stop and epochs (its own), credits, flags (written by peers)
 //                     then, once or twice ("buffers"; an operation of epoch n uses buffer n % num_buffers):
 //                     headers  [R]            how many tokens source s has
-//                     choices  [R][T][K]      s's topk_idx, each with the epoch; where "counted" with the weight
+//                     choices  [R][T][K]      s's topk_idx, numbered, each with the epoch; where "counted" with the weight
 //                     weights  [R][T][K]      s's topk_weights, each with the epoch; not where "counted"
-//                     counts   [R][G][E]      where "counted": choices of this rank's experts by the tokens of s's CTA
+//                     counts   [R][E]         s's choices of this rank's experts, with the epoch
+//                              [R][G][E]      where "counted": by the tokens of s's CTA
 //                     tokens   [R - 1][T]     dispatch slots: s's token t, if it has an expert on d
 //                     sums     [R - 1][T]     combine slots: what rank s has summed for d's token t
 //
 // A slot's number is the token's number at home, in both directions: a slot needs no agreement, only a credit.
 //
 // Work is cut the same way on every rank. CTA c of G owns the tokens [c * n, (c + 1) * n) of each source s, n =
-// ceil(tokens_s / G), and cuts each into 2^log2_parts pieces of columns. Warp w of its W copying warps takes the pieces w, w
-// + W, ..., in order, and after each raises its own flag at the destination. So the only one to wait for is the same
-// warp of the same CTA on another rank.
+// ceil(tokens_s / G): all CTAs in combine, in dispatch those that receive. A token may be cut into 2^log2_parts pieces of
+// columns; every piece of dispatch has a flag of its own at the destination.
+//
+// With many tokens, some CTAs of dispatch only send. Where one CTA does both, its stores to peers, of which a link takes
+// 360 GB/s, stand in the way of those to its own memory.
 #pragma once
 #include "device/types.h"
 
@@ -28,9 +31,9 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 constexpr int kEpSendWarps = 8;
 constexpr int kEpDispatchWarps = 16;
 
-// A flag is raised behind so many pieces of a warp, as its release waits for all of the thread's stores; with few tokens
+// Flags are raised for so many pieces of a warp together, as a release waits for all of the SM's stores; with few tokens
 // behind each.
-constexpr int kEpPiecesPerFlag = 2;
+constexpr int kEpPiecesPerFlag = 4;
 
 // Pieces of 16 bytes that a thread of dispatch has on their way, in registers.
 constexpr int kEpDispatchPieces = 8;
@@ -48,9 +51,10 @@ constexpr int kEpCombineSmemBytes = kEpStages * (kEpStageBytes + 72) + 1024;
 struct EpShape {
   int num_ranks = 1, hidden = 0, topk = 1, max_tokens = 0;
   int num_ctas = 1, log2_parts = 0, num_buffers = 1;  // buffers: 1 or 2
+  int num_senders = 0;                                // CTAs of dispatch, the last ones, that only send tokens
   int num_experts = 1, max_local_experts = 1;
   int wide = 0;     // slots hold BF16, not only E4M3
-  int counted = 0;  // with many tokens: senders rank their CTAs' choices, so that receivers need not read all of them
+  int counted = 0;  // with many tokens: a CTA numbers its own choices only, and receivers add up the CTAs before
   int staged = 0;   // and scales are gathered in shared memory, so that neighbouring rows' are written together
 };
 
@@ -80,13 +84,15 @@ struct EpLayout {
   i64 epochs;                           // u64 [sequences][G]: operations that a CTA of this rank has finished
   i64 dispatch_credit, combine_credit;  // u64 [R][G]: epoch that a CTA of rank d has finished to read
   i64 route_flags;                      // u64 [R][G]
-  i64 token_flags;                      // u64 [R][G][sending warps]
+  i64 token_flags;                      // u64 [R][T][parts]
   i64 sum_flags;                        // u64 [R][G]
   i64 buffers, buffer_stride;
   i64 headers, choices, weights, counts, tokens, sums;  // within a buffer
   i64 token_slot, sum_slot;                             // bytes
   i64 bytes;                                            // of it all
 };
+
+constexpr i64 ep_pieces_per_rank(const EpShape& s) { return i64(s.max_tokens > 0 ? s.max_tokens : 1) << s.log2_parts; }
 
 constexpr EpLayout ep_layout(const EpShape& s) {
   const i64 ranks = s.num_ranks, peers = ranks - 1, tokens = s.max_tokens;
@@ -99,13 +105,13 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   l.combine_credit = l.dispatch_credit + ep_align_region(ranks * s.num_ctas * 8);
   l.route_flags = l.combine_credit + ep_align_region(ranks * s.num_ctas * 8);
   l.token_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
-  l.sum_flags = l.token_flags + ep_align_region(ranks * s.num_ctas * kEpSendWarps * 8);
+  l.sum_flags = l.token_flags + ep_align_region(ranks * ep_pieces_per_rank(s) * 8);
   l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * 8);
   l.headers = 0;
   l.choices = ep_align_region(ranks * 8);
   l.weights = l.choices + choices;
   l.counts = l.weights + choices;
-  l.tokens = l.counts + (s.counted ? ep_align_region(ranks * s.num_ctas * s.max_local_experts * 4) : 0);
+  l.tokens = l.counts + ep_align_region(ranks * s.max_local_experts * (s.counted ? 4 * s.num_ctas : 8));
   l.sums = l.tokens + ep_align_region(peers * tokens * l.token_slot);
   l.buffer_stride = l.sums + ep_align_region(peers * tokens * l.sum_slot);
   l.bytes = l.buffers + s.num_buffers * l.buffer_stride;
@@ -129,8 +135,9 @@ enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEp
 // Where no flag is waited for, what 32 bits hold goes with its epoch in one word.
 constexpr u64 ep_word(u64 epoch, u32 bits) { return epoch << 32 | bits; }
 
-// A choice. Where senders rank: the number among their CTA's choices of the expert, and the expert; else the expert
-// alone. -1: none.
+// A choice: its number among those of the expert, and the expert. -1: none. Where "counted", the number is among the
+// choices of its CTA, and the expert counted from the first of all; else among all of its source, and from the first of
+// the rank.
 constexpr int kEpRankShift = 12;
 constexpr int kEpMaxCountedExperts = 1 << kEpRankShift, kEpMaxCountedChoices = 1 << (31 - kEpRankShift);
 constexpr int ep_numbered_choice(int expert, int number) { return expert < 0 ? -1 : number << kEpRankShift | expert; }
@@ -175,9 +182,9 @@ struct EpRouteSmem {
   i64 num_tokens;       // [R]
   i64 ranges;           // EpRange [R]: this CTA's tokens
   i64 rows;             // [R][choices of a CTA]: where they are few, else only the handle has them
-  // Of senders that count.
+  // Of senders.
   i64 own;   // [choices of a CTA]
-  i64 sent;  // [sending warps][E]
+  i64 sent;  // [2][E], or where "counted" [sending warps][E]
   // Where scales are staged.
   i64 places;                      // [R][local experts + 1]: of this CTA's rows of a source
   i64 done;                        // [R]: pieces of a source that have been written
@@ -185,7 +192,8 @@ struct EpRouteSmem {
   i64 stage;                       // [2][tokens of a CTA][pitch]: scales of the sources in turn
   i64 words;
 };
-constexpr int ep_tokens_per_cta(const EpShape& s) { return ceil_div(s.max_tokens, s.num_ctas); }
+constexpr int ep_num_receivers(const EpShape& s) { return s.num_ctas - s.num_senders; }
+constexpr int ep_tokens_per_cta(const EpShape& s) { return ceil_div(s.max_tokens, ep_num_receivers(s)); }
 constexpr int ep_choices_per_cta(const EpShape& s) { return ep_tokens_per_cta(s) * s.topk; }
 constexpr int ep_stage_pitch(int hidden) { return ceil_div(hidden, kEpColumns) | 1; }  // odd: no two in one bank
 
@@ -200,8 +208,8 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.ranges = l.num_tokens + ranks;
   l.rows = l.ranges + 2 * ranks;
   l.own = l.rows + (ranks * choices <= kMaxRows ? ranks * choices : 0);
-  l.sent = l.own + (s.counted ? choices : 0);
-  l.places = l.sent + (s.counted ? kEpSendWarps * s.num_experts : 0);
+  l.sent = l.own + choices;
+  l.places = l.sent + (s.counted ? kEpSendWarps : 2) * s.num_experts;
   l.done = l.places + (s.staged ? ranks * (local_experts + 1) : 0);
   l.staged_rows = l.done + (s.staged ? ranks : 0);
   l.staged_tokens = l.staged_rows + (s.staged ? choices : 0);
@@ -227,18 +235,30 @@ constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, int num_ctas) {
 // Some tokens, cut into pieces: a token's parts are neighbours.
 struct EpPieces {
   EpRange tokens;
-  int log2_parts, hidden;
+  int log2_parts;
 
   constexpr int count() const { return tokens.size() << log2_parts; }
   constexpr int token(int i) const { return tokens.begin + (i >> log2_parts); }
   constexpr int part(int i) const { return i & ((1 << log2_parts) - 1); }
-  constexpr EpRange cols(int i) const {
-    const int blocks = ceil_div(hidden, kEpColumns);
-    const int step = ((blocks + (1 << log2_parts) - 1) >> log2_parts) * kEpColumns, begin = part(i) * step;
-    return {min_of(begin, hidden), min_of(begin + step, hidden)};
-  }
 };
-constexpr EpPieces ep_pieces(const EpShape& s, EpRange tokens) { return {tokens, s.log2_parts, s.hidden}; }
+constexpr EpPieces ep_pieces(const EpShape& s, EpRange tokens) { return {tokens, s.log2_parts}; }
+constexpr EpRange ep_cols(const EpShape& s, int part) {
+  const int blocks = ceil_div(s.hidden, kEpColumns);
+  const int step = ((blocks + (1 << s.log2_parts) - 1) >> s.log2_parts) * kEpColumns, begin = part * step;
+  return {min_of(begin, s.hidden), min_of(begin + step, s.hidden)};
+}
+// The pieces of all tokens, of each receiving CTA in turn, so that none has to wait for long.
+struct EpOutgoing {
+  int num_receivers, tokens_per_cta, log2_parts;
+
+  constexpr int count() const { return (num_receivers * tokens_per_cta) << log2_parts; }
+  // May be behind the last.
+  constexpr int token(int i) const {
+    const int number = i >> log2_parts;
+    return number % num_receivers * tokens_per_cta + number / num_receivers;
+  }
+  constexpr int part(int i) const { return i & ((1 << log2_parts) - 1); }
+};
 // The rank that holds a global expert, or -1. Ranks hold [first[r], first[r + 1]).
 constexpr int ep_rank_of(const int* first, int num_ranks, i64 expert) {
   if (expert < 0 || expert >= first[num_ranks]) return -1;

@@ -3,7 +3,8 @@
 //
 //   row(s, t, k) = first row of the expert + its choices by sources before s + its choices by tokens of s before t
 //
-//   few tokens ("latency"): a choice comes with its epoch in one word. Every CTA waits for all of them and counts.
+//   few tokens ("latency"): a sender's CTA counts all of its rank's choices, and so numbers its own of each expert. They
+//                           and the totals come with their epoch, a word each.
 //   many ("counted"):       a sender's CTA numbers its choices of each expert, and sends how many there are behind a flag.
 //                           Receivers add up the CTAs before it, and that number.
 #pragma once
@@ -49,69 +50,52 @@ __device__ __forceinline__ bool ep_wait_for_word(const EpOperation& op, int peer
   }
 }
 
-// Few tokens: the choices of a source as they come, those of numbers `first`, first + step, ... They add up in total and
-// before; those of this CTA's tokens become local experts, or kEpNotHere, in the place of their rows.
-__device__ __forceinline__ bool ep_count_source(const EpOperation& op, const EpRouteState& state, int source, int first,
-                                                int step) {
-  constexpr int kAhead = 8;  // words that a thread waits for at once
+// Few tokens: how many choices of each expert every source has, and the choices of this CTA's tokens, into the place of
+// their rows.
+__device__ __forceinline__ bool ep_wait_for_choices(const EpOperation& op, const EpRole& role,
+                                                    const EpRouteState& state) {
+  constexpr int kAhead = 4;  // words that a thread asks for at once
   const EpCommon& c = op.c;
-  const int num_local = ep_num_local_experts(c), topk = c.shape.topk;
-  const u64* choices = ep_words_at(op, c.rank, c.layout.choices, ep_choice(c, source, 0));
-  const u64* header = ep_words_at(op, c.rank, c.layout.headers, source);
-  int num_choices = c.shape.max_tokens * topk;  // until the header says how many there are
+  const int num_ranks = c.shape.num_ranks, num_local = ep_num_local_experts(c), half = role.num_threads() / 2;
+  bool fine = true;
+  if (role.thread() < half) {
+    const u64* totals = ep_words_at(op, c.rank, c.layout.counts, 0);
 #pragma unroll 1
-  for (int i = first; i < num_choices; i += kAhead * step) {
-    EpPatience patience(op.c, kEpPhaseRouting, source, ep_word(op.epoch, 0));
-    u64 word[kAhead];
-    for (bool is_missing = true; is_missing;) {
-      const u64 head = ptx::load_relaxed_sys(header);
+    for (int first = role.thread(); fine && first < num_ranks * num_local; first += kAhead * half) {
+      u64 seen[kAhead];
+      const auto source = [&](int j) { return (first + j * half) / num_local; };
+      const auto word = [&](int j) {
+        return totals + source(j) * c.shape.max_local_experts + (first + j * half) % num_local;
+      };
 #pragma unroll
       for (int j = 0; j < kAhead; ++j)
-        word[j] = i + j * step < num_choices ? ptx::load_relaxed_sys(choices + i + j * step) : 0;
-      is_missing = ep_flag_epoch(head) != op.epoch;
-      u64 seen = head;
-      if (!is_missing) num_choices = int(ep_flag_count(head)) * topk;
+        if (first + j * half < num_ranks * num_local) seen[j] = ptx::load_relaxed_sys(word(j));
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        if (i + j * step >= num_choices || ep_flag_epoch(word[j]) == op.epoch) continue;
-        is_missing = true;
-        seen = word[j];
+        const int i = first + j * half;
+        if (i >= num_ranks * num_local) continue;
+        if (ep_flag_epoch(seen[j]) != op.epoch) fine = fine && ep_wait_for_word(op, source(j), word(j), seen[j]);
+        state.total(0)[i] = int(u32(seen[j]));
+        state.before(0)[i] = 0;
       }
-      if (is_missing && !patience.lasts(seen)) return false;
     }
-    const EpRange mine = ep_tokens_of_cta(num_choices / topk, blockIdx.x, c.shape.num_ctas);
-    int* rows =
-        state.has_rows() ? state.rows(source) : c.handle + c.handle_layout.rows + ep_choice(c, source, mine.begin);
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int number = i + j * step, choice = int(u32(word[j])), e = choice - c.first_expert[c.rank];
-      if (number >= num_choices) continue;
-      const bool is_here = choice >= 0 && e >= 0 && e < num_local;
-      if (is_here) atomicAdd(&state.total(source)[e], 1);
-      if (is_here && number < mine.begin * topk) atomicAdd(&state.before(source)[e], 1);
-      if (number >= mine.begin * topk && number < mine.end * topk)
-        rows[number - mine.begin * topk] = is_here ? e : kEpNotHere;
+    return fine;
+  }
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int s = (role.thread() - half) / 32; fine && s < num_ranks; s += half / 32) {
+    u64 seen;
+    fine = ep_wait_for_word(op, s, ep_words_at(op, c.rank, c.layout.headers, s), seen);
+    if (lane == 0) state.set_num_tokens(s, fine ? ep_flag_count(seen) : 0);
+    __syncwarp();
+    const EpRange tokens = state.range(s);
+#pragma unroll 1
+    for (int i = lane; fine && i < tokens.size() * c.shape.topk; i += 32) {
+      fine =
+          ep_wait_for_word(op, s, ep_words_at(op, c.rank, c.layout.choices, ep_choice(c, s, tokens.begin) + i), seen);
+      state.rows(s)[i] = int(u32(seen));
     }
   }
-  if (first == 0) {
-    // Where no token can be, nothing has been waited for.
-    const u64 head = c.shape.max_tokens > 0 ? ptx::load_relaxed_sys(header) : 0;
-    state.set_num_tokens(source, ep_flag_count(head));
-  }
-  return true;
-}
-
-// Of all sources, each by some of the warps.
-__device__ __forceinline__ bool ep_count_choices(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
-  const int num_ranks = op.c.shape.num_ranks, num_local = ep_num_local_experts(op.c);
-#pragma unroll 1
-  for (int i = role.thread(); i < 2 * num_ranks * num_local; i += role.num_threads()) state.total(0)[i] = 0;
-  role.sync();
-  const EpShare share(role, num_ranks);
-  bool fine = true;
-#pragma unroll 1
-  for (int s = share.source; fine && s < num_ranks; s += share.num_groups)
-    fine = ep_count_source(op, state, s, share.first, share.step);
   return fine;
 }
 
@@ -119,12 +103,14 @@ __device__ __forceinline__ bool ep_count_choices(const EpOperation& op, const Ep
 __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRole& role, const EpRouteState& state,
                                               int* failed) {
   const EpCommon& c = op.c;
-  const int num_local = ep_num_local_experts(c), num_ctas = c.shape.num_ctas;
+  const int num_local = ep_num_local_experts(c), num_ctas = c.shape.num_ctas, num_receivers = ep_num_receivers(c.shape);
   bool fine = true;
 #pragma unroll 1
-  for (int i = role.thread(); fine && i < c.shape.num_ranks * num_ctas; i += role.num_threads())
-    fine = ep_wait(op.c, kEpPhaseRouting, i / num_ctas, op.word(c.rank, c.layout.route_flags, i),
+  for (int i = role.thread(); fine && i < c.shape.num_ranks * num_receivers; i += role.num_threads()) {
+    const int source = i / num_receivers, cta = i - source * num_receivers;
+    fine = ep_wait(op.c, kEpPhaseRouting, source, op.word(c.rank, c.layout.route_flags, source * num_ctas + cta),
                    ep_flag(op.epoch, kEpRouting, 1));
+  }
   if (!role.all(fine, failed)) return false;
   if (const int s = role.thread(); s < c.shape.num_ranks)
     state.set_num_tokens(s, ep_flag_count(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.headers, s))));
@@ -135,7 +121,7 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
     const int* column = counts + i64(source) * num_ctas * c.shape.max_local_experts + e;
     int total = 0, before = 0;
 #pragma unroll 16
-    for (int cta = 0; cta < num_ctas; ++cta) {
+    for (int cta = 0; cta < num_receivers; ++cta) {
       const int count = column[i64(cta) * c.shape.max_local_experts];
       total += count;
       before += cta < int(blockIdx.x) ? count : 0;
@@ -157,7 +143,7 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
   if constexpr (kCounted)
     fine = ep_add_counts(op, role, state, failed);
   else
-    fine = ep_count_choices(op, role, state);
+    fine = ep_wait_for_choices(op, role, state);
   if (!role.all(fine, failed)) return false;
   if (role.warp() == 0) {
     const auto count = [&](int e) {
@@ -166,7 +152,9 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
       for (int s = 0; s < num_ranks; ++s) sum += state.total(s)[e];
       return sum;
     };
-    const auto taken = [&](int e) { return ceil_div(count(e), p.alignment) * p.alignment; };
+    const auto taken = [&](int e) {
+      return p.alignment == 1 ? count(e) : ceil_div(count(e), p.alignment) * p.alignment;  // a division takes a while
+    };
     const int rows = ep_scan_experts(num_local, taken, [&](int e, int first) {
       state.offsets()[e] = first;
       state.counts()[e] = count(e);
@@ -190,14 +178,16 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
 
 // --- receiving: the rows of this CTA's tokens -------------------------------------------------------------------------
 
-// Few tokens: local experts become rows. A warp takes a source.
+// Few tokens: numbered choices become rows.
 __device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRouteState& state) {
   const EpShape& shape = state.p.c.shape;
+  const EpShare share(role, shape.num_ranks);
 #pragma unroll 1
-  for (int s = role.warp(); s < shape.num_ranks; s += role.num_warps) {
+  for (int s = share.source; s < shape.num_ranks; s += share.num_groups) {
     int* rows = state.rows(s);
-    ep_number_choices(rows, state.range(s).size() * shape.topk, state.before(s),
-                      [&](int i, int, int row) { rows[i] = row; });
+#pragma unroll 1
+    for (int i = share.first; i < state.range(s).size() * shape.topk; i += share.step)
+      if (rows[i] != kEpNotHere) rows[i] = state.before(s)[ep_choice_expert(rows[i])] + ep_choice_number(rows[i]);
   }
 }
 

@@ -28,25 +28,6 @@ __device__ __forceinline__ void ep_send_header(const EpOperation& op, const EpRo
                            ep_flag(op.epoch, kEpRouting, op.c.num_tokens));
 }
 
-// Few tokens: the choices of this CTA's tokens to the handle and to every rank; `first` is this thread's first.
-__device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                EpRange tokens, EpOwnChoice first) {
-  const EpCommon& c = p.c;
-  int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * c.shape.topk;
-  const i64 base = ep_choice(c, c.rank, tokens.begin);
-#pragma unroll 1
-  for (int i = role.thread(); i < tokens.size() * c.shape.topk; i += role.num_threads()) {
-    const EpOwnChoice own = i == role.thread() ? first : EpOwnChoice(p, tokens, i);
-    experts[i] = own.expert;
-#pragma unroll 1
-    for (int r = 0; r < c.shape.num_ranks; ++r) {
-      ptx::store_relaxed_sys(ep_words_at(op, r, c.layout.choices, base + i), ep_word(op.epoch, u32(own.expert)));
-      ptx::store_relaxed_sys(ep_words_at(op, r, c.layout.weights, base + i),
-                             ep_word(op.epoch, __float_as_uint(own.weight)));
-    }
-  }
-}
-
 // Numbers choices, experts or below 0, in order: next[e] is the next choice's number of e; `put` gets place, expert and
 // number, below 0 where there is no choice. By a warp, 32 choices at a time.
 template <class Put>
@@ -62,6 +43,61 @@ __device__ __forceinline__ void ep_number_choices(const int* experts, int num_ch
     if (e >= 0 && (same & lower_lanes) == 0) next[e] += __popc(same);
     __syncwarp();
     if (i < num_choices) put(i, e, number);
+  }
+}
+
+// Few tokens: every CTA counts all of this rank's choices, and so knows the numbers of its own ones. Those go to the ranks
+// that hold the experts; how many there are of an expert, one CTA says.
+__device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                const EpRouteState& state, EpRange tokens) {
+  constexpr int kAhead = 4;  // choices that a thread asks for at once
+  const EpCommon& c = p.c;
+  const EpShape& shape = c.shape;
+  const int num_choices = tokens.size() * shape.topk, begin = tokens.begin * shape.topk, step = role.num_threads();
+  int *experts = c.handle + c.handle_layout.experts + begin, *total = state.sent(0), *before = state.sent(1);
+  const i64 base = ep_choice(c, c.rank, tokens.begin);
+#pragma unroll 1
+  for (int e = role.thread(); e < 2 * shape.num_experts; e += step) total[e] = 0;
+  role.sync();
+#pragma unroll 1
+  for (int first = role.thread(); first < c.num_tokens * shape.topk; first += kAhead * step) {
+    int expert[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) expert[j] = EpOwnChoice(p, {0, c.num_tokens}, first + j * step).expert;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const int i = first + j * step - begin;
+      if (expert[j] >= 0) atomicAdd(&total[expert[j]], 1);
+      if (expert[j] >= 0 && i < 0) atomicAdd(&before[expert[j]], 1);
+      if (i >= 0 && i < num_choices) state.own()[i] = experts[i] = expert[j];
+    }
+  }
+  role.sync();
+  if (role.warp() == 0) {
+    ep_number_choices(state.own(), num_choices, before, [&](int i, int e, int number) {
+      const int owner = e < 0 ? -1 : ep_rank_of(c.first_expert, shape.num_ranks, e);
+#pragma unroll 1
+      for (int r = 0; r < shape.num_ranks; ++r)
+        ptx::store_relaxed_sys(
+            ep_words_at(op, r, c.layout.choices, base + i),
+            ep_word(op.epoch, u32(r == owner ? ep_numbered_choice(e - c.first_expert[r], number) : kEpNotHere)));
+    });
+    return;
+  }
+#pragma unroll 1
+  for (int e = int(blockIdx.x) + (role.thread() - 32) * ep_num_receivers(shape); e < shape.num_experts;
+       e += (step - 32) * ep_num_receivers(shape)) {
+    const int r = ep_rank_of(c.first_expert, shape.num_ranks, e);
+    ptx::store_relaxed_sys(
+        ep_words_at(op, r, c.layout.counts, c.rank * shape.max_local_experts + e - c.first_expert[r]),
+        ep_word(op.epoch, u32(total[e])));
+  }
+#pragma unroll 1
+  for (int i = role.thread() - 32; i < num_choices; i += step - 32) {
+    const u64 word = ep_word(op.epoch, __float_as_uint(EpOwnChoice(p, tokens, i).weight));
+#pragma unroll 1
+    for (int r = 0; r < shape.num_ranks; ++r)
+      ptx::store_relaxed_sys(ep_words_at(op, r, c.layout.weights, base + i), word);
   }
 }
 
@@ -137,6 +173,18 @@ __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const
   if (const int rank = role.thread(); rank < c.shape.num_ranks)
     ptx::store_release_sys(op.word(rank, c.layout.route_flags, c.rank * c.shape.num_ctas + int(blockIdx.x)),
                            ep_flag(op.epoch, kEpRouting, 1));
+}
+
+// By the whole role: this rank's choices, those of this CTA's tokens, to all ranks.
+template <bool kCounted>
+__device__ __forceinline__ void ep_send_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                const EpRouteState& state) {
+  const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, ep_num_receivers(p.c.shape));
+  ep_send_header(op, role);
+  if constexpr (kCounted)
+    ep_send_counted(p, op, role, state, tokens);
+  else
+    ep_send_choices(p, op, role, state, tokens);
 }
 
 }  // namespace phalanx

@@ -17,7 +17,7 @@ struct EpRouteState {
   __device__ __forceinline__ EpRange& range(int s) const { return reinterpret_cast<EpRange*>(smem + p.smem.ranges)[s]; }
   __device__ __forceinline__ void set_num_tokens(int s, int count) const {
     num_tokens(s) = count;
-    range(s) = ep_tokens_of_cta(count, blockIdx.x, p.c.shape.num_ctas);
+    range(s) = ep_tokens_of_cta(count, blockIdx.x, ep_num_receivers(p.c.shape));
   }
   __device__ __forceinline__ bool has_rows() const { return p.smem.rows != p.smem.own; }
   // Of this CTA's tokens of a source.
@@ -43,6 +43,7 @@ struct EpRouteState {
 // What a CTA's warps share beside it. All 0 at the start.
 struct EpShared {
   int failed;
+  int known;       // not 0: where rows go
   int next;        // piece to be written
   int num_staged;  // rows of the source whose scales are written
   int written;     // sources whose scales have been

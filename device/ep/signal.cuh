@@ -109,11 +109,10 @@ struct EpRole {
   __device__ __forceinline__ int num_threads() const { return num_warps * 32; }
   __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(barrier, num_threads()); }
 
-  // True in all threads if it is in each. `vote` is shared memory, 0 at the start and left so on success.
-  __device__ __forceinline__ bool all(bool mine, int* vote) const {
-    if (!mine) *vote = 1;
-    sync();
-    return ep_look(*vote) == 0;
+  // True in all threads if it is in each; else `failed`, shared memory, becomes 1.
+  __device__ __forceinline__ bool all(bool mine, int* failed) const {
+    if (!mine) *failed = 1;
+    return ptx::named_barrier_all(barrier, num_threads(), mine);
   }
 };
 
@@ -133,36 +132,35 @@ __device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, EpPha
   return fine;
 }
 
-// By all threads behind the CTA's last barrier, if nothing failed: the step to the next epoch.
+// Every rank gets its credit: this CTA has read what it waited for in the operations up to `epoch`. By a warp.
+__device__ __forceinline__ void ep_give_credits(const EpOperation& op, i64 credits, u64 epoch) {
+  const EpCommon& c = op.c;
+#pragma unroll 1
+  for (int r = threadIdx.x % 32; r < c.shape.num_ranks; r += 32)
+    ptx::store_release_sys(op.word(r, credits, c.rank * c.shape.num_ctas + int(blockIdx.x)), ep_flag(epoch, 0, 0));
+}
+
+// With two buffers credits are needed two operations later only: when the next kernel begins, a warp that has nothing
+// else to do gives them, so that no kernel's end waits for them to cross a link. Whichever half that kernel is of.
+__device__ __forceinline__ void ep_give_late_credits(const EpOperation& recv, i64 credits) {
+  if (recv.c.shape.num_buffers == 2 && recv.epoch > 1) ep_give_credits(recv, credits, recv.epoch - 1);
+}
+
+// By the first warp behind the CTA's last barrier, if nothing failed: the step to the next epoch.
 __device__ __forceinline__ void ep_finish_send(const EpOperation& op) {
   if (threadIdx.x == 0) *ep_epoch_word(op.c, op.sequence) = op.epoch;
 }
-// The same, and every rank gets its credit: this CTA has read what it waited for.
 __device__ __forceinline__ void ep_finish_recv(const EpOperation& op, i64 credits) {
-  const EpCommon& c = op.c;
   ep_finish_send(op);
-  if (int(threadIdx.x) < c.shape.num_ranks)
-    ptx::store_release_sys(op.word(int(threadIdx.x), credits, c.rank * c.shape.num_ctas + int(blockIdx.x)),
-                           ep_flag(op.epoch, 0, 0));
+  if (op.c.shape.num_buffers == 1 && threadIdx.x < 32) ep_give_credits(op, credits, op.epoch);
 }
 
-// --- pieces: a sending warp's flags tell how many of its own have come ----------------------------------------------
+// --- pieces of tokens -----------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u64* ep_piece_flag(const EpOperation& op, int at, i64 flags, int source, int piece) {
-  return op.word(at, flags, (source * op.c.shape.num_ctas + int(blockIdx.x)) * kEpSendWarps + piece % kEpSendWarps);
-}
-
-// By a warp that has sent piece i, of so many: raises its flag at the ranks [begin, end), if it is time.
-__device__ __forceinline__ void ep_tell(const EpOperation& op, EpRange ranks, i64 flags, EpFormat format, int i,
-                                        int num_pieces) {
-  const EpCommon& c = op.c;
-  const int count = i / kEpSendWarps + 1;
-  if (c.shape.log2_parts == 0 && count % kEpPiecesPerFlag != 0 && i + kEpSendWarps < num_pieces) return;
-  __syncwarp();
-#pragma unroll 1
-  for (int r = ranks.begin + int(threadIdx.x) % 32; r < ranks.end; r += 32) {
-    if (r != c.rank) ptx::store_release_sys(ep_piece_flag(op, r, flags, c.rank, i), ep_flag(op.epoch, format, count));
-  }
+__device__ __forceinline__ u64* ep_piece_flag(const EpOperation& op, int at, int source, i64 token, int part) {
+  const EpShape& shape = op.c.shape;
+  return op.word(at, op.c.layout.token_flags,
+                 int(source * ep_pieces_per_rank(shape) + (token << shape.log2_parts) + part));
 }
 
 // Pieces that all warps of a CTA share: each takes the next one when it has done with the last. `next` is shared memory,
@@ -179,11 +177,11 @@ __device__ __forceinline__ EpVector ep_load(const u8* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// By one thread: until source's piece i is here.
-__device__ __forceinline__ bool ep_wait_for_piece(const EpOperation& op, EpPhase phase, int source, i64 flags,
-                                                  EpFormat format, int i) {
-  return ep_wait(op.c, phase, source, ep_piece_flag(op, op.c.rank, flags, source, i),
-                 ep_flag(op.epoch, format, i / kEpSendWarps + 1));
+// By one thread: until source's piece is here.
+__device__ __forceinline__ bool ep_wait_for_piece(const EpOperation& op, int source, EpFormat format, i64 token,
+                                                  int part) {
+  return ep_wait(op.c, kEpPhaseTokens, source, ep_piece_flag(op, op.c.rank, source, token, part),
+                 ep_flag(op.epoch, format, 1));
 }
 
 // --- the choices of a token, one a lane -----------------------------------------------------------------------------

@@ -27,6 +27,19 @@ __device__ __forceinline__ void register_decrease() {
 __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
+// The same; true for all threads if it is for each.
+__device__ __forceinline__ bool named_barrier_all(int id, int num_threads, bool mine) {
+  u32 all;
+  asm volatile(
+      "{ .reg .pred mine, all;\n"
+      "setp.ne.u32 mine, %3, 0;\n"
+      "barrier.cta.red.and.pred all, %1, %2, mine;\n"
+      "selp.u32 %0, 1, 0, all; }"
+      : "=r"(all)
+      : "r"(id), "r"(num_threads), "r"(u32(mine))
+      : "memory");
+  return all;
+}
 // Counts for those who wait in named_barrier_sync, and goes on.
 __device__ __forceinline__ void named_barrier_arrive(int id, int num_threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");

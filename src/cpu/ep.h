@@ -13,7 +13,7 @@ void ep_combine(const EpCombineParams& p);
 
 /// For tests: the device code, simulated, in the place of the functions above, and so many CTAs as on a GPU.
 struct EpStandIn {
-  int num_ctas;
+  int num_ctas, num_senders;
   void (*dispatch)(const EpDispatchParams&);
   void (*combine)(const EpCombineParams&);
 };

@@ -12,8 +12,8 @@ u8* token_slot(const EpOperation& op, const EpCommon& c, int at, int source, i64
   return ep_slot(op, c, at, source, token, c.layout.tokens, c.layout.token_slot);
 }
 
-// Of one CTA and one warp.
-int token_flag_idx(int source) { return source * kEpSendWarps; }
+/// One for all of a source's tokens: it counts them.
+int token_flag_idx(const EpCommon& c, int source) { return int(source * ep_pieces_per_rank(c.shape)); }
 
 i64 element_size(EpFormat format) { return format == kEpE4m3 ? 1 : 2; }
 
@@ -88,7 +88,7 @@ void send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpHandl
         float* scales = reinterpret_cast<float*>(slot + ep_scales_offset(c.shape.hidden));
         for (int b = 0; b < ceil_div(c.shape.hidden, 128); ++b) scales[b] = source.scale(t, b);
       }
-      op.signal(op.word(r, c.layout.token_flags, token_flag_idx(c.rank)), ep_flag(op.epoch(), p.format, u32(t) + 1));
+      op.signal(op.word(r, c.layout.token_flags, token_flag_idx(c, c.rank)), ep_flag(op.epoch(), p.format, u32(t) + 1));
     }
   }
 }
@@ -155,7 +155,7 @@ bool receive_tokens(const EpDispatchParams& p, const EpOperation& op, const EpHa
       if (!handle.is_here(s, t)) continue;
       const u8* slot = nullptr;
       if (s != c.rank) {
-        if (!op.wait(kEpPhaseTokens, s, op.word(c.rank, c.layout.token_flags, token_flag_idx(s)),
+        if (!op.wait(kEpPhaseTokens, s, op.word(c.rank, c.layout.token_flags, token_flag_idx(c, s)),
                      ep_flag(op.epoch(), p.format, u32(t) + 1)))
           return false;
         slot = token_slot(op, c, c.rank, s, t);

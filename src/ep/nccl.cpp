@@ -127,6 +127,8 @@ std::string NcclComm::gather_fixed(const std::string& mine, double timeout) {
   struct Scratch {
     cuda::CUdeviceptr memory = 0;
     cuda::CUstream stream = nullptr;
+
+    void forget() { memory = 0, stream = nullptr; }
     ~Scratch() {
       if (memory) cuda::driver().cuMemFree(memory);
       if (stream) cuda::driver().cuStreamDestroy(stream);
@@ -145,9 +147,11 @@ std::string NcclComm::gather_fixed(const std::string& mine, double timeout) {
     const cuda::CUresult result = cuda::driver().cuStreamQuery(scratch.stream);
     if (result == cuda::kSuccess) break;
     if (result != cuda::kNotReady) cuda::check(result, "ncclAllGather");
-    if (std::chrono::steady_clock::now() > deadline)
+    if (std::chrono::steady_clock::now() > deadline) {
+      scratch.forget();  // NCCL's kernel still has them: freeing would wait for it
       throw Error(ErrorCode::timeout,
                   format_text("rank {} of {}: NCCL did not gather from all ranks within {:g} s", rank, size, timeout));
+    }
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
   PHALANX_CUDA(cuMemcpyDtoH(all.data(), scratch.memory + bytes, all.size()));

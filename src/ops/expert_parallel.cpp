@@ -1,5 +1,6 @@
 // check -> run, on the CPU or on CUDA: the state that the ranks' operations share is in src/ep.
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <mutex>
 
@@ -68,6 +69,16 @@ std::vector<int> first_experts(const ExpertParallelConfig& config, int num_ranks
   return first;
 }
 
+/// CTAs that only send, so that they and those that write rows take about as long, if a token's experts are anywhere.
+int num_senders(const EpShape& s) {
+  constexpr double kSendGbps = 26.5, kWriteGbps = 41;  // of an SM, measured
+  constexpr int kMost = 14;                            // more than the link takes
+  if (s.num_ranks == 1 || s.num_ctas < 4) return 0;
+  const double peers = (s.num_ranks - 1) * (1 - std::pow(1 - 1.0 / s.num_ranks, s.topk));  // that a token goes to
+  const double send = peers / kSendGbps, write = s.topk / kWriteGbps;
+  return std::min(kMost, static_cast<int>(std::ceil(s.num_ctas * send / (send + write))));
+}
+
 EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType type) {
   EpShape s;
   s.num_ranks = num_ranks;
@@ -91,9 +102,17 @@ EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType
     };
     // Adding up the counts of all CTAs must be less work than counting all choices.
     if (int64_t{config.max_tokens} * config.topk > int64_t{s.num_ctas} * s.max_local_experts &&
-        config.num_experts <= kEpMaxCountedExperts && ep_choices_per_cta(s) < kEpMaxCountedChoices)
+        config.num_experts <= kEpMaxCountedExperts && ep_choices_per_cta(s) < kEpMaxCountedChoices) {
+      s.num_senders = simulated ? simulated->num_senders : num_senders(s);
       fits(&EpShape::counted);
+    }
     if (s.counted) fits(&EpShape::staged);
+    if (!s.counted && int64_t{config.max_tokens} * config.topk >= kEpMaxCountedChoices)
+      throw Error(
+          ErrorCode::invalid_argument,
+          format_text("ExpertParallel: config.max_tokens is {}, expected fewer: of top-{} no more than {} choices "
+                      "among {} experts can be numbered",
+                      config.max_tokens, config.topk, kEpMaxCountedChoices - 1, config.num_experts));
     // So that with a token or two for each CTA, every sending warp has work.
     if (config.latency) s.log2_parts = log2_of(std::min(kEpSendWarps, ceil_div(config.hidden, kEpColumns)));
   }

@@ -237,7 +237,8 @@ TEST(ExpertParallelConfig, BytesFollowTheFormula) {
   ExpertParallelConfig config{.hidden = 7168, .num_experts = 256, .topk = 8, .max_tokens = 8192};
   const auto formula = [&](int ranks, bool bf16, int buffers) {
     const double slot = bf16 ? 2 * 7168 : 7168 + 4 * 56, tokens = config.max_tokens;
-    return buffers * ((ranks - 1) * tokens * (slot + 2 * 7168 + 4 * 8) + 16.0 * ranks * tokens * 8);
+    return buffers * ((ranks - 1) * tokens * (slot + 2 * 7168 + 4 * 8) + 16.0 * ranks * tokens * 8) +
+           8.0 * ranks * tokens;
   };
   for (const int ranks : {1, 2, 8}) {
     for (const bool bf16 : {false, true}) {

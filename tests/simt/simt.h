@@ -59,6 +59,7 @@ struct Fiber {
 struct Barrier {
   int arrived = 0;
   std::uint64_t turn = 0;
+  bool vote = true, all = true;  // of those who have arrived; of the last turn
 };
 
 /// Where the lanes of a warp lay down a value each, and find everyone's.

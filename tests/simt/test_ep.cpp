@@ -20,17 +20,21 @@ void combine(const EpCombineParams& p) {
   simt::launch(p.c.shape.num_ctas, 32 * kEpCombineWarps, [&] { ep_combine(p); });
 }
 
-class Simulated : public ::testing::TestWithParam<int> {
+struct Ctas {
+  int all, senders;  // senders: where tokens are many
+};
+
+class Simulated : public ::testing::TestWithParam<Ctas> {
  protected:
   void SetUp() override { cpu::ep_stand_in = &stand_in_; }
   void TearDown() override { cpu::ep_stand_in = nullptr; }
 
  private:
-  const cpu::EpStandIn stand_in_{GetParam(), dispatch, combine};
+  const cpu::EpStandIn stand_in_{GetParam().all, GetParam().senders, dispatch, combine};
 };
 
 TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
-  std::mt19937 rng(kSeed + GetParam());
+  std::mt19937 rng(kSeed + GetParam().all);
   for (const int n : {1, 3}) {
     for (const bool latency : {false, true}) {
       const ExpertParallelConfig config{.hidden = int(1 + rng() % 40) * 16,
@@ -60,9 +64,13 @@ TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
 }
 
 TEST_P(Simulated, MoreRowsOfATokenThanStages) {
-  std::mt19937 rng(kSeed + GetParam());
-  const ExpertParallelConfig config{
-      .hidden = 272, .num_experts = 40, .topk = 32, .max_tokens = 6, .dtype = DType::bf16, .latency = GetParam() > 1};
+  std::mt19937 rng(kSeed + GetParam().all);
+  const ExpertParallelConfig config{.hidden = 272,
+                                    .num_experts = 40,
+                                    .topk = 32,
+                                    .max_tokens = 6,
+                                    .dtype = DType::bf16,
+                                    .latency = GetParam().all > 1};
   for (const int n : {1, 2}) {
     auto groups = Group::local(cpus(n), kPatient);
     auto eps = make_all(groups, config);
@@ -81,7 +89,7 @@ TEST_P(Simulated, RowsLongerThanTheRings) {
 
 // Senders number their choices, and scales are staged.
 TEST_P(Simulated, ManyTokensAndFewExperts) {
-  std::mt19937 rng(kSeed + GetParam());
+  std::mt19937 rng(kSeed + GetParam().all);
   for (const int hidden : {272, 3 * 1024}) {
     const ExpertParallelConfig config{.hidden = hidden,
                                       .num_experts = 5,
@@ -89,10 +97,11 @@ TEST_P(Simulated, ManyTokensAndFewExperts) {
                                       .max_tokens = 30,
                                       .dtype = DType::bf16,
                                       .alignment = int(1 + rng() % 4)};
-    auto groups = Group::local(cpus(2), kPatient);
+    const int n = hidden == 272 ? 2 : 3;
+    auto groups = Group::local(cpus(n), kPatient);
     auto eps = make_all(groups, config);
     for (int round = 0; round < 3; ++round) {
-      run_round(eps, random_problem(2, config, rng, 10, round * 30), {.e4m3 = round < 2, .exact = round == 1},
+      run_round(eps, random_problem(n, config, rng, 10, round * 30), {.e4m3 = round < 2, .exact = round == 1},
                 unsigned(rng()));
       if (HasFatalFailure()) return;
     }
@@ -114,7 +123,23 @@ TEST_P(Simulated, AMissingRankIsNamed) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Ctas, Simulated, ::testing::Values(1, 3));
+TEST_P(Simulated, ARankThatDoesNotCombineIsNamed) {
+  std::mt19937 rng(kSeed);
+  for (const bool latency : {false, true}) {
+    const ExpertParallelConfig config{
+        .hidden = 272, .num_experts = 4, .topk = 4, .max_tokens = 20, .dtype = DType::bf16, .latency = latency};
+    auto groups = Group::local(cpus(2), kHasty);
+    auto eps = make_all(groups, config);
+    const EpProblem p = random_problem(2, config, rng);
+    std::vector<std::unique_ptr<Rank>> ranks;
+    for (int r = 0; r < 2; ++r) ranks.push_back(std::make_unique<Rank>(p, r, eps[r], eps[r].max_rows(), false));
+    on_ranks(2, [&](int r) { eps[r].dispatch(ranks[r]->args); });
+    expect_error(ErrorCode::timeout, {"rank 0 of 2", "peer 1", "sums", "operation 1", "0.3 s"},
+                 [&] { eps[0].combine(ranks[0]->combine); });
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Ctas, Simulated, ::testing::Values(Ctas{1, 0}, Ctas{3, 0}, Ctas{3, 1}));
 
 }  // namespace
 }  // namespace test

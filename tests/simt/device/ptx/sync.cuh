@@ -12,6 +12,14 @@ void register_decrease() {}
 
 inline void named_barrier_sync(int id, int num_threads) { simt::meet(simt::cta->barriers[id], num_threads); }
 
+inline bool named_barrier_all(int id, int num_threads, bool mine) {
+  simt::Barrier& barrier = simt::cta->barriers[id];
+  barrier.vote = barrier.vote && mine;
+  if (barrier.arrived + 1 == num_threads) barrier.all = barrier.vote, barrier.vote = true;
+  simt::meet(barrier, num_threads);
+  return barrier.all;
+}
+
 inline void named_barrier_arrive(int id, int num_threads) {
   simt::Barrier& barrier = simt::cta->barriers[id];
   if (++barrier.arrived < num_threads) return;
