@@ -1,6 +1,7 @@
 // What the host passes to the kernels that move tokens to experts and back. Strides are in bytes, of scales in elements.
 #pragma once
 #include "device/moe/route.h"
+#include "device/quantize/params.h"
 #include "device/types.h"
 
 namespace phalanx {
@@ -29,8 +30,7 @@ struct ExpertRows {
   int num_rows;
   int row_vectors;  // 16-byte vectors of a row
   int zero_padding;
-  int num_ctas;  // that see to padding rows, and to scales: one in `cta_stride`, so that they keep no one waiting
-  int cta_stride;
+  int first_cta, num_ctas;  // that see to padding rows, and to scales
 };
 
 struct PermuteParams {
@@ -39,6 +39,7 @@ struct PermuteParams {
   ExpertRows rows;
   const int* slots;
   int num_tokens, topk;
+  int pieces;  // of a token, each a CTA's
   // Scales, one column for each 128 columns of data; num_scales is 0 where there are none.
   const float* x_scales = nullptr;
   float* scales = nullptr;
@@ -50,6 +51,7 @@ struct PermuteParams {
 struct RouteAndPermuteParams {
   RouteParams route;
   PermuteParams permute;
+  ScaledMatrix q;  // [num_tokens, H], where x is BF16 and quantised on the way
 };
 
 struct UnpermuteParams {

@@ -1,8 +1,9 @@
 // Tokens to their experts: rows[slots[t, k]] = x[t] for every choice that has a row; padding rows become zeros.
 //
-//   one CTA in so many   128 rows each: clear those that have no source; with scales, 8 columns of them each. A lane fetches
-//                        the scale of its row's token: rows lie side by side in a column, so that writes are whole lines
-//   the other CTAs       2 KB of a token each: read once, written to all of its rows
+//   some CTAs    a row a thread, 1 KB of it a CTA: clear those that have no source; with scales, move 8 columns of them. A thread
+//                fetches the scale of its row's token: rows lie side by side in a column, so that writes are whole lines.
+//                They come before the last that move tokens, which hide that they are slow
+//   the others   a piece of a token each, 16 bytes a thread: read once, written to all of its rows
 //
 // Bytes are moved as they are. Bound by memory, or for few rows by latency: hence roles side by side, short code, and no loops
 // over tasks.
@@ -29,12 +30,12 @@ __device__ __forceinline__ void scatter_vector(const PermuteParams& p, int token
   }
 }
 
-// Clears, of the 32 rows from `begin` on, those whose lane says so. By a whole warp.
-__device__ __forceinline__ void clear_rows(const ExpertRows& rows, int begin, bool clear) {
+// Clears the vectors [first, end) of those of the 32 rows from `begin` on whose lane says so. By a whole warp.
+__device__ __forceinline__ void clear_rows(const ExpertRows& rows, int begin, bool clear, int first, int end) {
   for (u32 left = __ballot_sync(~0u, clear); left; left &= left - 1) {
     uint4* row = reinterpret_cast<uint4*>(rows.data + (begin + __ffs(left) - 1) * rows.stride);
 #pragma unroll 1
-    for (int i = threadIdx.x % 32; i < rows.row_vectors; i += 32) row[i] = make_uint4(0, 0, 0, 0);
+    for (int i = first + int(threadIdx.x % 32); i < end; i += 32) row[i] = make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -42,6 +43,23 @@ __device__ __forceinline__ float* scale_row(const PermuteParams& p, int row) {
   const int expert = row / p.rows_per_expert;
   return p.scales + expert * p.scale_stride_expert + (row - expert * p.rows_per_expert) * p.scale_stride_row;
 }
+
+// What a thread sees to that is none of a token's: its row, and which of the row's groups of vectors.
+struct RowTask {
+  int row, group, source;  // of rows that do not exist the source is 0
+
+  // `task` counts the CTAs that see to rows.
+  __device__ __forceinline__ RowTask(const ExpertRows& rows, int task) {
+    const int groups = ceil_div(rows.row_vectors, kClearedVectors), block = task / groups;
+    group = task - block * groups;
+    row = block * int(blockDim.x) + int(threadIdx.x);
+    source = row < rows.num_rows ? rows.sources[row] : 0;
+  }
+  __device__ __forceinline__ void clear_padding(const ExpertRows& rows) const {
+    const int first = group * kClearedVectors;
+    clear_rows(rows, row - int(threadIdx.x % 32), source < 0, first, min_of(first + kClearedVectors, rows.row_vectors));
+  }
+};
 
 // A thread's row, from the column `first` on.
 __device__ __forceinline__ void gather_scales(const PermuteParams& p, int row, int source, int first) {
@@ -61,74 +79,17 @@ __device__ __forceinline__ void gather_scales(const PermuteParams& p, int row, i
 __device__ __forceinline__ void permute(const PermuteParams& p) {
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  const int cta = row_cta(blockIdx.x, p.rows.num_ctas, p.rows.cta_stride);
-  if (cta < 0) {
-    const int pieces = ceil_div(p.rows.row_vectors, kPermuteThreads), task = -1 - cta, token = task / pieces;
-    const int vector = (task - token * pieces) * kPermuteThreads + int(threadIdx.x);
+  const int row_cta = int(blockIdx.x) - p.rows.first_cta;
+  if (row_cta < 0 || row_cta >= p.rows.num_ctas) {
+    const int cta = row_cta < 0 ? blockIdx.x : blockIdx.x - p.rows.num_ctas;
+    const int token = cta / p.pieces, vector = (cta - token * p.pieces) * int(blockDim.x) + int(threadIdx.x);
     if (vector < p.rows.row_vectors) scatter_vector(p, token, p.slots + i64(token) * p.topk, vector);
     return;
   }
-  const int column_groups = p.num_scales > 0 ? ceil_div(p.num_scales, kScaleColumns) : 1;
-  const int block = cta / column_groups, group = cta - block * column_groups;
-  const int row = block * kPermuteThreads + int(threadIdx.x);
-  const bool inside = row < p.rows.num_rows;
-  const int source = inside ? p.rows.sources[row] : 0;
-  if (p.num_scales > 0 && inside && (source >= 0 || p.rows.zero_padding))
-    gather_scales(p, row, source, group * kScaleColumns);
-  if (group == 0 && p.rows.zero_padding) clear_rows(p.rows, row - int(threadIdx.x % 32), source < 0);
-}
-
-// A CTA for each token, or several. Each ranks all entries by itself rather than wait for another kernel.
-__device__ __forceinline__ void route_and_permute(const RouteAndPermuteParams& params) {
-  const RouteParams& r = params.route;
-  const PermuteParams& p = params.permute;
-  constexpr int kWarps = kFusedThreads / 32;
-  extern __shared__ int words[];
-  __shared__ int slots[kMaxFusedEntries];
-  const RouteSmem smem(words, kWarps, r.num_experts);
-  ptx::grid_launch_dependents();
-  ptx::grid_wait_dependencies();
-
-  if (int(blockIdx.x) < p.num_tokens)  // on its way while the entries are ranked
-    for (int i = threadIdx.x * 8; i < p.rows.row_vectors; i += kFusedThreads * 8)
-      ptx::prefetch_l2(p.x + blockIdx.x * p.x_stride + i * 16);
-  const EntryRange range = my_entries<kWarps>(r, 0, 1);
-  count_entries<kWarps>(r, smem, range);
-  sum_counts<kWarps>(r, smem, 0, 1);
-  const int needed = lay_out_experts(r, smem);
-  place_entries(r, smem, range, [&](int entry, int row) {
-    slots[entry] = row;
-    if (blockIdx.x != 0) return;
-    r.slots[entry] = row;
-    if (row >= 0) r.sources[row] = entry;
-  });
-  if (blockIdx.x == 0) store_layout<kWarps>(r, smem, needed);
-  __syncthreads();
-
-  for (int token = blockIdx.x; token < p.num_tokens; token += gridDim.x) {
-    const int* of_token = slots + token * p.topk;
-    for (int vector = threadIdx.x; vector < p.rows.row_vectors; vector += kFusedThreads)
-      scatter_vector(p, token, of_token, vector);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < p.num_scales * p.topk; i += kFusedThreads) {
-      const int k = i / p.num_scales, column = i - k * p.num_scales, row = of_token[k];
-      if (row >= 0)
-        scale_row(p, row)[column * p.scale_stride_col] =
-            p.x_scales[token * p.x_scale_stride_row + column * p.x_scale_stride_col];
-    }
-  }
-  const int lane = threadIdx.x % 32, num_rows = r.target.num_rows;
-  for (int begin = int(threadIdx.x / 32 * gridDim.x + blockIdx.x) * 32; begin < num_rows;
-       begin += int(gridDim.x) * kWarps * 32) {
-    const int row = begin + lane;
-    const bool padding = row < num_rows && is_padding(r, smem, row);
-    if (padding) r.sources[row] = -1;
-    if (!p.rows.zero_padding) continue;
-    clear_rows(p.rows, begin, padding);
-    if (padding)
-#pragma unroll 1
-      for (int column = 0; column < p.num_scales; ++column) scale_row(p, row)[column * p.scale_stride_col] = 1;
-  }
+  const RowTask task(p.rows, row_cta);
+  if (p.num_scales > 0 && task.row < p.rows.num_rows && (task.source >= 0 || p.rows.zero_padding))
+    gather_scales(p, task.row, task.source, task.group * kScaleColumns);
+  if (p.rows.zero_padding) task.clear_padding(p.rows);
 }
 
 }  // namespace phalanx

@@ -53,17 +53,6 @@ constexpr EntryRange entries_of_warp(int num_entries, int warp, int num_warps) {
   return {int(min_of<i64>(begin, num_entries)), int(min_of<i64>(begin + piece, num_entries))};
 }
 
-// Two roles in one grid: one CTA in `stride` sees to rows, until there were num_row_ctas. Which of these a CTA is, or -1 - its
-// number among the others.
-constexpr int row_cta_stride(int num_row_ctas, int num_other_ctas) {
-  return num_row_ctas > 0 ? (num_row_ctas + num_other_ctas) / num_row_ctas : 1;
-}
-constexpr int row_cta(int cta, int num_row_ctas, int stride) {
-  const int group = cta / stride;
-  if (group < num_row_ctas && cta == group * stride) return group;
-  return min_of(group + 1, num_row_ctas) - cta - 1;
-}
-
 // Words of shared memory: see RouteSmem.
 constexpr int route_smem_words(int num_warps, int num_experts) { return (num_warps + 4) * num_experts + 1; }
 

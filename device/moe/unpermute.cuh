@@ -8,7 +8,7 @@
 //   grad_rows[slots[t, k]] = weights[t, k] * grad_out[t];  padding rows become zeros
 //   grad_weights[t, k]     = dot(grad_out[t], rows[slots[t, k]])
 //
-//       Some CTAs clear padding rows, the others take a token each. Each thread sums its columns in FP32, then the lanes, then
+//       The first CTAs take a token each, the last clear padding rows. Each thread sums its columns in FP32, then the lanes, then
 //       the warps, in a fixed order.
 //
 // Bound by memory.
@@ -171,13 +171,9 @@ __device__ __forceinline__ void unpermute_backward(const UnpermuteBackwardParams
   __shared__ float partial[kWarps][kRowsInFlight];
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  const int cta = row_cta(blockIdx.x, p.grad_rows.num_ctas, p.grad_rows.cta_stride);
-  if (cta >= 0) {
-    const int row = cta * kBackwardThreads + int(threadIdx.x);
-    clear_rows(p.grad_rows, row - int(threadIdx.x % 32), row < p.grad_rows.num_rows && p.grad_rows.sources[row] < 0);
-    return;
-  }
-  const int token = -1 - cta;
+  const int token = blockIdx.x;
+  if (token >= p.grad_rows.first_cta)
+    return RowTask(p.grad_rows, token - p.grad_rows.first_cta).clear_padding(p.grad_rows);
   for (int k = 0; k < p.topk; k += kRowsInFlight) {
     float dot[kRowsInFlight];
     backward_rows<C>(p, token, k, dot);

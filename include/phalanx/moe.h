@@ -58,6 +58,11 @@ PHALANX_API void route_and_permute(const ScaledTensor& x, const Tensor& topk_idx
                                    const ScaledTensor& rows, bool zero_padding = true,
                                    const RouteOptions& options = {});
 
+/// `quantize_rows` of x, into q, and `route_and_permute` of q; for few tokens in BF16 one kernel.
+PHALANX_API void quantize_route_and_permute(const Tensor& x, const ScaledTensor& q, const Tensor& topk_idx,
+                                            const Routing& routing, const ScaledTensor& rows, bool zero_padding = true,
+                                            const RouteOptions& options = {});
+
 struct UnpermuteOptions {
   std::optional<Tensor> weights;   ///< FP32 [T, K], rows contiguous; absent: 1
   std::optional<Tensor> residual;  ///< [T, H] of out's dtype, added last; may be `out` itself

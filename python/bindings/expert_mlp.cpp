@@ -73,8 +73,7 @@ void expert_mlp(AnyView x_array, AnyView topk_idx_array, AnyView weights, AnyVie
     const Stream stream = to_stream(x.device, stream_handle);
     const Buffers b({x.rows(), topk_idx.cols(), down.data.shape[0], x.cols(), down.data.shape[2]},
                     to_tensor("workspace", workspace).data, x.device);
-    quantize_rows(x, b.x, {.stream = stream});
-    route_and_permute(b.x, topk_idx, b.routing, b.rows, true, {.stream = stream});
+    quantize_route_and_permute(x, b.x, topk_idx, b.routing, b.rows, true, {.stream = stream});
     grouped_gemm_fp8(b.rows, gate_up, b.routing.offsets, b.gates_and_ups, {.stream = stream});
     swiglu_quantize(b.gates_and_ups, b.act, {.stream = stream});
     grouped_gemm_fp8(b.act, down, b.routing.offsets, b.out_rows, {.stream = stream});

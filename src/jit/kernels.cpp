@@ -58,7 +58,8 @@ std::vector<KernelSource> all_kernels() {
     kernels.push_back(swiglu_backward_source({type}));
   }
   kernels.insert(kernels.end(), {swiglu_quantize_both_source(), swiglu_backward_both_source()});
-  kernels.insert(kernels.end(), {route_source(), permute_source(), route_and_permute_source()});
+  kernels.insert(kernels.end(),
+                 {route_source(), permute_source(), route_and_permute_source(false), route_and_permute_source(true)});
   for (const bool rows_f32 : {false, true}) {
     for (const bool tokens_f32 : {false, true}) {
       kernels.push_back(unpermute_source({rows_f32, tokens_f32}));

@@ -19,7 +19,7 @@ KernelSource swiglu_quantize_both_source();
 KernelSource swiglu_backward_both_source();
 KernelSource route_source();
 KernelSource permute_source();
-KernelSource route_and_permute_source();
+KernelSource route_and_permute_source(bool quantize);
 KernelSource unpermute_source(const UnpermuteConfig& config);
 KernelSource unpermute_backward_source(const UnpermuteConfig& config);
 KernelSource ep_dispatch_source(bool counted);

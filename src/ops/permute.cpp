@@ -9,8 +9,12 @@
 #include "jit/kernels.h"
 #include "ops/check.h"
 #include "ops/check_moe.h"
+#include "ops/check_quantize.h"
+#include "ops/check_tensor.h"
 #include "ops/kernel.h"
+#include "ops/scaled_matrix.h"
 #include "phalanx/moe.h"
+#include "phalanx/quantize.h"
 
 namespace phalanx {
 namespace {
@@ -64,16 +68,19 @@ void route_on_cuda(const Tensor& topk_idx, const Routing& routing, const RouteOp
               &p, options.stream.handle);
 }
 
-/// `num_ctas` see to padding and scales, beside `other_ctas`.
-ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_padding, int num_ctas, int other_ctas) {
-  return {.data = pointer<u8>(rows),
-          .stride = row_stride_bytes(rows),
-          .sources = pointer<int>(routing.sources),
-          .num_rows = int(rows.rows()),
-          .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16),
-          .zero_padding = zero_padding,
-          .num_ctas = num_ctas,
-          .cta_stride = row_cta_stride(num_ctas, other_ctas)};
+/// Rows of which CTAs of so many threads, from `first_cta` on, see to padding, and to scales, where `seen_to` says so.
+ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_padding, bool seen_to, int num_threads,
+                       int first_cta) {
+  ExpertRows result{.data = pointer<u8>(rows),
+                    .stride = row_stride_bytes(rows),
+                    .sources = pointer<int>(routing.sources),
+                    .num_rows = int(rows.rows()),
+                    .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16),
+                    .zero_padding = zero_padding,
+                    .first_cta = first_cta,
+                    .num_ctas = 0};
+  if (seen_to) result.num_ctas = ceil_div(result.num_rows, num_threads) * ceil_div(result.row_vectors, kClearedVectors);
+  return result;
 }
 
 /// What is permuted and where to; the scales are null for unquantised rows.
@@ -84,14 +91,14 @@ struct Permutation {
 
   PermuteParams params(const Routing& routing) const {
     const Tensor flat = flat_rows(rows);
-    const int column_groups = scales ? int(ceil_div<int64_t>(x_scales->cols(), kScaleColumns)) : int(zero_padding);
-    const int row_ctas = int(ceil_div<int64_t>(flat.rows(), kPermuteThreads)) * column_groups;
     PermuteParams p{.x = pointer<u8>(x),
                     .x_stride = row_stride_bytes(x),
-                    .rows = expert_rows(flat, routing, zero_padding, row_ctas, token_ctas(routing)),
+                    .rows = expert_rows(flat, routing, zero_padding, scales || zero_padding, num_threads(),
+                                        std::max(token_ctas(routing) - kCtasAtOnce, 0)),
                     .slots = pointer<int>(routing.slots),
                     .num_tokens = int(x.rows()),
-                    .topk = int(routing.slots.cols())};
+                    .topk = int(routing.slots.cols()),
+                    .pieces = pieces()};
     if (!scales) return p;
     const bool stack = scales->ndim == 3;
     p.x_scales = pointer<float>(*x_scales), p.scales = pointer<float>(*scales);
@@ -103,10 +110,10 @@ struct Permutation {
     return p;
   }
 
-  int token_ctas(const Routing& routing) const {
-    const int64_t vectors = x.cols() * size_of(x.dtype) / 16;
-    return routing.slots.cols() == 0 ? 0 : int(x.rows() * ceil_div<int64_t>(vectors, kPermuteThreads));
-  }
+  int row_vectors() const { return int(x.cols() * size_of(x.dtype) / 16); }
+  int num_threads() const { return permute_threads(x.rows(), row_vectors()); }
+  int pieces() const { return ceil_div(row_vectors(), num_threads()); }
+  int token_ctas(const Routing& routing) const { return routing.slots.cols() == 0 ? 0 : int(x.rows()) * pieces(); }
 
   /// Whether there is anything to write.
   bool empty() const { return flat_rows(rows).rows() == 0 || x.cols() == 0; }
@@ -118,22 +125,31 @@ void permute_on_cuda(const Permutation& permutation, const Routing& routing, Str
   require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const PermuteParams p = permutation.params(routing);
-  const int ctas = p.rows.num_ctas + permutation.token_ctas(routing);
+  const int ctas = permutation.token_ctas(routing) + p.rows.num_ctas;
   if (ctas > 0)
     kernels.get(ordinal, jit::permute_source)
-        .launch({.num_ctas = ctas, .num_threads = kPermuteThreads}, &p, stream.handle);
+        .launch({.num_ctas = ctas, .num_threads = permutation.num_threads()}, &p, stream.handle);
 }
 
+/// `unquantized`: what permutation.x is quantised from on the way; null if it is there.
 void route_and_permute_on_cuda(const Permutation& permutation, const Tensor& topk_idx, const Routing& routing,
-                               const RouteOptions& options) {
-  static KernelOfDevice kernels;
+                               const RouteOptions& options, const Tensor* unquantized = nullptr) {
+  static KernelOfDevice kernels[2];
   const int ordinal = topk_idx.device.index;
   const cuda::DeviceInfo& device = require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
-  const RouteAndPermuteParams p{route_params(topk_idx, routing, options), permutation.params(routing)};
+  RouteAndPermuteParams p{route_params(topk_idx, routing, options), permutation.params(routing), {}};
+  if (unquantized) {
+    p.permute.x = pointer<u8>(*unquantized), p.permute.x_stride = row_stride_bytes(*unquantized);
+    p.q = scaled_matrix({permutation.x, *permutation.x_scales});
+  }
   const int rows_of_ctas = ceil_div(p.permute.rows.num_rows, kFusedThreads / 32);
   const int ctas = std::clamp(std::max(p.permute.num_tokens, rows_of_ctas), 1, device.num_sms);
-  kernels.get(ordinal, jit::route_and_permute_source, route_smem_bytes(kFusedThreads, kMaxExperts))
+  const bool quantize = unquantized != nullptr;
+  kernels[quantize]
+      .get(
+          ordinal, [&] { return jit::route_and_permute_source(quantize); },
+          route_smem_bytes(kFusedThreads, kMaxExperts))
       .launch({.num_ctas = ctas,
                .num_threads = kFusedThreads,
                .smem_bytes = route_smem_bytes(kFusedThreads, p.route.num_experts)},
@@ -155,14 +171,17 @@ void run_permute(const Permutation& permutation, const Routing& routing, Stream 
     cpu::permute_scales(*permutation.x_scales, *permutation.scales, routing, permutation.zero_padding);
 }
 
+bool in_one_kernel(const Permutation& permutation, const Tensor& topk_idx) {
+  return topk_idx.device.type == DeviceType::cuda && topk_idx.rows() * topk_idx.cols() <= kMaxFusedEntries &&
+         !permutation.empty();
+}
+
 void run_route_and_permute(const Permutation& permutation, const Tensor& topk_idx, const Routing& routing,
                            const RouteOptions& options) {
   constexpr const char* kOp = "route_and_permute";
   check_route(kOp, topk_idx, routing, options);
   check_permute(kOp, permutation.x, permutation.x_scales, routing, permutation.rows, permutation.scales);
-  const bool few = topk_idx.rows() * topk_idx.cols() <= kMaxFusedEntries;
-  if (topk_idx.device.type == DeviceType::cuda && few && !permutation.empty())
-    return route_and_permute_on_cuda(permutation, topk_idx, routing, options);
+  if (in_one_kernel(permutation, topk_idx)) return route_and_permute_on_cuda(permutation, topk_idx, routing, options);
   run_route(topk_idx, routing, options);
   run_permute(permutation, routing, options.stream);
 }
@@ -216,7 +235,6 @@ void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, 
   const int ordinal = grad_out.device.index;
   require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
-  const int row_ctas = options.zero_padding ? int(ceil_div<int64_t>(grad_rows.rows(), kBackwardThreads)) : 0;
   const UnpermuteBackwardParams p{
       .grad_out = pointer<u8>(grad_out),
       .grad_out_stride = row_stride_bytes(grad_out),
@@ -225,11 +243,12 @@ void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, 
       .slots = pointer<int>(routing.slots),
       .weights = weights_of(options.weights),
       .weights_stride = stride_of(options.weights),
-      .grad_rows = expert_rows(grad_rows, routing, options.zero_padding, row_ctas, int(grad_out.rows())),
+      .grad_rows = expert_rows(grad_rows, routing, options.zero_padding, options.zero_padding, kBackwardThreads,
+                               int(grad_out.rows())),
       .grad_weights = options.grad_weights ? pointer<float>(*options.grad_weights) : nullptr,
       .num_tokens = int(grad_out.rows()),
       .topk = int(routing.slots.cols())};
-  if (const int ctas = row_ctas + p.num_tokens; ctas > 0)
+  if (const int ctas = p.num_tokens + p.grad_rows.num_ctas; ctas > 0)
     kernels.get(ordinal, unpermute_config(grad_rows, grad_out), jit::unpermute_backward_source)
         .launch({.num_ctas = ctas, .num_threads = kBackwardThreads}, &p, options.stream.handle);
 }
@@ -260,6 +279,21 @@ void route_and_permute(const Tensor& x, const Tensor& topk_idx, const Routing& r
 void route_and_permute(const ScaledTensor& x, const Tensor& topk_idx, const Routing& routing, const ScaledTensor& rows,
                        bool zero_padding, const RouteOptions& options) {
   run_route_and_permute({x.data, rows.data, &x.scales, &rows.scales, zero_padding}, topk_idx, routing, options);
+}
+
+void quantize_route_and_permute(const Tensor& x, const ScaledTensor& q, const Tensor& topk_idx, const Routing& routing,
+                                const ScaledTensor& rows, bool zero_padding, const RouteOptions& options) {
+  constexpr const char* kOp = "quantize_route_and_permute";
+  const Permutation permutation{q.data, rows.data, &q.scales, &rows.scales, zero_padding};
+  check_quantize(QuantizeForm::rows, x, &q, nullptr);
+  check_route(kOp, topk_idx, routing, options);
+  check_permute(kOp, q.data, &q.scales, routing, rows.data, &rows.scales);
+  check_disjoint({kOp, "rows.data", rows.data}, {kOp, "x", x});
+  if (x.dtype == DType::bf16 && has_vectors(x, &q.data, x.cols()) && in_one_kernel(permutation, topk_idx))
+    return route_and_permute_on_cuda(permutation, topk_idx, routing, options, &x);
+  quantize_rows(x, q, {.stream = options.stream});
+  run_route(topk_idx, routing, options);
+  run_permute(permutation, routing, options.stream);
 }
 
 void unpermute(const Tensor& rows, const Routing& routing, const Tensor& out, const UnpermuteOptions& options) {

@@ -1,9 +1,11 @@
 // The pure parts of routing, which host and device share.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
 #include <vector>
 
+#include "device/moe/config.h"
 #include "device/moe/route.h"
 #include "phalanx/moe.h"
 #include "tests/cpu/matrix.h"
@@ -65,19 +67,16 @@ TEST(Route, ExpertsGetRowsOfTheirOwnInsideTheTarget) {
   }
 }
 
-TEST(Route, EveryCtaHasOneTask) {
+TEST(Route, PiecesOfTokensAreEven) {
   std::mt19937 rng(kSeed);
   for (int i = 0; i < 2000; ++i) {
-    const int num_rows = int(rng() % 40), num_others = int(rng() % (rng() % 2 ? 40 : 2000));
-    const int stride = row_cta_stride(num_rows, num_others);
-    std::vector<int> rows(num_rows), others(num_others);
-    for (int cta = 0; cta < num_rows + num_others; ++cta) {
-      const int row = row_cta(cta, num_rows, stride);
-      ++(row >= 0 ? rows.at(row) : others.at(-1 - row));
-    }
-    for (const int count : rows) ASSERT_EQ(count, 1) << num_rows << " and " << num_others;
-    for (const int count : others) ASSERT_EQ(count, 1) << num_rows << " and " << num_others;
+    const int tokens = int(rng() % (rng() % 2 ? 100 : 10000)), vectors = 1 + int(rng() % (rng() % 2 ? 100 : 5000));
+    const int threads = permute_threads(tokens, vectors), pieces = ceil_div(vectors, threads);
+    ASSERT_TRUE(threads % 32 == 0 && threads >= kMinPermuteThreads && threads <= kMaxPermuteThreads) << threads;
+    ASSERT_LT(pieces * threads - vectors, std::max(32 * pieces, kMinPermuteThreads)) << tokens << ", " << vectors;
   }
+  EXPECT_EQ(permute_threads(1, 448), 64);
+  EXPECT_EQ(permute_threads(4096, 448), 448);
 }
 
 /// A vector of int32 between guards.

@@ -4,7 +4,7 @@ import phalanx
 import pytest
 
 torch = pytest.importorskip("torch")
-from phalanx.nn import ExpertMLP  # noqa: E402
+from phalanx.nn import ExpertMLP, _forward  # noqa: E402
 
 # Relative errors of norms, and 1 - cosine of gradients. E4M3 has 3 bits of mantissa: a rounded operand is off by 2.6%
 # in the mean square, a product of two by 3.7%, a chain of two by some 5%.
@@ -68,6 +68,7 @@ def test_in_one_call_where_nothing_is_recorded(layer):
             mlp(x, topk_idx, topk_weights.double())
         with pytest.raises(ValueError, match="slots|topk|weights"):
             mlp(x, topk_idx, topk_weights[:, :2])
+        assert torch.equal(y, _forward(x, topk_idx, topk_weights, mlp.quantized_weights())[0])
     assert not y.requires_grad and torch.equal(y, mlp(x, topk_idx, topk_weights))
 
 
