@@ -18,13 +18,13 @@ __device__ __forceinline__ void swiglu_quantize_rows(const SwigluParams& p) {
   ptx::grid_wait_dependencies();
 
   P gate[kRows], up[kRows];
-  float weight[kRows];
-  load_swiglu(gate, up, weight, p, tile);
+  load_swiglu(gate, up, p, tile);
   Piece<FloatType::f32, P::kCount> h[kRows];
   if (kRows > 1 && p.limit == __uint_as_float(0x7f800000u))
-    swiglu_pieces<kRows, false>(h, gate, up, p.limit, weight);
+    swiglu_pieces<kRows, false>(h, gate, up, p.limit);
   else
-    swiglu_pieces<kRows, true>(h, gate, up, p.limit, weight);
+    swiglu_pieces<kRows, true>(h, gate, up, p.limit);
+  weight_pieces(h, p, tile);
   quantize_pieces(h, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);
 }
 

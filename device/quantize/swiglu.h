@@ -36,12 +36,12 @@ constexpr float sigmoid(float g) {
   return Math::reciprocal(1.0f + exp_minus<Math>(Math::min(g, -kSwigluMinGate)));
 }
 
-// kLimited: false if the limit is infinite, where it makes no difference but work.
+// h without the weight. kLimited: false if the limit is infinite, where it makes no difference but work.
 template <class Math, bool kLimited = true>
-constexpr float swiglu_value(float gate, float up, float limit, float weight) {
+constexpr float swiglu_value(float gate, float up, float limit) {
   const float g = Math::max(kLimited ? Math::min(gate, limit) : gate, kSwigluMinGate);
   const float u = kLimited ? Math::max(Math::min(up, limit), -limit) : up;
-  return g * sigmoid<Math>(g) * u * weight;
+  return g * sigmoid<Math>(g) * u;
 }
 
 // The gradients of gate and up, given dh: that of h, times the weight. Where a clamp has cut, the gradient is zero.

@@ -30,26 +30,35 @@ __device__ __forceinline__ void load_weights(float (&weight)[kRows], const float
 
 // What a tile's rows of the result are made of. `tile`: row, rows that exist, and column and columns of the result.
 template <int kRows, class P, class Tile>
-__device__ __forceinline__ void load_swiglu(P (&gate)[kRows], P (&up)[kRows], float (&weight)[kRows],
-                                            const SwigluParams& p, const Tile& tile) {
+__device__ __forceinline__ void load_swiglu(P (&gate)[kRows], P (&up)[kRows], const SwigluParams& p, const Tile& tile) {
   const i64 gate_col = swiglu_gate_column(tile.col, p.interleaved);
   const u8* from = static_cast<const u8*>(p.x) + (tile.row * p.x_stride + gate_col) * P::kSize;
   load_rows(gate, from, p.x_stride, tile.rows, tile.cols, p.vectors);
   from += swiglu_up_distance(p.cols, p.interleaved) * P::kSize;
   load_rows(up, from, p.x_stride, tile.rows, tile.cols, p.vectors);
-  load_weights(weight, p.weights, p.weight_stride, tile.row, tile.rows);
 }
 
-// Without a limit there is nothing to compare with it.
 template <int kRows, bool kLimited, FloatType T>
 __device__ __forceinline__ void swiglu_pieces(Piece<FloatType::f32, piece_count(T)> (&h)[kRows],
-                                              const Piece<T> (&gate)[kRows], const Piece<T> (&up)[kRows], float limit,
-                                              const float (&weight)[kRows]) {
+                                              const Piece<T> (&gate)[kRows], const Piece<T> (&up)[kRows], float limit) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
 #pragma unroll
     for (int i = 0; i < piece_count(T); ++i)
-      h[r].word[i] = __float_as_uint(swiglu_value<DeviceMath, kLimited>(gate[r][i], up[r][i], limit, weight[r]));
+      h[r].word[i] = __float_as_uint(swiglu_value<DeviceMath, kLimited>(gate[r][i], up[r][i], limit));
+}
+
+// Most have no weights, and then no work with them.
+template <int kRows, int kCount, class Tile>
+__device__ __forceinline__ void weight_pieces(Piece<FloatType::f32, kCount> (&h)[kRows], const SwigluParams& p,
+                                              const Tile& tile) {
+  if (!p.weights) return;
+  float weight[kRows];
+  load_weights(weight, p.weights, p.weight_stride, tile.row, tile.rows);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) h[r].word[i] = __float_as_uint(h[r][i] * weight[r]);
 }
 
 // Turns gate and up into their gradients. Returns the sum of grad times the unweighted result.

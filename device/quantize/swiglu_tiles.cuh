@@ -24,9 +24,9 @@ __device__ __forceinline__ void swiglu_quantize_both(const SwigluParams& p) {
   H h[kRows] = {};
   if (tile.rows > 0) {  // where there are few, the others' would take most of the time
     P gate[kRows], up[kRows];
-    float weight[kRows];
-    load_swiglu(gate, up, weight, p, tile);
-    swiglu_pieces<kRows, true>(h, gate, up, p.limit, weight);
+    load_swiglu(gate, up, p, tile);
+    swiglu_pieces<kRows, true>(h, gate, up, p.limit);
+    weight_pieces(h, p, tile);
   }
   quantize_pieces(h, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);
   quantize_columns(smem, h, tile, p.q_t, p.rows, p.cols, p.pow2_scales);

@@ -35,7 +35,7 @@ struct CpuMath {
 
 PHALANX_FMA_CLONES
 void swiglu_row(const Row& gate, const Row& up, float limit, float weight, int64_t count, Row& h) {
-  for (int64_t i = 0; i < count; ++i) h[i] = swiglu_value<CpuMath>(gate[i], up[i], limit, weight);
+  for (int64_t i = 0; i < count; ++i) h[i] = swiglu_value<CpuMath>(gate[i], up[i], limit) * weight;
 }
 
 /// gate and up become their gradients, dh the unweighted h.
