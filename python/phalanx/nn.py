@@ -1,5 +1,7 @@
 """PyTorch modules. `import phalanx.nn` after torch."""
 
+import functools
+
 import torch
 
 import phalanx
@@ -41,30 +43,29 @@ class ExpertMLP(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """y [T, hidden]. x BF16 [T, hidden]; topk_idx int32 or int64 [T, K], -1: none; topk_weights FP32 [T, K]."""
+        gate_up, down = self.gate_up, self.down  # each look-up of a parameter takes torch a microsecond
         if torch.compiler.is_compiling() and (torch.is_grad_enabled() or self._quantized is None):
-            weights = self._quantize()  # in the graph: a compiled step changes the weights, and cannot tell whether
+            weights = _quantize(gate_up, down)  # in the graph: a compiled step changes them, and cannot tell whether
         elif torch.compiler.is_compiling():
             weights = self._quantized[1]
         else:
-            weights = self.quantized_weights()
+            weights = self._quantized_from(gate_up, down)
         framework = _frameworks.of(x, "x")
-        if framework.needs_gradient(x, topk_weights, self.gate_up, self.down):
-            return _ExpertMLP.apply(x, topk_idx, topk_weights, self.gate_up, self.down, weights)
+        if framework.needs_gradient(x, topk_weights, gate_up, down):
+            return _ExpertMLP.apply(x, topk_idx, topk_weights, gate_up, down, weights)
         if framework.is_traced(x):
             return _forward(x, topk_idx, topk_weights, weights)[0]
         return _in_one_call(x, topk_idx, topk_weights, weights)
 
     def quantized_weights(self) -> tuple[torch.Tensor, ...]:
         """Data and scales of gate_up and down, then of both with rows and columns swapped, for the backward pass."""
-        versions = tuple((w.data_ptr(), w._version) for w in (self.gate_up, self.down))
-        if self._quantized is None or self._quantized[0] != versions:
-            self._quantized = versions, self._quantize()
-        return self._quantized[1]
+        return self._quantized_from(self.gate_up, self.down)
 
-    def _quantize(self) -> tuple[torch.Tensor, ...]:
-        pairs = [_quantize_weight(w.detach()) for w in (self.gate_up, self.down)]
-        swapped = [tuple(part.transpose(1, 2).contiguous() for part in pair) for pair in pairs]
-        return tuple(part for pair in (*pairs, *swapped) for part in pair)
+    def _quantized_from(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        versions = gate_up.data_ptr(), gate_up._version, down.data_ptr(), down._version
+        if self._quantized is None or self._quantized[0] != versions:
+            self._quantized = versions, _quantize(gate_up, down)
+        return self._quantized[1]
 
 
 def _forward(x, topk_idx, topk_weights, quantized):
@@ -79,13 +80,18 @@ def _forward(x, topk_idx, topk_weights, quantized):
 
 def _in_one_call(x, topk_idx, topk_weights, quantized):
     """y of `_forward`, in a fraction of the host's time."""
-    experts, hidden, intermediate = quantized[2].shape
-    (tokens, _), (_, topk) = x.shape, topk_idx.shape
-    y = torch.empty_strided((tokens, hidden), (hidden, 1), dtype=torch.bfloat16, device=x.device)
-    num_bytes = _native.expert_mlp_bytes(tokens, topk, experts, hidden, intermediate)
-    workspace = torch.empty_strided((num_bytes // 4,), (1,), dtype=torch.int32, device=x.device)
+    (experts, hidden, intermediate), (tokens, topk) = quantized[2].shape, topk_idx.shape
+    # Of torch's ways to make a tensor the quickest.
+    y = x.new_empty_strided((x.shape[0], hidden), (hidden, 1), dtype=torch.bfloat16)
+    num_words = _workspace_words(tokens, topk, experts, hidden, intermediate)
+    workspace = x.new_empty_strided((num_words,), (1,), dtype=torch.int32)
     _native.expert_mlp(x, topk_idx, topk_weights, *quantized[:4], y, workspace, None)
     return y
+
+
+@functools.lru_cache
+def _workspace_words(*sizes: int) -> int:
+    return _native.expert_mlp_bytes(*sizes) // 4
 
 
 class _ExpertMLP(torch.autograd.Function):
@@ -131,6 +137,13 @@ def _take(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     if values.numel() == 0:
         return values.new_zeros(indices.shape)
     return torch.where(indices >= 0, values.flatten()[indices.clamp(min=0)], 0)
+
+
+def _quantize(gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """See `quantized_weights`."""
+    pairs = [_quantize_weight(w.detach()) for w in (gate_up, down)]
+    swapped = [tuple(part.transpose(1, 2).contiguous() for part in pair) for pair in pairs]
+    return tuple(part for pair in (*pairs, *swapped) for part in pair)
 
 
 def _quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
