@@ -32,7 +32,7 @@ print(json.dumps({"import": seconds, "ready": ready, "others": others}))
 """
 
 
-def call_time(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
+def call_time(call: Callable[[], object], synchronize: Callable[[], None], calls: int = CALLS) -> float:
     """Microseconds of host time of one warm call: the median of the means over a queue of calls."""
     for _ in range(20):
         call()
@@ -40,9 +40,9 @@ def call_time(call: Callable[[], object], synchronize: Callable[[], None]) -> fl
     for _ in range(REPEATS):
         synchronize()
         start = time.perf_counter_ns()
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
-        means.append((time.perf_counter_ns() - start) / CALLS * 1e-3)
+        means.append((time.perf_counter_ns() - start) / calls * 1e-3)
     synchronize()
     return statistics.median(means)
 

@@ -16,12 +16,14 @@ import torch
 from phalanx.nn import ExpertMLP
 
 from bench import machine
+from bench.host import call_time
 from bench.libraries import DeepGemm
 from bench.report import write_json
 from bench.timing import Call, Captured, L2Flush, interleaved
 
 EXPERTS, TOPK, HIDDEN, INTERMEDIATE = 32, 8, 7168, 2048
 ALIGNMENT = 128  # of DeepGEMM's groups
+QUEUED = 60  # layers whose launches fit in the queue
 MANY_TOKENS = 512  # from here on groups lie one behind the other; below, each has rows for all tokens
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 
@@ -73,7 +75,7 @@ def chain(mlp: ExpertMLP, x: torch.Tensor, topk_idx: torch.Tensor, weights: torc
 
 
 def host_us(call: Call, calls: int = 50) -> float:
-    """Of a call that finds the GPU busy."""
+    """Of a call that finds the GPU idle; `host.call_time` is of one that finds it busy."""
     call()
     torch.cuda.synchronize()
     times = []
@@ -91,7 +93,11 @@ def measure(tokens: int, mlp: ExpertMLP, repeats: int) -> dict:
     topk_idx = torch.rand(tokens, EXPERTS, device="cuda", generator=generator).topk(TOPK).indices
     weights = torch.rand(tokens, TOPK, device="cuda", generator=generator)
     ours = lambda: mlp(x, topk_idx, weights)  # noqa: E731
-    row = {"op": "expert_mlp", "shape": {"tokens": tokens}, "host_us": round(host_us(ours), 1), "peers": {}}
+    row: dict = {"op": "expert_mlp", "shape": {"tokens": tokens}, "peers": {}}
+    row |= {
+        "host_us": round(call_time(ours, torch.cuda.synchronize, QUEUED), 1),
+        "host_us_idle": round(host_us(ours), 1),
+    }
     calls: dict[str, Call] = {"phalanx": Captured([ours])}
     try:
         theirs = chain(mlp, x, topk_idx, weights)

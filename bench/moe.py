@@ -16,8 +16,8 @@ import torch
 
 from bench import ceilings as ceiling_probes
 from bench import machine
-from bench.report import write_json
-from bench.timing import Call, L2Flush, interleaved
+from bench.report import geomean, write_json
+from bench.timing import Call, L2Flush, interleaved, same_copy
 
 HIDDEN, TOPK, EXPERTS = 7168, 8, 32
 
@@ -149,20 +149,28 @@ def measure(tokens: tuple[int, ...], repeats: int, log: Callable[[str], None]) -
         layer = Layer(count)
         layer.check()
         for op, (num_bytes, calls) in layer.operations().items():
-            samples = interleaved(calls, repeats, L2Flush())
-            ours = samples["phalanx"].median
+            copy = same_copy(num_bytes)
+            samples = interleaved(calls | {"copy": copy}, repeats, L2Flush())
+            ours, same = samples["phalanx"].median, samples.pop("copy").median
             row = {"op": op, "shape": {"tokens": count, "hidden": HIDDEN, "topk": TOPK, "experts": EXPERTS}}
             row |= {"bytes": num_bytes, "median_us": round(ours, 3), "gbps": round(num_bytes / ours * 1e-3, 1)}
             row["peers"] = {name: round(s.median, 3) for name, s in samples.items() if name != "phalanx"}
             row["share_of_copy"] = round(row["gbps"] / ceilings["copy_gbps"], 4)
+            row |= {"copy_us": round(same, 3), "share_of_same_copy": round(same / ours, 4)}
             row["empty_kernels"] = round(ours / ceilings["empty_kernel_us"], 3)
             rows.append(row)
             peers = "".join(f", {name} {time:.1f} ({time / ours:.2f}x)" for name, time in row["peers"].items())
             log(
-                f"{op} {count}: {ours:.1f} us, {row['gbps']:.0f} GB/s, {row['share_of_copy']:.0%} of a copy, "
+                f"{op} {count}: {ours:.1f} us, {row['gbps']:.0f} GB/s, {row['share_of_copy']:.1%} of a copy's rate, "
+                f"{row['share_of_same_copy']:.0%} of this copy, "
                 f"{row['empty_kernels']:.2f} empty kernels{peers}"
             )
-    return machine.describe() | {"ceilings": ceilings, "rows": rows}
+    summary = {name: _speedup(rows, name) for name in ("torch", "triton")}
+    return machine.describe() | {"ceilings": ceilings, "summary": summary, "rows": rows}
+
+
+def _speedup(rows: list[dict], name: str) -> float:
+    return round(geomean([row["peers"][name] / row["median_us"] for row in rows if name in row["peers"]]), 3)
 
 
 def main() -> int:
@@ -174,6 +182,7 @@ def main() -> int:
     tokens = tuple(int(part) for part in arguments.tokens.split(","))
     result = measure(tokens, arguments.repeats, lambda line: print(line, flush=True))
     print(", ".join(f"{name} {value:.5g}" for name, value in result["ceilings"].items()))
+    print("speedup, geometric mean:", result["summary"])
     write_json(result, arguments.out / "moe.json")
     return 0
 

@@ -17,11 +17,12 @@ from bench import ceilings as ceiling_probes
 from bench import machine
 from bench.libraries import Phalanx
 from bench.report import geomean, write_json
-from bench.timing import Call, L2Flush, interleaved
+from bench.timing import Call, L2Flush, interleaved, same_copy
 
 SHAPES = ((1, 7168), (64, 7168), (128, 7168), (4096, 7168), (16384, 7168))
 SWIGLU_SHAPES = ((1, 2048), (64, 2048), (128, 2048), (8192, 2048), (32768, 2048))
 WITH_PEERS = {1, 64, 4096, 8192, 16384, 32768}  # rows
+FEW_ROWS = 128
 TILES = {"swiglu_backward": (1, 2, 4, 8), "quantize_blocks": (4, 8, 16), "quantize_both": (8, 16)}
 TILES["quantize_transposed"] = (64, 128)
 DEFAULT_TILES = (1, 4, 8, 16)
@@ -182,9 +183,7 @@ def _row(op: str, m: int, k: int, num_bytes: int, calls: dict[str, Call], ceilin
         except Exception as error:
             skipped[name] = f"{type(error).__name__}: {error}"[:200]
             calls = {key: call for key, call in calls.items() if key != name}
-    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    samples = interleaved(calls | {"copy": lambda: target.copy_(source)}, repeats, L2Flush())
+    samples = interleaved(calls | {"copy": same_copy(num_bytes)}, repeats, L2Flush())
     times = {name: round(sample.median, 3) for name, sample in samples.items()}
     ours = times.pop("phalanx")
     row = {
@@ -202,6 +201,9 @@ def _row(op: str, m: int, k: int, num_bytes: int, calls: dict[str, Call], ceilin
     row["share_of_same_copy"] = round(row["copy_us"] / ours, 4)
     if "empty_kernel_us" in ceilings:
         row["empty_kernels"] = round(ours / ceilings["empty_kernel_us"], 3)
+        if m <= FEW_ROWS:  # as where the kernel before has just written x
+            warm = interleaved({"phalanx": calls["phalanx"]}, repeats, lambda: None)["phalanx"].median
+            row |= {"l2_us": round(warm, 3), "empty_kernels_l2": round(warm / ceilings["empty_kernel_us"], 3)}
     if "copy_gbps" in ceilings:
         row |= {"bound": "memory", "ceiling": "copy_gbps"}
         row["share_of_ceiling"] = round(row["gbps"] / ceilings["copy_gbps"], 4)
@@ -225,8 +227,8 @@ def print_rows(rows: list[dict]) -> None:
             parts.append(
                 f"{row['share_of_ceiling']:.0%} of a copy's rate, {row['share_of_same_copy']:.0%} of this copy"
             )
-        if "empty_kernels" in row and row["shape"]["m"] <= 128:
-            parts.append(f"{row['empty_kernels']:.2f} empty kernels")
+        if "empty_kernels_l2" in row:
+            parts.append(f"{row['empty_kernels']:.2f} empty kernels, {row['empty_kernels_l2']:.2f} from L2")
         parts += [f"{name} {time:.1f}" for name, time in row["peers"].items()]
         parts += [f"{name} skipped: {reason}" for name, reason in row["skipped"].items()]
         print(", ".join(parts))

@@ -55,9 +55,7 @@ def _order(names: list[str], repeat: int) -> list[str]:
     return rotated[::-1] if repeat % 2 else rotated
 
 
-def interleaved(
-    calls: dict[str, Call], repeats: int, flush: L2Flush | None = None, warmup: int = 3
-) -> dict[str, Sample]:
+def interleaved(calls: dict[str, Call], repeats: int, flush: Call | None = None, warmup: int = 3) -> dict[str, Sample]:
     """Times every call `repeats` times, in turn. An L2 flush stands before each call; events stand right around it.
 
     A block of repeats is enqueued whole before anything waits for it: the GPU is always behind the host, so that an
@@ -86,6 +84,13 @@ def interleaved(
         for name, start, end in events:
             times[name].append(start.elapsed_time(end) * 1e3)
     return {name: Sample(values) for name, values in times.items()}
+
+
+def same_copy(num_bytes: int) -> Call:
+    """A copy that moves as many bytes, read and written."""
+    source = torch.empty(max(num_bytes // 2, 1), dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 class Captured:
