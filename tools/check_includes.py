@@ -22,7 +22,8 @@ SHARED_DEVICE = r"device/.*\.h"
 PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("device/ptx", [r"device/types\.h", r"device/ptx/.*"]),
     ("device/gemm", [r"device/types\.h", r"device/(ptx|gemm)/.*"]),
-    ("device/moe", [r"device/types\.h", r"device/(ptx|moe)/.*"]),
+    # Few tokens are quantised on their way.
+    ("device/moe", [r"device/types\.h", r"device/quantize/(params\.h|encode\.cuh)", r"device/(ptx|moe)/.*"]),
     ("device/quantize", [r"device/types\.h", r"device/(ptx|quantize)/.*"]),
     # Dispatch quantises with the quantiser's constants.
     ("device/ep", [r"device/types\.h", r"device/quantize/(config\.h|encode\.cuh)", r"device/(ptx|moe|ep)/.*"]),
