@@ -45,10 +45,10 @@ std::vector<GemmConfig> make_configs() {
 // Where the few rows' kernels may be used: they take two CTAs an SM and sum K in parts that other kernels do not have.
 bool streams_weights(const GemmProblem& p) { return p.all_sms && p.m <= 16 && !p.batch_invariant; }
 
-// A split of K gives work to each SM. More of it costs more than it brings, unless a CTA would still have many k-blocks: then
-// the second CTA of each SM keeps more loads under way (docs/tuning.md).
+// A split of K gives work to each SM, if each has enough of it to be worth the sum. More of it costs more than it brings, unless
+// a CTA would still have many k-blocks: then the second CTA of each SM keeps more loads under way (docs/tuning.md).
 const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
-  constexpr int kLongK = 64;
+  constexpr int kLongK = 64, kFewestKBlocks = 6;
   const GemmConfig* best = nullptr;
   for (const GemmConfig& config : all_gemm_configs()) {
     if (!config.few_rows() || config.out != p.out || p.m > config.block_m) continue;
@@ -56,7 +56,7 @@ const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
     const int k_blocks = ceil_div(p.k, kBlockK), ctas = plan_with(config, kDefaultGroupM, p, num_sms).num_ctas;
     const bool long_k = 2 * k_blocks / config.split_k > kLongK;  // of half as many CTAs
     const bool fits = ctas <= num_sms || (long_k && ctas <= max_ctas(config, p, num_sms));
-    if (config.split_k == 1 || (fits && config.split_k <= k_blocks)) best = &config;
+    if (config.split_k == 1 || (fits && k_blocks / config.split_k >= kFewestKBlocks)) best = &config;
   }
   return best;
 }
@@ -128,7 +128,10 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
     if (config.split_k > 1 && plan_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;
-    if (config.block_m > 64 && problem.m <= config.block_m / 2) continue;  // half of the tile would be empty
+    const int half = config.block_m / 2;
+    if (config.block_m > 64 && problem.m <= half) continue;  // half of the tile would be empty
+    // Or half of the second: TMA takes longer to make zeros than to copy. CTAs that share A share that too.
+    if (config.block_m > 64 && !config.multicasts() && problem.m > 2 * half && problem.m <= 3 * half) continue;
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
   }

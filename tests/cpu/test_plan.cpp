@@ -42,12 +42,13 @@ TEST(Plan, ReturnsOnlyEnumeratedConfigs) {
 }
 
 std::string table_of_choices() {
-  constexpr std::pair<int, int> kLayers[] = {{2112, 7168}, {24576, 1536}, {32768, 512}, {7168, 16384}, {4096, 7168},
-                                             {7168, 2048}, {8192, 8192},  {576, 7168},  {9216, 4096},  {4096, 8192}};
+  constexpr std::pair<int, int> kLayers[] = {{2112, 7168}, {24576, 1536}, {32768, 512}, {7168, 16384},
+                                             {4096, 7168}, {7168, 2048},  {8192, 8192}, {576, 7168},
+                                             {9216, 4096}, {4096, 8192},  {576, 512},   {2112, 768}};
   std::string table = "# M N K out SMs: kernel, CTAs\n";
   constexpr int kAllSms = 132;
   for (const auto& [out, num_sms] : {std::pair{OutType::bf16, kAllSms}, {OutType::bf16, 108}, {OutType::f32, kAllSms}})
-    for (const int m : {1, 9, 16, 17, 64, 65, 128, 256, 512, 1024, 4096})
+    for (const int m : {1, 9, 16, 17, 64, 65, 128, 129, 256, 512, 1024, 4096})
       for (const auto& [n, k] : kLayers) {
         const plan::GemmPlan p =
             plan::plan_gemm({.m = m, .n = n, .k = k, .out = out, .all_sms = num_sms == kAllSms}, num_sms);
