@@ -173,28 +173,37 @@ struct EpFlags {
   }
 };
 
-// The pieces first, first + step, ... to the peers in `ranks` that have an expert of their token. By a warp.
-__device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const EpOperation& op,
-                                               const EpOutgoing& pieces, int first, int step, u64 ranks) {
+// The pieces first, first + step, ... to the peer `only`, or below 0 to all, if they have an expert of their token. Pieces
+// are those of all tokens, of each receiving CTA's in turn, so that none has to wait for long. By a warp.
+__device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const EpOperation& op, int first, int step,
+                                               int only) {
   const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32, per_flag = c.shape.log2_parts == 0 ? kEpPiecesPerFlag : 1;
-  const auto expert_of = [&](int i) {
-    const bool is_one = i < pieces.count() && lane < c.shape.topk && pieces.token(i) < c.num_tokens;
-    return is_one ? ep_own_expert(p, pieces.token(i), lane) : -1;
+  const EpShape& shape = c.shape;
+  const int lane = threadIdx.x % 32, receivers = ep_num_receivers(shape);
+  const int tokens_per_cta = ceil_div(c.num_tokens, receivers), count = (receivers * tokens_per_cta)
+                                                                        << shape.log2_parts;
+  const auto token_of = [&](int i) {  // may be behind the last
+    const int number = i >> shape.log2_parts;
+    return number % receivers * tokens_per_cta + number / receivers;
   };
-  int next_expert = expert_of(first);
+  const auto rank_of = [&](int i) {  // of this lane's choice, if the piece goes there
+    const int token = token_of(i);
+    if (i >= count || lane >= shape.topk || token >= c.num_tokens) return c.rank;
+    const int expert = ep_own_expert(p, token, lane);
+    const int r = expert < 0 ? c.rank : ep_rank_of(c.first_expert, shape.num_ranks, expert);
+    return only < 0 || r == only ? r : c.rank;
+  };
+  int next = rank_of(first);
   EpFlags flags;
 #pragma unroll 1
-  for (int i = first; i < pieces.count(); i += step) {
-    int r = next_expert < 0 ? c.rank : ep_rank_of(c.first_expert, c.shape.num_ranks, next_expert);
-    if (!(ranks >> r & 1)) r = c.rank;
-    const int token = pieces.token(i), part = pieces.part(i);
+  for (int i = first; i < count; i += step) {
+    const int r = next, token = token_of(i), part = i & ((1 << shape.log2_parts) - 1);
     const EpTargets to = ep_slots(op, token, r);
-    next_expert = expert_of(i + step);
+    next = rank_of(i + step);
     if (to.lanes == 0) continue;
-    ep_move_own(p, token, ep_cols(c.shape, part), to);
     flags.add(to.lanes, ep_piece_flag(op, r, c.rank, token, part));
-    if (flags.count >= per_flag) flags.raise(ep_flag(op.epoch, p.format, 1));
+    ep_move_own(p, token, ep_cols(shape, part), to);
+    if (shape.log2_parts != 0 || flags.count >= kEpPiecesPerFlag) flags.raise(ep_flag(op.epoch, p.format, 1));
   }
   flags.raise(ep_flag(op.epoch, p.format, 1));
 }
@@ -212,14 +221,13 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
                                                bool only_sends) {
   const EpShape& shape = p.c.shape;
   const int receivers = ep_num_receivers(shape), senders = shape.num_senders * kEpDispatchWarps;
-  const EpOutgoing pieces{receivers, ceil_div(p.c.num_tokens, receivers), shape.log2_parts};
   const int first = role.warp() + (only_sends ? (int(blockIdx.x) - receivers) * kEpDispatchWarps
                                               : senders + int(blockIdx.x) * kEpSendWarps);
   const int step = senders + (ep_all_send(p) ? receivers * kEpSendWarps : 0);
   const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);  // pieces of a token are little
 #pragma unroll 1
   for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn)
-    ep_send_pieces(p, op, pieces, first, step, in_turns ? u64(1) << (p.c.rank + turn) % shape.num_ranks : ~u64(0));
+    ep_send_pieces(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1);
 }
 
 // This CTA's tokens into the L2, while credits are waited for. By a role.

@@ -247,18 +247,6 @@ constexpr EpRange ep_cols(const EpShape& s, int part) {
   const int step = ((blocks + (1 << s.log2_parts) - 1) >> s.log2_parts) * kEpColumns, begin = part * step;
   return {min_of(begin, s.hidden), min_of(begin + step, s.hidden)};
 }
-// The pieces of all tokens, of each receiving CTA in turn, so that none has to wait for long.
-struct EpOutgoing {
-  int num_receivers, tokens_per_cta, log2_parts;
-
-  constexpr int count() const { return (num_receivers * tokens_per_cta) << log2_parts; }
-  // May be behind the last.
-  constexpr int token(int i) const {
-    const int number = i >> log2_parts;
-    return number % num_receivers * tokens_per_cta + number / num_receivers;
-  }
-  constexpr int part(int i) const { return i & ((1 << log2_parts) - 1); }
-};
 // The rank that holds a global expert, or -1. Ranks hold [first[r], first[r + 1]).
 constexpr int ep_rank_of(const int* first, int num_ranks, i64 expert) {
   if (expert < 0 || expert >= first[num_ranks]) return -1;

@@ -39,14 +39,13 @@ __device__ __forceinline__ int ep_scan_experts(int num_experts, Taken taken, Fir
   return __shfl_sync(0xffffffffu, sum, 31);
 }
 
-// By one thread: until the word of this epoch is here.
-__device__ __forceinline__ bool ep_wait_for_word(const EpOperation& op, int peer, const u64* word, u64& seen) {
-  EpPatience patience(op.c, kEpPhaseRouting, peer, ep_word(op.epoch, 0));
+// By one thread: the word, when it is of this epoch; of another if it did not come.
+__device__ __noinline__ u64 ep_wait_for_word(const EpCommon& c, u64 epoch, int peer, const u64* word) {
+  EpPatience patience(c, kEpPhaseRouting, peer, ep_word(epoch, 0));
 #pragma unroll 1
   for (;;) {
-    seen = ptx::load_relaxed_sys(word);
-    if (ep_flag_epoch(seen) == op.epoch) return true;
-    if (!patience.lasts(seen)) return false;
+    const u64 seen = ptx::load_relaxed_sys(word);
+    if (ep_flag_epoch(seen) == epoch || !patience.lasts(seen)) return seen;
   }
 }
 
@@ -74,7 +73,8 @@ __device__ __forceinline__ bool ep_wait_for_choices(const EpOperation& op, const
       for (int j = 0; j < kAhead; ++j) {
         const int i = first + j * half;
         if (i >= num_ranks * num_local) continue;
-        if (ep_flag_epoch(seen[j]) != op.epoch) fine = fine && ep_wait_for_word(op, source(j), word(j), seen[j]);
+        if (fine && ep_flag_epoch(seen[j]) != op.epoch) seen[j] = ep_wait_for_word(c, op.epoch, source(j), word(j));
+        fine = fine && ep_flag_epoch(seen[j]) == op.epoch;
         state.total(0)[i] = int(u32(seen[j]));
         state.before(0)[i] = 0;
       }
@@ -84,17 +84,19 @@ __device__ __forceinline__ bool ep_wait_for_choices(const EpOperation& op, const
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int s = (role.thread() - half) / 32; fine && s < num_ranks; s += half / 32) {
-    u64 seen;
-    fine = ep_wait_for_word(op, s, ep_words_at(op, c.rank, c.layout.headers, s), seen);
+    u64 seen = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.headers, s));
+    fine = __all_sync(0xffffffffu, ep_flag_epoch(seen) == op.epoch);
     if (lane == 0) state.set_num_tokens(s, fine ? ep_flag_count(seen) : 0);
     __syncwarp();
     const EpRange tokens = state.range(s);
 #pragma unroll 1
     for (int i = lane; fine && i < tokens.size() * c.shape.topk; i += 32) {
-      fine =
-          ep_wait_for_word(op, s, ep_words_at(op, c.rank, c.layout.choices, ep_choice(c, s, tokens.begin) + i), seen);
+      const i64 at = ep_choice(c, s, tokens.begin) + i;
+      seen = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.choices, at));
+      fine = ep_flag_epoch(seen) == op.epoch;
       state.rows(s)[i] = int(u32(seen));
     }
+    fine = __all_sync(0xffffffffu, fine);
   }
   return fine;
 }
@@ -290,7 +292,8 @@ __device__ __forceinline__ bool ep_keep_rows(const EpDispatchParams& p, const Ep
           word = ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, base + i));
           weight = __uint_as_float(u32(word >> 32));
         } else {
-          fine = ep_wait_for_word(op, s, ep_words_at(op, c.rank, c.layout.weights, base + i), word);
+          word = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.weights, base + i));
+          fine = ep_flag_epoch(word) == op.epoch;
           weight = __uint_as_float(u32(word));
         }
         handle_rows[i] = rows[i];
