@@ -27,9 +27,8 @@ constexpr int kEpMaxRanks = 64;
 constexpr int kEpMaxTopk = 32;   // one lane of a warp for each choice
 constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whole block of scales
 
-// Roles of a CTA's warps: the first ones send, the others receive, and who has nothing left to send receives too.
-constexpr int kEpSendWarps = 8;
-constexpr int kEpDispatchWarps = 16;
+// Roles of a CTA's warps in dispatch: the first ones send tokens, the others see to routing, and then all write rows.
+constexpr int kEpSendWarps = 8, kEpRouteWarps = 8, kEpDispatchWarps = kEpSendWarps + kEpRouteWarps;
 
 // Flags are raised for so many pieces of a warp together, as a release waits for all of the SM's stores; with few tokens
 // behind each.
@@ -184,7 +183,7 @@ struct EpRouteSmem {
   i64 rows;             // [R][choices of a CTA]: where they are few, else only the handle has them
   // Of senders.
   i64 own;   // [choices of a CTA]
-  i64 sent;  // [2][E], or where "counted" [sending warps][E]
+  i64 sent;  // [2][E], or where "counted" [routing warps][E]
   // Where scales are staged.
   i64 places;                      // [R][local experts + 1]: of this CTA's rows of a source
   i64 done;                        // [R]: pieces of a source that have been written
@@ -209,7 +208,7 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.rows = l.ranges + 2 * ranks;
   l.own = l.rows + (ranks * choices <= kMaxRows ? ranks * choices : 0);
   l.sent = l.own + choices;
-  l.places = l.sent + (s.counted ? kEpSendWarps : 2) * s.num_experts;
+  l.places = l.sent + (s.counted ? kEpRouteWarps : 2) * s.num_experts;
   l.done = l.places + (s.staged ? ranks * (local_experts + 1) : 0);
   l.staged_rows = l.done + (s.staged ? ranks : 0);
   l.staged_tokens = l.staged_rows + (s.staged ? choices : 0);

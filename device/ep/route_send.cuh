@@ -118,7 +118,7 @@ __device__ __forceinline__ void ep_count_own_choices(const EpOperation& op, cons
   for (int e = role.thread(); e < c.shape.num_experts; e += role.num_threads()) {
     int sum = 0;
 #pragma unroll
-    for (int w = 0; w < kEpSendWarps; ++w) {
+    for (int w = 0; w < kEpRouteWarps; ++w) {
       const int count = state.sent(w)[e];
       state.sent(w)[e] = sum;
       sum += count;

@@ -1,0 +1,238 @@
+// The sending half of dispatch, and how both halves move a token; dispatch.cuh says who does what.
+#pragma once
+#include "device/ep/route_state.cuh"
+#include "device/ptx/memory.cuh"
+#include "device/quantize/encode.cuh"
+
+namespace phalanx {
+
+// --- a token on its way: read once, kEpDispatchPieces pieces a lane, and written to every target ---------------------
+
+// Places of a token: lane l has one of its own if bit l of `lanes` is set. Scales go to the targets, or where they are
+// staged to shared memory once.
+struct EpTargets {
+  u32 lanes;
+  u8* data;
+  float* scales;  // of the first block
+  i64 scale_stride;
+  float* stage;
+};
+
+// The slots at rank `r`, one a lane; where it is this rank, none.
+__device__ __forceinline__ EpTargets ep_slots(const EpOperation& op, i64 token, int r) {
+  const EpCommon& c = op.c;
+  const int lane = threadIdx.x % 32;
+  const bool is_first = __ffs(__match_any_sync(0xffffffffu, r)) - 1 == lane;  // of those with the same rank
+  EpTargets to{__ballot_sync(0xffffffffu, is_first && r != c.rank), nullptr, nullptr, 1, nullptr};
+  if (r == c.rank) return to;
+  to.data =
+      op.buffer(r, c.layout.tokens) + (i64(ep_peer_idx(r, c.rank)) * c.shape.max_tokens + token) * c.layout.token_slot;
+  to.scales = reinterpret_cast<float*>(to.data + ep_scales_offset(c.shape.hidden));
+  return to;
+}
+
+// The rows of a token's choices, one a lane.
+__device__ __forceinline__ EpTargets ep_rows(const EpDispatchParams& p, int row, float* stage) {
+  const bool has_room = row >= 0 && row < p.capacity;
+  EpTargets to{__ballot_sync(0xffffffffu, has_room), nullptr, nullptr, p.row_scale_stride, stage};
+  if (!has_room) return to;
+  to.data = static_cast<u8*>(p.rows) + row * p.row_stride * (p.format == kEpE4m3 ? 1 : 2);
+  to.scales = p.row_scales + row;
+  return to;
+}
+
+// The scales of up to 32 blocks, one a lane.
+__device__ __forceinline__ void ep_put_scales(const EpTargets& to, int block, bool inside, float scale) {
+  if (to.stage) {
+    if (inside) to.stage[block] = scale;
+    return;
+  }
+#pragma unroll 1
+  for (u32 left = to.lanes; left != 0;) {
+    const u64 scales = __shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.scales), ep_pop(left));
+    if (inside) reinterpret_cast<float*>(scales)[block * to.scale_stride] = scale;
+  }
+}
+
+// kCount pieces a lane, the first one at byte `at`, those behind `end` left out.
+template <int kCount>
+__device__ __forceinline__ void ep_put(const EpTargets& to, const EpVector (&pieces)[kCount], i64 at, i64 end) {
+#pragma unroll 1
+  for (u32 left = to.lanes; left != 0;) {
+    u8* target = reinterpret_cast<u8*>(__shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.data), ep_pop(left))) + at;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (at + i * kEpPitch < end) *reinterpret_cast<EpVector*>(target + i * kEpPitch) = pieces[i];
+  }
+}
+
+// Columns of a row as they are, with scales if there are any.
+__device__ __noinline__ void ep_copy(const u8* from, const float* scales, i64 scale_stride, EpRange cols, int size,
+                                     const EpTargets to) {
+  constexpr int kPieces = kEpDispatchPieces;
+  const int lane = threadIdx.x % 32;
+  const i64 end = i64(cols.end) * size;
+#pragma unroll 1
+  for (i64 first = i64(cols.begin) * size; first < end; first += kPieces * kEpPitch) {
+    static_assert(kPieces * kEpPitch == 32 * kQuantizeBlock);  // so that the scales of a round are one a lane
+    const i64 at = first + lane * 16;
+    const int block = int(first / kQuantizeBlock) + lane;
+    const bool has_scale = scales && block * kQuantizeBlock < cols.end;
+    const float scale = has_scale ? scales[block * scale_stride] : 0.0f;
+    EpVector pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+      if (at + i * kEpPitch < end) pieces[i] = ep_load(from + at + i * kEpPitch);
+    ep_put(to, pieces, at, end);
+    if (scales) ep_put_scales(to, block, has_scale, scale);
+  }
+}
+
+// Columns of a BF16 row as E4M3.
+__device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, bool pow2, const EpTargets to) {
+  using Columns = Piece<FloatType::bf16, 16>;                                     // they become one of ours
+  constexpr int kPieces = kEpDispatchPieces / 2, kBlocks = 32 / Columns::kLanes;  // of a warp's piece
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int first = cols.begin; first < cols.end; first += kPieces * kEpPitch) {
+    const int col = first + lane * 16;
+    Columns x[kPieces] = {};
+    EpVector pieces[kPieces];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      if (col + i * kEpPitch >= cols.end) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const EpVector v = ep_load(from + 2 * (col + i * kEpPitch) + half * 16);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) x[i].word[half * 4 + n] = v.word[n];
+      }
+    }
+    float scale = 0;  // of block `lane` of this round
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      u32 magnitude[1] = {finite_maximum(x[i])};
+      const u32 maximum = max_over_lanes<Columns::kLanes>(magnitude);
+      const float of_piece = scale_of(Magnitudes<FloatType::bf16>::value(maximum), pow2);
+      encode(pieces[i].word, x[i], __frcp_rn(of_piece));
+      const float mine = __shfl_sync(0xffffffffu, of_piece, lane % kBlocks * Columns::kLanes);
+      if (lane / kBlocks == i) scale = mine;
+    }
+    ep_put(to, pieces, col, cols.end);
+    const int block = first / kQuantizeBlock + lane;
+    ep_put_scales(to, block, lane < kPieces * kBlocks && block * kQuantizeBlock < cols.end, scale);
+  }
+}
+
+// Columns of a token of this rank, in the format that is sent.
+__device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, const EpTargets& to) {
+  const int size = p.x_format == kEpE4m3 ? 1 : 2;
+  const u8* data = static_cast<const u8*>(p.x) + token * p.x_stride * size;
+  if (p.x_format != p.format)
+    ep_copy_quantized(data, cols, p.pow2_scales, to);
+  else
+    ep_copy(data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col, cols, size,
+            to);
+}
+
+// --- sending --------------------------------------------------------------------------------------------------------
+
+// Flags that a warp will raise together, one a lane.
+struct EpFlags {
+  u64* mine = nullptr;
+  int count = 0;
+
+  // Those in `lanes`, which must fit.
+  __device__ __forceinline__ void add(u32 lanes, u64* flag) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll 1
+    while (lanes != 0) {
+      const u64 added = __shfl_sync(0xffffffffu, reinterpret_cast<u64>(flag), ep_pop(lanes));
+      if (lane == count) mine = reinterpret_cast<u64*>(added);
+      ++count;
+    }
+  }
+  __device__ __forceinline__ void raise(u64 value) {
+    __syncwarp();
+    if (int(threadIdx.x) % 32 < count) ptx::store_release_sys(mine, value);
+    count = 0;
+  }
+};
+
+// The pieces first, first + step, ... to the peer `only`, or below 0 to all, if they have an expert of their token. Pieces
+// are those of all tokens, of each receiving CTA's in turn, so that none has to wait for long. By a warp.
+__device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const EpOperation& op, int first, int step,
+                                               int only) {
+  const EpCommon& c = p.c;
+  const EpShape& shape = c.shape;
+  const int lane = threadIdx.x % 32, receivers = ep_num_receivers(shape);
+  const int tokens_per_cta = ceil_div(c.num_tokens, receivers), count = (receivers * tokens_per_cta)
+                                                                        << shape.log2_parts;
+  const auto token_of = [&](int i) {  // may be behind the last
+    const int number = i >> shape.log2_parts;
+    return number % receivers * tokens_per_cta + number / receivers;
+  };
+  const auto rank_of = [&](int i) {  // of this lane's choice, if the piece goes there
+    const int token = token_of(i);
+    if (i >= count || lane >= shape.topk || token >= c.num_tokens) return c.rank;
+    const int expert = ep_own_expert(p, token, lane);
+    const int r = expert < 0 ? c.rank : ep_rank_of(c.first_expert, shape.num_ranks, expert);
+    return only < 0 || r == only ? r : c.rank;
+  };
+  int next = rank_of(first);
+  EpFlags flags;
+#pragma unroll 1
+  for (int i = first; i < count; i += step) {
+    const int r = next, token = token_of(i), part = i & ((1 << shape.log2_parts) - 1);
+    const EpTargets to = ep_slots(op, token, r);
+    next = rank_of(i + step);
+    if (to.lanes == 0) continue;
+    flags.add(to.lanes, ep_piece_flag(op, r, c.rank, token, part));
+    ep_move_own(p, token, ep_cols(shape, part), to);
+    if (shape.log2_parts != 0 || flags.count >= kEpPiecesPerFlag) flags.raise(ep_flag(op.epoch, p.format, 1));
+  }
+  flags.raise(ep_flag(op.epoch, p.format, 1));
+}
+
+// Tokens are quantised once, not once for each peer, and by as many as there are.
+__device__ __forceinline__ bool ep_quantizes(const EpDispatchParams& p) { return p.x_format != p.format; }
+
+// Whether the first warps of CTAs that receive send tokens, too.
+__device__ __forceinline__ bool ep_all_send(const EpDispatchParams& p) {
+  return p.c.shape.num_senders == 0 || ep_quantizes(p);
+}
+
+// By all warps that send.
+__device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                               bool only_sends) {
+  const EpShape& shape = p.c.shape;
+  const int receivers = ep_num_receivers(shape), senders = shape.num_senders * kEpDispatchWarps;
+  const int first = role.warp() + (only_sends ? (int(blockIdx.x) - receivers) * kEpDispatchWarps
+                                              : senders + int(blockIdx.x) * kEpSendWarps);
+  const int step = senders + (ep_all_send(p) ? receivers * kEpSendWarps : 0);
+  const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);  // pieces of a token are little
+#pragma unroll 1
+  for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn)
+    ep_send_pieces(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1);
+}
+
+// This CTA's tokens into the L2, while credits are waited for. By a role.
+__device__ __forceinline__ void ep_prefetch_tokens(const EpDispatchParams& p, const EpRole& role) {
+  const EpShape& shape = p.c.shape;
+  const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, ep_num_receivers(shape));
+  const i64 size = p.x_format == kEpE4m3 ? 1 : 2;
+#pragma unroll 1
+  for (int t = tokens.begin; t < tokens.end; ++t)
+#pragma unroll 1
+    for (int at = role.thread() * 128; at < shape.hidden * size; at += role.num_threads() * 128)
+      ptx::prefetch_l2(static_cast<const u8*>(p.x) + t * p.x_stride * size + at);
+}
+
+// By the whole role: until all peers have read what was sent before.
+__device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
+  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit,
+                                        {0, ep_num_receivers(op.c.shape)}, role.thread(), role.num_threads());
+  return role.all(fine, failed);
+}
+
+}  // namespace phalanx
