@@ -4,7 +4,7 @@
 //
 //   sending warps   x[t], quantised if wanted ----------------> peers' token slots;        token flags, one a piece
 //                   rows, weights ----------------------------> the handle, row_weights
-//   receiving warps topk_idx ---------------------------------> peers' choices, weights;   route flags
+//   routing warps   topk_idx ---------------------------------> peers' choices, weights;   route flags
 //                   choices --> rows of all tokens (route.cuh)
 //   all warps       x[t] of this rank, then slots behind their flags --> rows; those that have sent: scales, MN-major
 //                   all read --> credits, behind which peers may send again into the same buffer
@@ -159,7 +159,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
   const bool only_sends = int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
   const EpRole sender{1, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
-  const EpRole receiver{2, kEpSendWarps, kEpRouteWarps}, first_half{1, 0, kEpSendWarps};
+  const EpRole router{2, kEpSendWarps, kEpRouteWarps}, first_half{1, 0, kEpSendWarps};
   bool known = false;  // the same in all threads
   if (int(threadIdx.x) < sender.num_threads()) {
     if (!only_sends && sender.warp() == 0) ep_give_late_credits(recv, c.layout.dispatch_credit);
@@ -173,13 +173,13 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
       if (known && blockIdx.x == 0) ep_publish_routing(p, first_half, state);
     }
   } else {
-    if (c.send && p.route && ep_may_send(send, receiver, &shared.failed))
-      ep_send_routing<kCounted>(p, send, receiver, state);
+    if (c.send && p.route && ep_may_send(send, router, &shared.failed))
+      ep_send_routing<kCounted>(p, send, router, state);
     if (receives) {
-      known = ep_receive_routing<kCounted>(p, recv, receiver, state, &shared.failed);
+      known = ep_receive_routing<kCounted>(p, recv, router, state, &shared.failed);
       if (known) shared.known = 1;
       ptx::named_barrier_arrive(kRowsKnown, kThreads);
-      if (known && p.copy) ep_write_padding(p, receiver, state);
+      if (known && p.copy) ep_write_padding(p, router, state);
     }
   }
   if (known && p.copy) ep_receive_tokens(p, recv, state, shared, first_half);

@@ -124,11 +124,13 @@ __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, boo
   }
 }
 
+__device__ __forceinline__ bool ep_quantizes(const EpDispatchParams& p) { return p.x_format != p.format; }
+
 // Columns of a token of this rank, in the format that is sent.
 __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, const EpTargets& to) {
   const int size = p.x_format == kEpE4m3 ? 1 : 2;
   const u8* data = static_cast<const u8*>(p.x) + token * p.x_stride * size;
-  if (p.x_format != p.format)
+  if (ep_quantizes(p))
     ep_copy_quantized(data, cols, p.pow2_scales, to);
   else
     ep_copy(data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col, cols, size,
@@ -194,10 +196,7 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
   flags.raise(ep_flag(op.epoch, p.format, 1));
 }
 
-// Tokens are quantised once, not once for each peer, and by as many as there are.
-__device__ __forceinline__ bool ep_quantizes(const EpDispatchParams& p) { return p.x_format != p.format; }
-
-// Whether the first warps of CTAs that receive send tokens, too.
+// Whether the first warps of CTAs that receive send tokens, too. Quantising takes as many as there are.
 __device__ __forceinline__ bool ep_all_send(const EpDispatchParams& p) {
   return p.c.shape.num_senders == 0 || ep_quantizes(p);
 }
@@ -210,7 +209,8 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   const int first = role.warp() + (only_sends ? (int(blockIdx.x) - receivers) * kEpDispatchWarps
                                               : senders + int(blockIdx.x) * kEpSendWarps);
   const int step = senders + (ep_all_send(p) ? receivers * kEpSendWarps : 0);
-  const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);  // pieces of a token are little
+  // Not where the pieces of a token are little; and a token is quantised once, not once for each peer.
+  const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);
 #pragma unroll 1
   for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn)
     ep_send_pieces(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1);

@@ -53,32 +53,20 @@ __device__ __noinline__ u64 ep_wait_for_word(const EpCommon& c, u64 epoch, int p
 // their rows.
 __device__ __forceinline__ bool ep_wait_for_choices(const EpOperation& op, const EpRole& role,
                                                     const EpRouteState& state) {
-  constexpr int kAhead = 4;  // words that a thread asks for at once
   const EpCommon& c = op.c;
   const int num_ranks = c.shape.num_ranks, num_local = ep_num_local_experts(c), half = role.num_threads() / 2;
   bool fine = true;
   if (role.thread() < half) {
     const u64* totals = ep_words_at(op, c.rank, c.layout.counts, 0);
-#pragma unroll 1
-    for (int first = role.thread(); fine && first < num_ranks * num_local; first += kAhead * half) {
-      u64 seen[kAhead];
-      const auto source = [&](int j) { return (first + j * half) / num_local; };
-      const auto word = [&](int j) {
-        return totals + source(j) * c.shape.max_local_experts + (first + j * half) % num_local;
-      };
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        if (first + j * half < num_ranks * num_local) seen[j] = ptx::load_relaxed_sys(word(j));
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int i = first + j * half;
-        if (i >= num_ranks * num_local) continue;
-        if (fine && ep_flag_epoch(seen[j]) != op.epoch) seen[j] = ep_wait_for_word(c, op.epoch, source(j), word(j));
-        fine = fine && ep_flag_epoch(seen[j]) == op.epoch;
-        state.total(0)[i] = int(u32(seen[j]));
-        state.before(0)[i] = 0;
-      }
-    }
+    const auto word = [&](int i) { return totals + i / num_local * c.shape.max_local_experts + i % num_local; };
+    ep_load_ahead(
+        role.thread(), half, num_ranks * num_local, [&](int i) { return ptx::load_relaxed_sys(word(i)); },
+        [&](int i, u64 seen) {
+          if (fine && ep_flag_epoch(seen) != op.epoch) seen = ep_wait_for_word(c, op.epoch, i / num_local, word(i));
+          fine = fine && ep_flag_epoch(seen) == op.epoch;
+          state.total(0)[i] = int(u32(seen));
+          state.before(0)[i] = 0;
+        });
     return fine;
   }
   const int lane = threadIdx.x % 32;
@@ -195,7 +183,6 @@ __device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRoute
 
 // Many tokens: rows from the choices, their numbers, and the rows of the CTA's first ones; places likewise.
 __device__ __forceinline__ void ep_find_rows(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
-  constexpr int kAhead = 4;
   const EpCommon& c = op.c;
   const int num_local = ep_num_local_experts(c), first_expert = c.first_expert[c.rank];
   const EpShare share(role, c.shape.num_ranks);
@@ -206,24 +193,15 @@ __device__ __forceinline__ void ep_find_rows(const EpOperation& op, const EpRole
     const i64 base = ep_choice(c, s, tokens.begin);
     int* rows = state.rows(s);
     int* places = c.handle + c.handle_layout.places + base;
-#pragma unroll 1
-    for (int first = share.first; first < num_choices; first += kAhead * share.step) {
-      int choice[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int i = first + j * share.step;
-        choice[j] =
-            i < num_choices ? int(u32(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, base + i)))) : -1;
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const int i = first + j * share.step, e = ep_choice_expert(choice[j]) - first_expert;
-        if (i >= num_choices) continue;
-        const bool is_here = choice[j] >= 0 && e >= 0 && e < num_local;
-        rows[i] = is_here ? state.before(s)[e] + ep_choice_number(choice[j]) : kEpNotHere;
-        if (c.shape.staged) places[i] = is_here ? state.places(s)[e] + ep_choice_number(choice[j]) : 0;
-      }
-    }
+    ep_load_ahead(
+        share.first, share.step, num_choices,
+        [&](int i) { return int(u32(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, base + i)))); },
+        [&](int i, int choice) {
+          const int e = ep_choice_expert(choice) - first_expert;
+          const bool is_here = choice >= 0 && e >= 0 && e < num_local;
+          rows[i] = is_here ? state.before(s)[e] + ep_choice_number(choice) : kEpNotHere;
+          if (c.shape.staged) places[i] = is_here ? state.places(s)[e] + ep_choice_number(choice) : 0;
+        });
   }
 }
 

@@ -8,18 +8,15 @@ __device__ __forceinline__ u64* ep_words_at(const EpOperation& op, int rank, i64
   return reinterpret_cast<u64*>(op.buffer(rank, region)) + at;
 }
 
-// A choice of this rank's and its weight.
-struct EpOwnChoice {
-  int expert = -1;
-  float weight = 1;
-
-  __device__ __forceinline__ EpOwnChoice(const EpDispatchParams& p, EpRange tokens, int i) {
-    const int topk = p.c.shape.topk, token = i / topk;
-    if (!p.route || token >= tokens.size()) return;
-    expert = ep_own_expert(p, tokens.begin + token, i - token * topk);
-    if (p.topk_weights) weight = p.topk_weights[(tokens.begin + token) * p.weights_stride + i - token * topk];
-  }
-};
+// Of this rank's choice number i, from token `begin` on.
+__device__ __forceinline__ int ep_own_choice(const EpDispatchParams& p, int begin, int i) {
+  const int topk = p.c.shape.topk, token = i / topk;
+  return ep_own_expert(p, begin + token, i - token * topk);
+}
+__device__ __forceinline__ float ep_own_weight(const EpDispatchParams& p, int begin, int i) {
+  const int topk = p.c.shape.topk, token = i / topk;
+  return p.topk_weights ? p.topk_weights[(begin + token) * p.weights_stride + i - token * topk] : 1.0f;
+}
 
 __device__ __forceinline__ void ep_send_header(const EpOperation& op, const EpRole& role) {
   const int rank = role.thread();
@@ -50,7 +47,6 @@ __device__ __forceinline__ void ep_number_choices(const int* experts, int num_ch
 // that hold the experts; how many there are of an expert, one CTA says.
 __device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, EpRange tokens) {
-  constexpr int kAhead = 4;  // choices that a thread asks for at once
   const EpCommon& c = p.c;
   const EpShape& shape = c.shape;
   const int num_choices = tokens.size() * shape.topk, begin = tokens.begin * shape.topk, step = role.num_threads();
@@ -59,19 +55,13 @@ __device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const
 #pragma unroll 1
   for (int e = role.thread(); e < 2 * shape.num_experts; e += step) total[e] = 0;
   role.sync();
-#pragma unroll 1
-  for (int first = role.thread(); first < c.num_tokens * shape.topk; first += kAhead * step) {
-    int expert[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) expert[j] = EpOwnChoice(p, {0, c.num_tokens}, first + j * step).expert;
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = first + j * step - begin;
-      if (expert[j] >= 0) atomicAdd(&total[expert[j]], 1);
-      if (expert[j] >= 0 && i < 0) atomicAdd(&before[expert[j]], 1);
-      if (i >= 0 && i < num_choices) state.own()[i] = experts[i] = expert[j];
-    }
-  }
+  ep_load_ahead(
+      role.thread(), step, c.num_tokens * shape.topk, [&](int i) { return ep_own_choice(p, 0, i); },
+      [&](int i, int expert) {
+        if (expert >= 0) atomicAdd(&total[expert], 1);
+        if (expert >= 0 && i < begin) atomicAdd(&before[expert], 1);
+        if (i >= begin && i < begin + num_choices) state.own()[i - begin] = experts[i - begin] = expert;
+      });
   role.sync();
   if (role.warp() == 0) {
     ep_number_choices(state.own(), num_choices, before, [&](int i, int e, int number) {
@@ -94,7 +84,7 @@ __device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const
   }
 #pragma unroll 1
   for (int i = role.thread() - 32; i < num_choices; i += step - 32) {
-    const u64 word = ep_word(op.epoch, __float_as_uint(EpOwnChoice(p, tokens, i).weight));
+    const u64 word = ep_word(op.epoch, __float_as_uint(ep_own_weight(p, tokens.begin, i)));
 #pragma unroll 1
     for (int r = 0; r < shape.num_ranks; ++r)
       ptx::store_relaxed_sys(ep_words_at(op, r, c.layout.weights, base + i), word);
@@ -134,41 +124,24 @@ __device__ __forceinline__ void ep_count_own_choices(const EpOperation& op, cons
 // Many tokens: the same, numbered, with weights, behind a flag.
 __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, EpRange tokens) {
-  constexpr int kAhead = 4;  // choices that a thread asks for at once
   const EpCommon& c = p.c;
   const int num_choices = tokens.size() * c.shape.topk, step = role.num_threads();
   int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * c.shape.topk;
   const i64 base = ep_choice(c, c.rank, tokens.begin);
-#pragma unroll 1
-  for (int first = role.thread(); first < num_choices; first += kAhead * step) {
-    int expert[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) expert[j] = EpOwnChoice(p, tokens, first + j * step).expert;
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      if (first + j * step >= num_choices) continue;
-      state.own()[first + j * step] = expert[j];
-      experts[first + j * step] = expert[j];
-    }
-  }
+  ep_load_ahead(
+      role.thread(), step, num_choices, [&](int i) { return ep_own_choice(p, tokens.begin, i); },
+      [&](int i, int expert) { state.own()[i] = experts[i] = expert; });
   const int piece = ceil_div(num_choices, role.num_warps);
   ep_count_own_choices(op, role, state, num_choices, piece);
+  ep_load_ahead(
+      role.thread(), step, num_choices, [&](int i) { return ep_own_weight(p, tokens.begin, i); },
+      [&](int i, float weight) {
+        int choice = state.own()[i];
+        if (choice >= 0) choice += state.sent(i / piece)[ep_choice_expert(choice)] << kEpRankShift;
 #pragma unroll 1
-  for (int first = role.thread(); first < num_choices; first += kAhead * step) {
-    float weight[kAhead];
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) weight[j] = EpOwnChoice(p, tokens, first + j * step).weight;
-#pragma unroll
-    for (int j = 0; j < kAhead; ++j) {
-      const int i = first + j * step;
-      if (i >= num_choices) continue;
-      int choice = state.own()[i];
-      if (choice >= 0) choice += state.sent(i / piece)[ep_choice_expert(choice)] << kEpRankShift;
-#pragma unroll 1
-      for (int r = 0; r < c.shape.num_ranks; ++r)
-        *ep_words_at(op, r, c.layout.choices, base + i) = ep_word(__float_as_uint(weight[j]), u32(choice));
-    }
-  }
+        for (int r = 0; r < c.shape.num_ranks; ++r)
+          *ep_words_at(op, r, c.layout.choices, base + i) = ep_word(__float_as_uint(weight), u32(choice));
+      });
   role.sync();
   if (const int rank = role.thread(); rank < c.shape.num_ranks)
     ptx::store_release_sys(op.word(rank, c.layout.route_flags, c.rank * c.shape.num_ctas + int(blockIdx.x)),
