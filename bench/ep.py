@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import json
 import os
 import statistics
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bench.machine import commit
+from bench import machine
 
 HIDDEN, EXPERTS, TOPK = 7168, 256, 8
 
@@ -462,8 +461,7 @@ def run_rank(rank: int, size: int, arguments: argparse.Namespace) -> None:
             if rank == 0:
                 print("soak", result["soak_rounds"], flush=True)
         if rank == 0:
-            result["gpu"] = f"{size} x {torch.cuda.get_device_name()}"
-            result["date"] = datetime.date.today().isoformat()
+            result |= machine.describe() | {"gpu": f"{size} x {torch.cuda.get_device_name()}"}
             Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
     finally:
         dist.destroy_process_group()
@@ -487,7 +485,7 @@ def main() -> None:
     links = probe_links()
     print("links", links)
     path = Path(arguments.out)
-    described = {"round_trip_ns": {"flag": probe_flags()}, "commit": commit(), "links_gbps": links}
+    described = {"round_trip_ns": {"flag": probe_flags()}, "links_gbps": links}
     path.write_text(json.dumps({**json.loads(path.read_text()), **described}, indent=1) + "\n")
 
 

@@ -77,10 +77,15 @@ EP_COLORS = {
 }
 
 
+def _plain(result: dict) -> list[dict]:
+    """Rows of the throughput regime with even routing, and tokens on every rank."""
+    return [row for row in result["throughput"] if not row.get("hot") and not row.get("empty_rank")]
+
+
 def plot_expert_parallel(path: Path) -> list[Path]:
     """Time by number of SMs beside the probes' rates, from `bench.ep`'s JSON at `path`, beside it."""
     result = json.loads(path.read_text())
-    plain = [row for row in result["throughput"] if not row.get("hot") and not row.get("empty_rank")]
+    plain = _plain(result)
     tokens = min(row["tokens"] for row in plain)
     with plt.rc_context(RC):
         figure, (times, rates) = plt.subplots(1, 2, figsize=(10.5, 4.2))
@@ -120,8 +125,8 @@ def plot_ranks(paths: list[Path]) -> list[Path]:
     with plt.rc_context(RC):
         figure, (times, rates, latencies) = plt.subplots(1, 3, figsize=(12.5, 4.2))
         for op, color in EP_COLORS.items():
-            rows = [row for r in ranks for row in results[r]["throughput"] if row["op"] == op and row["sms"] == most]
-            rows = [row for row in rows if row["tokens"] == 4096 and not row.get("hot") and not row.get("empty_rank")]
+            rows = [row for r in ranks for row in _plain(results[r]) if row["op"] == op and row["sms"] == most]
+            rows = [row for row in rows if row["tokens"] == 4096]
             times.plot(ranks, [row["us"] for row in rows], "o-", color=color, label=op)
             rates.plot(ranks, [row["wire_gbps"] for row in rows], "o-", color=color)
         links = [results[r]["links_gbps"]["store"][str(most)] for r in ranks]

@@ -30,6 +30,7 @@ template <class T>
 T* pointer(const Tensor& t) {
   return static_cast<T*>(t.data);
 }
+int row_vectors(const Tensor& matrix) { return int(matrix.cols() * size_of(matrix.dtype) / 16); }
 int64_t row_stride_bytes(const Tensor& matrix) { return row_stride(matrix) * size_of(matrix.dtype); }
 
 RouteTarget target_of(const Routing& routing, const RouteOptions& options) {
@@ -75,7 +76,7 @@ ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_pad
                     .stride = row_stride_bytes(rows),
                     .sources = pointer<int>(routing.sources),
                     .num_rows = int(rows.rows()),
-                    .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16),
+                    .row_vectors = row_vectors(rows),
                     .zero_padding = zero_padding,
                     .first_cta = first_cta,
                     .num_ctas = 0};
@@ -110,9 +111,8 @@ struct Permutation {
     return p;
   }
 
-  int row_vectors() const { return int(x.cols() * size_of(x.dtype) / 16); }
-  int num_threads() const { return permute_threads(x.rows(), row_vectors()); }
-  int pieces() const { return ceil_div(row_vectors(), num_threads()); }
+  int num_threads() const { return permute_threads(x.rows(), row_vectors(x)); }
+  int pieces() const { return ceil_div(row_vectors(x), num_threads()); }
   int token_ctas(const Routing& routing) const { return routing.slots.cols() == 0 ? 0 : int(x.rows()) * pieces(); }
 
   /// Whether there is anything to write.
