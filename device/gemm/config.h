@@ -9,7 +9,6 @@ constexpr int kBlockK = 128;          // depth of a k-block: one row of the 128-
 constexpr int kBf16BlockK = 64;       // of BF16 operands: as many bytes
 constexpr int kPanelRows = 64;        // rows (of M or N) in one 128-byte line of an MN-major BF16 operand
 constexpr int kScaleBlock = 128;      // a scale of B covers 128 x 128 elements
-constexpr int kPanelColumns = 64;     // BF16 columns in one 128-byte row of a staged D tile
 constexpr int kGradientColumns = 32;  // FP32 columns in the same of a gradient's panel, of 64 rows
 constexpr int kGradientPanelBytes = 64 * 128;
 constexpr int kPartialPad = 8;   // floats after each row of a split-K partial tile, against bank conflicts
@@ -46,10 +45,15 @@ struct GemmConfig {
   constexpr int block_k() const { return operand == Operand::e4m3 ? kBlockK : kBf16BlockK; }
   constexpr int consumer_rows() const { return block_m / num_consumers; }
   constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
+  // Registers suffice for two partial sums: the next product runs while one is promoted. Of 128 x 128, whose two consumers hide
+  // much of each other's promotion, that is no faster.
+  constexpr bool overlaps() const {
+    return scaled() && !grouped() && !few_rows() && num_waves() == 1 && num_consumers * block_n <= 192;
+  }
   // Registers of a thread, moved between the warpgroups at the start; a lone consumer has enough.
   constexpr int consumer_registers() const { return num_consumers == 3 ? 160 : 232; }
   constexpr int producer_registers() const { return num_consumers == 3 ? 32 : 40; }
-  constexpr int num_threads() const { return kWarpgroup * num_consumers + (few_rows() ? 64 : kWarpgroup); }
+  constexpr int num_threads() const { return kWarpgroup * num_consumers + (few_rows() ? 96 : kWarpgroup); }
   // Columns of a tile that share a scale of B wherever the tile begins, and the number of scales that a tile can meet.
   constexpr int scale_group() const { return gcd_of(block_n, kScaleBlock); }
   constexpr int num_scales_b() const { return 1 + ceil_div(block_n - scale_group(), kScaleBlock); }
@@ -75,8 +79,10 @@ struct GemmConfig {
   }
   // BF16 tiles leave through shared memory by TMA; FP32, narrow and split-K tiles straight from registers.
   constexpr bool stores_by_tma() const {
-    return out == OutType::bf16 && split_k == 1 && block_n % kPanelColumns == 0 && !few_rows();
+    return out == OutType::bf16 && split_k == 1 && block_n % 32 == 0 && block_n >= 64 && !few_rows();
   }
+  // Of a panel of a staged tile, which TMA stores at once: rows of 128 bytes, or of 64 where the tile's width leaves a half.
+  constexpr int panel_columns() const { return block_n % 64 == 0 ? 64 : 32; }
   // Few rows: sums of one column of D in shared memory, in floats; the padding keeps columns in different banks.
   constexpr int column_pitch() const { return block_m + 2; }
 
@@ -129,7 +135,7 @@ constexpr bool is_valid(const GemmConfig& c) {
   const bool few_rows = (c.block_m == 8 || c.block_m == 16) && c.block_n == 64 && c.num_consumers >= 1 &&
                         c.num_stages % c.num_consumers == 0 && !c.multicasts() && !c.grouped();
   const bool tile = c.num_consumers >= 1 && c.num_consumers <= 3 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
-                    c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 32 && c.num_scales_b() <= 2;
+                    c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 16 && c.num_scales_b() <= 2;
   const bool waves = !c.scales_b_by_row() || c.num_waves() == 1;  // registers for each value's product of scales
   const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);
   const bool cluster = c.cluster_n >= 1 && c.cluster_m >= 1 && c.split_k >= 1 && one_kind <= 1 &&

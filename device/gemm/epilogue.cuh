@@ -52,19 +52,24 @@ struct RowPiece {
     return make_float2(ptx::bf16_to_float(p[col]), 0);
   }
 
+  // Both of a pair, if the row has both; the first, if the row ends with it. Apart, so that the one needs no branch.
+  __device__ void store_pair(int col, float2 v) const {
+    if (col + 1 >= cols) return;
+    if constexpr (kOut == OutType::f32)
+      *reinterpret_cast<float2*>(p + col) = v;
+    else
+      *reinterpret_cast<u32*>(p + col) = ptx::pack_bf16(v.x, v.y);
+  }
+  __device__ void store_last(int col, float2 v) const {
+    if (col + 1 != cols) return;
+    if constexpr (kOut == OutType::f32)
+      p[col] = v.x;
+    else
+      p[col] = static_cast<u16>(ptx::pack_bf16(v.x, 0));
+  }
   __device__ void store(int col, float2 v) const {
-    if constexpr (kOut == OutType::f32) {
-      if (col + 1 < cols)
-        *reinterpret_cast<float2*>(p + col) = v;
-      else if (col < cols)
-        p[col] = v.x;
-    } else {
-      const u32 pair = ptx::pack_bf16(v.x, v.y);
-      if (col + 1 < cols)
-        *reinterpret_cast<u32*>(p + col) = pair;
-      else if (col < cols)
-        p[col] = static_cast<u16>(pair);
-    }
+    store_pair(col, v);
+    store_last(col, v);
   }
 };
 
@@ -79,7 +84,7 @@ __device__ void store_tile_direct(const GemmParams& p, const Tile& t, int consum
     const int row = t.m + fragment_row<C>(consumer, i / 2) + i % 2 * 8;
     float* x = &acc[i / 2][i % 2 * 2];
     if (row >= end_row<C>(p, t)) continue;
-    if (C.grouping != Grouping::rows && p.c_ptr != nullptr) {
+    if (C.grouping != Grouping::rows && __builtin_expect(p.c_ptr != nullptr, false)) {
       const RowPiece<C.out> c(p.c_ptr, row * p.c_stride + col, p.n - col);
 #pragma unroll
       for (int j = 0; j < C.block_n / 8; ++j) {
@@ -89,28 +94,39 @@ __device__ void store_tile_direct(const GemmParams& p, const Tile& t, int consum
     }
     const RowPiece<C.out> d(p.d_ptr, row * p.d_stride + col, p.n - col);
 #pragma unroll
-    for (int j = 0; j < C.block_n / 8; ++j) d.store(j * 8, make_float2(x[j * 4], x[j * 4 + 1]));
+    for (int j = 0; j < C.block_n / 8; ++j) d.store_pair(j * 8, make_float2(x[j * 4], x[j * 4 + 1]));
+    if (p.n % 2 != 0)
+#pragma unroll
+      for (int j = 0; j < C.block_n / 8; ++j) d.store_last(j * 8, make_float2(x[j * 4], x[j * 4 + 1]));
   }
 }
 
 // Registers -> swizzled shared memory -> TMA, which clips at the edges of D and runs on under the next tile. C comes
 // the other way through the same buffer, requested before the tile is multiplied. Each consumer stages its own rows, in
-// panels of 64 columns: 128 bytes a row.
+// panels.
 template <GemmConfig C>
 struct StagedTile {
   u8* base;
   u64* c_full;  // one per consumer; published by TMA: its rows of C have arrived
   u32 phase = 0;
 
-  __device__ u8* panel_row(int panel, int row) const { return base + (panel * C.block_m + row) * 128; }
+  static constexpr int kChunks = C.panel_columns() / 8;  // of 16 bytes, in a row of a panel
+
+  __device__ u8* panel(int index, int row) const { return base + (index * C.block_m + row) * kChunks * 16; }
+  // 8 columns of a row. TMA's swizzle: in a line of 128 bytes, a chunk of a row lies where its number and the line's differ.
+  __device__ u8* chunk_at(int row, int chunk) const {
+    constexpr int kRows = 8 / kChunks;  // of a line
+    const int line = row / kRows, place = row % kRows * kChunks + chunk % kChunks;
+    return panel(chunk / kChunks, line * kRows) + (place ^ (line % kChunks)) * 16;
+  }
 
   // One thread. The previous tile has to leave the buffer first.
   __device__ void load_c(const GemmParams& p, const Tile& t, int consumer) const {
     const int row = consumer * C.consumer_rows();
     ptx::tma_store_wait_read();
     ptx::mbarrier_arrive_expect_tx(&c_full[consumer], C.consumer_rows() * C.block_n * 2);
-    for (int panel = 0; panel < C.block_n / kPanelColumns; ++panel)
-      ptx::tma_load_2d(panel_row(panel, row), &p.c, &c_full[consumer], t.n + panel * kPanelColumns, t.m + row);
+    for (int i = 0; i < C.block_n / C.panel_columns(); ++i)
+      ptx::tma_load_2d(panel(i, row), &p.c, &c_full[consumer], t.n + i * C.panel_columns(), t.m + row);
   }
 
   // Visits this thread's place in every 8 x 32-byte piece of the staged tile: f(shared memory, its 8 values).
@@ -122,8 +138,7 @@ struct StagedTile {
       const int row = consumer * C.consumer_rows() + wave * 64 + warp * 16 + lane % 16;
 #pragma unroll
       for (int i = 0; i < C.block_n / 8; i += 2) {  // two 8-column chunks at a time
-        const int chunk = i + lane / 16;
-        f(panel_row(chunk / 8, row) + ((chunk % 8) ^ (row % 8)) * 16, &acc[wave][i * 4]);
+        f(chunk_at(row, i + lane / 16), &acc[wave][i * 4]);
       }
     }
   }
@@ -161,8 +176,8 @@ struct StagedTile {
       ptx::named_barrier_sync(1 + consumer, kWarpgroup);  // C of the next tile may come
     } else if (is_issuer) {
       const int row = consumer * C.consumer_rows();
-      for (int panel = 0; panel < C.block_n / kPanelColumns; ++panel)
-        ptx::tma_store_2d(&p.d, panel_row(panel, row), t.n + panel * kPanelColumns, t.m + row);
+      for (int i = 0; i < C.block_n / C.panel_columns(); ++i)
+        ptx::tma_store_2d(&p.d, panel(i, row), t.n + i * C.panel_columns(), t.m + row);
       ptx::tma_store_commit();
     }
   }
@@ -176,21 +191,19 @@ struct StagedTile {
       u16* d = static_cast<u16*>(p.d_ptr) + (t.m + row) * p.d_stride + t.n;
 #pragma unroll 1
       for (int col = 0; col < C.block_n && t.n + col < p.n; ++col) {
-        const int chunk = col % kPanelColumns / 8;
-        d[col] =
-            *reinterpret_cast<const u16*>(panel_row(col / kPanelColumns, row) + (chunk ^ (row % 8)) * 16 + col % 8 * 2);
+        d[col] = *reinterpret_cast<const u16*>(chunk_at(row, col / 8) + col % 8 * 2);
       }
     }
   }
 
   // Of a group's last tile, so not rare: 16 bytes a thread, eight of them a panel's row.
   __device__ void copy_rows(const GemmParams& p, const Tile& t, int consumer) const {
-    constexpr int kChunks = C.block_n / 8;  // of a row
+    constexpr int kRowChunks = C.block_n / 8;
     const int first = consumer * C.consumer_rows(), rows = min_of(C.consumer_rows(), end_row<C>(p, t) - t.m - first);
 #pragma unroll 1
-    for (int i = threadIdx.x % kWarpgroup; i < rows * kChunks; i += kWarpgroup) {
-      const int row = first + i / kChunks, chunk = i % kChunks, cols = p.n - t.n - chunk * 8;
-      const u8* staged = panel_row(chunk / 8, row) + ((chunk % 8) ^ (row % 8)) * 16;
+    for (int i = threadIdx.x % kWarpgroup; i < rows * kRowChunks; i += kWarpgroup) {
+      const int row = first + i / kRowChunks, chunk = i % kRowChunks, cols = p.n - t.n - chunk * 8;
+      const u8* staged = chunk_at(row, chunk);
       u16* d = static_cast<u16*>(p.d_ptr) + (t.m + row) * p.d_stride + t.n + chunk * 8;
       if (cols >= 8)
         *reinterpret_cast<uint4*>(d) = *reinterpret_cast<const uint4*>(staged);

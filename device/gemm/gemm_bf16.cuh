@@ -58,13 +58,18 @@ __device__ void load_operand(u8* smem, const TensorMap* map, u64* full, int row,
   }
 }
 
-// One thread.
+// One warp, of which one thread loads.
 template <GemmConfig C>
-__device__ void load_bf16_operands(const GemmParams& p, const SharedMemory<C>& smem) {
+__device__ void load_bf16_operands(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin) {
   const u32 stage_bytes = (p.rows_a + C.block_n) * kLineBytes;
   auto pipe = smem.pipeline();
   auto tiles = my_tiles<C, TilesOfThread>(p, smem);
-  for (Tile t; tiles.next(t);) {
+  Tile t;
+  bool more = !C.grouped() && tiles.next(t);
+  begin();
+  if (!ptx::elect_one()) return;
+  if (C.grouped()) more = tiles.next(t);
+  for (; more; more = tiles.next(t)) {
     const KPart part = k_part<C>(p, t);
     const TileOrigin at = origin_of<C>(p, t);
     // Groups lie one below the other in the tensor map of B, in its rows or, MN-major, in its k.
@@ -189,7 +194,8 @@ struct Bf16Consumer {
 
 // A persistent CTA: one tile after the other, each stored while the producer already fetches the next.
 template <GemmConfig C>
-__device__ void consume_bf16_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer) {
+__device__ void consume_bf16_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer,
+                                   const Begin<C>& begin) {
   // A warpgroup without rows has nothing to multiply; but who clears neighbours' columns needs all of them.
   constexpr bool kSkips = C.grouping == Grouping::rows && !Bf16Consumer<C>::kMeetsNeighbours;
   auto tiles = my_tiles<C>(p, smem);
@@ -197,6 +203,7 @@ __device__ void consume_bf16_tiles(const GemmParams& p, const SharedMemory<C>& s
   Bf16Consumer<C> self(smem, consumer);
   Tile t, next;
   bool more = tiles.next(next);
+  begin();
   while (more) {
     t = next;
     const KPart part = k_part<C>(p, t);
@@ -230,7 +237,7 @@ __device__ void consume_bf16_tiles(const GemmParams& p, const SharedMemory<C>& s
     else
       SplitKReduction<C>{smem.partial()}.publish(consumer, self.acc);
   }
-  if constexpr (C.stores_by_tma() || C.grouping == Grouping::columns) ptx::tma_store_wait_all();
+  if constexpr (C.stores_by_tma() || C.grouping == Grouping::columns) ptx::tma_store_wait_read();
 }
 
 // --- kernel ---------------------------------------------------------------------------------------------------------
@@ -241,11 +248,15 @@ __device__ __forceinline__ void gemm_bf16(const GemmParams& p) {
   static_assert(C.grouping != Grouping::rows || C.major_a == Major::k, "groups begin at any row");
   static_assert(C.grouping != Grouping::columns || (C.major_a == Major::mn && C.major_b == Major::mn));
   static_assert(C.grouping != Grouping::columns || C.out == OutType::f32);
-  const auto produce = [&](const SharedMemory<C>& smem, int warp) {
-    if (warp == 0 && ptx::elect_one()) load_bf16_operands<C>(p, smem);
+  const auto produce = [&](const SharedMemory<C>& smem, int warp, const Begin<C>& begin) {
+    if (warp == 0)
+      load_bf16_operands<C>(p, smem, begin);
+    else
+      begin();
   };
-  run_roles<C>(p, produce,
-               [&](const SharedMemory<C>& smem, int consumer) { consume_bf16_tiles<C>(p, smem, consumer); });
+  run_roles<C>(p, produce, [&](const SharedMemory<C>& smem, int consumer, const Begin<C>& begin) {
+    consume_bf16_tiles<C>(p, smem, consumer, begin);
+  });
 }
 
 }  // namespace phalanx

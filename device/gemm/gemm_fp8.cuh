@@ -20,25 +20,39 @@ namespace phalanx {
 
 // --- producer -------------------------------------------------------------------------------------------------------
 
-// One thread. What CTAs of a cluster share, each loads a slice of into all.
+// One warp, of which one thread loads. What CTAs of a cluster share, each loads a slice of into all.
 template <GemmConfig C>
-__device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) {
+__device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin) {
   constexpr int kScaleBytes = 4 * (C.scales_a_boxes() * C.scales_a_box() + (C.scales_b_by_row() ? C.block_n : 0));
   int rows = p.rows_a;
   u32 stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
   constexpr u16 kAllCtas = (1 << C.cluster_size()) - 1;
   const int rank = C.multicasts() ? ptx::cluster_ctarank() : 0;
-  const int slice_a = rank % C.cluster_n * (C.block_m / C.cluster_n),
-            slice_b = rank % C.cluster_m * (C.block_n / C.cluster_m);
+  constexpr int kSliceA = C.block_m / C.cluster_n;
+  const int slice_a = rank % C.cluster_n * kSliceA, slice_b = rank % C.cluster_m * (C.block_n / C.cluster_m);
 
   auto pipe = smem.pipeline();
   auto tiles = my_tiles<C, TilesOfThread>(p, smem);
-  for (Tile t; tiles.next(t);) {
+  Tile t;
+  bool more = !C.grouped() && tiles.next(t);
+  begin();
+  if (!ptx::elect_one()) return;
+  if (C.grouped()) more = tiles.next(t);
+  for (; more; more = tiles.next(t)) {
     const KRange ks = my_k_range<C>(p, t);
     const TileOrigin at = origin_of<C>(p, t);
     if constexpr (C.rows_of_request() < C.block_m && C.cluster_n == 1) {
       rows = min_of(ceil_div(t.group_end - t.m, C.rows_of_request()) * C.rows_of_request(), C.block_m);
       stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
+    }
+    int slice_rows = kSliceA;
+    const TensorMap* map_a = &p.a;
+    if constexpr (C.grouping == Grouping::none) {  // none past the end: TMA takes longer to make zeros than to copy
+      rows = min_of(p.m - t.m, C.block_m);
+      if (rows < 0) rows = 0;  // of a cluster that reaches past M
+      stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
+      slice_rows = min_of(rows - slice_a, kSliceA);
+      if (slice_rows < kSliceA) map_a = &p.a_last;
     }
 #pragma unroll 1
     for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
@@ -46,14 +60,21 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
       pipe.wait_empty();
       u64* full = &pipe.full[stage];
       ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
-      if constexpr (C.cluster_n > 1)
-        ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, &p.a, full, k, at.a + slice_a, kAllCtas);
-      else if constexpr (C.rows_of_request() < C.block_m)
+      // B first: few others read it, so that it comes from farther away.
+      if constexpr (C.cluster_m > 1)
+        ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
+      else
+        ptx::tma_load_2d(smem.b(stage), &p.b, full, k, at.b);
+      if constexpr (C.cluster_n == 1 && C.rows_of_request() < C.block_m) {
 #pragma unroll 1
         for (int row = 0; row < rows; row += C.rows_of_request())
           ptx::tma_load_2d(smem.a(stage) + row * kBlockK, &p.a, full, k, at.a + row);
-      else
-        ptx::tma_load_2d(smem.a(stage), &p.a, full, k, at.a);
+      } else if (slice_rows > 0) {
+        if constexpr (C.cluster_n > 1)
+          ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, map_a, full, k, at.a + slice_a, kAllCtas);
+        else
+          ptx::tma_load_2d(smem.a(stage), map_a, full, k, at.a);
+      }
       if (p.sfa_by_tma) {
 #pragma unroll
         for (int i = 0; i < C.scales_a_boxes(); ++i)
@@ -62,10 +83,6 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
       }
       if constexpr (C.scales_b_by_row())
         if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfb(stage), &p.sfb_map, full, t.n, kb);
-      if constexpr (C.cluster_m > 1)
-        ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
-      else
-        ptx::tma_load_2d(smem.b(stage), &p.b, full, k, at.b);
       if constexpr (C.grouping == Grouping::columns)
         if (p.c_ptr != nullptr) GradientStore<C>::prefetch(p, t.n, at.d, ks.end - 1 - kb);
     }
@@ -78,8 +95,9 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
 // their strides. It has barriers of its own, sfa_empty[s], at which every consumer thread arrives that has read its scales
 // of stage s.
 template <GemmConfig C>
-__device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem) {
+__device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin) {
   const int lane = threadIdx.x % 32;
+  begin();
 
   auto pipe = smem.pipeline();
   pipe.empty = smem.sfa_empty();
@@ -167,6 +185,45 @@ struct Consumer {
     pipe.advance();
   }
 
+  template <class Meanwhile>
+  __device__ __forceinline__ void multiply_overlapped(const Tile& t, const KRange& ks, Meanwhile meanwhile) {
+    float partial[2][C.block_n / 2], scales_a[2][2];
+    auto ahead = pipe;
+    const auto issue = [&](int slot) {
+      ahead.wait_full();
+      Wgmma::multiply(partial[slot], ptx::wgmma_advance(first_a, ahead.stage * C.block_m * kBlockK),
+                      ptx::wgmma_advance(first_b, ahead.stage * C.block_n * kBlockK), false);
+      const float* sfa = smem.sfa(ahead.stage) + first_row;
+      scales_a[slot][0] = sfa[0], scales_a[slot][1] = sfa[8];
+      ahead.advance();
+    };
+    const auto add = [&](int slot, int position) {
+      release_stage();
+      Wgmma::pin(partial[slot]);
+      promote<C, false>(acc[0], partial[slot], scales_a[slot], sfb.get(position));
+      pipe.advance();
+    };
+    int kb = ks.begin, position = 0;
+    // With the product of `kb` in `slot` under way; whether there is another.
+    const auto step = [&](int slot) {
+      if (++kb == ks.end) {
+        ptx::wgmma_wait<0>();
+        add(slot, position);
+        return false;
+      }
+      issue(1 - slot);
+      ptx::wgmma_wait<1>();
+      add(slot, position);
+      if (++position == ScalesB<C>::kFetched) position = 0, sfb.fetch(p, t, kb, ks.end);
+      return true;
+    };
+    issue(0);
+    clear();
+    meanwhile();
+#pragma unroll 1
+    while (step(0) && step(1)) continue;
+  }
+
   __device__ __forceinline__ void release_stage() {
     if (lane < (C.multicasts() ? C.cluster_size() : 1)) {
       if constexpr (C.multicasts())
@@ -196,7 +253,7 @@ struct Consumer {
 
 // A persistent CTA: one tile after the other, each stored while the producers already fetch the next.
 template <GemmConfig C>
-__device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer) {
+__device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer, const Begin<C>& begin) {
   auto tiles = my_tiles<C>(p, smem);
   auto staged = smem.staged();
   const KRange ks = my_k_range<C>(p, {});
@@ -204,6 +261,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
   ScalesB<C> next_sfb;
   Tile t, next;
   bool more = tiles.next(next);
+  begin();
   if (more && ks.begin < ks.end) next_sfb.fetch(p, next, ks.begin, ks.end);
   while (more) {
     t = next;
@@ -220,6 +278,8 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
     if (C.split_k > 1 && ks.begin == ks.end) {  // more parts than k-blocks
       self.clear();
       more = false;
+    } else if constexpr (C.overlaps()) {
+      self.multiply_overlapped(t, ks, prepare);
     } else {
       self.template multiply_k_block<true>(0, ks.begin + 1 < ks.end, prepare);
     }
@@ -229,7 +289,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
       continue;
     }
 #pragma unroll 2
-    for (int kb = ks.begin + 1; kb < ks.end; ++kb) {
+    for (int kb = ks.begin + 1; !C.overlaps() && kb < ks.end; ++kb) {
       const int position = (kb - ks.begin) % ScalesB<C>::kFetched;
       self.template multiply_k_block<false>(position, kb + 1 < ks.end, [&] {
         if (position == ScalesB<C>::kFetched - 1 && kb + 1 < ks.end) self.sfb.fetch(p, t, kb + 1, ks.end);
@@ -243,7 +303,7 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
     else
       SplitKReduction<C>{smem.partial()}.publish(consumer, self.acc);
   }
-  if constexpr (C.stores_by_tma()) ptx::tma_store_wait_all();
+  if constexpr (C.stores_by_tma()) ptx::tma_store_wait_read();
 }
 
 // --- kernel ---------------------------------------------------------------------------------------------------------
@@ -251,16 +311,22 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
 // A product of E4M3.
 template <GemmConfig C, class Consume>
 __device__ __forceinline__ void run_fp8_roles(const GemmParams& p, const Consume& consume) {
-  const auto produce = [&](const SharedMemory<C>& smem, int warp) {
-    if (warp == 0 && ptx::elect_one()) load_operands<C>(p, smem);
-    if (warp == 1 && !p.sfa_by_tma) copy_scales<C>(p, smem);
+  const auto produce = [&](const SharedMemory<C>& smem, int warp, const Begin<C>& begin) {
+    if (warp == 0)
+      load_operands<C>(p, smem, begin);
+    else if (warp == 1 && !p.sfa_by_tma)
+      copy_scales<C>(p, smem, begin);
+    else
+      begin();
   };
   run_roles<C>(p, produce, consume);
 }
 
 template <GemmConfig C>
 __device__ __forceinline__ void gemm_fp8(const GemmParams& p) {
-  run_fp8_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer) { consume_tiles<C>(p, smem, consumer); });
+  run_fp8_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer, const Begin<C>& begin) {
+    consume_tiles<C>(p, smem, consumer, begin);
+  });
 }
 
 }  // namespace phalanx

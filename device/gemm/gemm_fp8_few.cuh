@@ -5,6 +5,7 @@
 //
 //     one thread              B by TMA. The first stages before the previous kernel ends, if B does not come from it
 //     one warp                A and its scales by TMA, after that end
+//     one warp                makes the barriers meanwhile
 //     consumer warpgroups     take k-blocks in turn: 64 x block_m x 128 by WGMMA, promotion, as in gemm_fp8
 //
 // Each consumer has a sum of its own, and where K is split over a cluster, so has each CTA. These parts of a tile are added in
@@ -53,6 +54,12 @@ struct KBlocks {
   }
 };
 
+// A role finds its first tile before it calls this, once a thread, whole warps; from then on barriers are there.
+template <GemmConfig C>
+__device__ __forceinline__ void begin() {
+  ptx::named_barrier_sync(0, C.num_threads());
+}
+
 // --- producers ------------------------------------------------------------------------------------------------------
 
 // Stages that are under way at once until the previous kernel ends. The unit that loads takes requests in turn: A of the CTA
@@ -60,14 +67,17 @@ struct KBlocks {
 // that kernel ends, when nobody else asks for anything.
 constexpr int kStagesAhead = 2;
 
-// One thread.
+// One warp, of which one thread loads.
 template <GemmConfig C>
 __device__ void stream_weights(const GemmParams& p, const SharedMemory<C>& smem) {
   auto pipe = smem.pipeline();
+  KBlocks<C> at(p, smem);
+  begin<C>();
+  if (!ptx::elect_one()) return;
   if (!p.constant_b) ptx::grid_wait_dependencies();
-  int requested = 0;
+  int requested = p.constant_b ? 0 : C.num_stages;  // all at once, where nothing is known ahead
 #pragma unroll 1
-  for (KBlocks<C> at(p, smem); at.more; at.advance(), pipe.advance(), ++requested) {
+  for (; at.more; at.advance(), pipe.advance(), ++requested) {
     pipe.wait_empty();
     if (requested >= kStagesAhead && requested < C.num_stages)
       while (!ptx::mbarrier_test(&pipe.full[requested - kStagesAhead], 0) && !ptx::mbarrier_test(smem.begun(), 0))
@@ -84,10 +94,12 @@ __device__ void load_activations(const GemmParams& p, const SharedMemory<C>& sme
   const int lane = threadIdx.x % 32;
   const u32 bytes = p.rows_a * kBlockK + (p.sfa_by_tma ? C.block_m * 4 : 0);
   auto pipe = smem.activations();
+  KBlocks<C> at(p, smem);
+  begin<C>();
   ptx::grid_wait_dependencies();
   if (lane == 0) ptx::mbarrier_arrive(smem.begun());
 #pragma unroll 1
-  for (KBlocks<C> at(p, smem); at.more; at.advance(), pipe.advance()) {
+  for (; at.more; at.advance(), pipe.advance()) {
     const int k_block = at.k_block();
     u64* full = &pipe.full[pipe.stage];
     float* scales = smem.sfa(pipe.stage);
@@ -224,11 +236,16 @@ __device__ void consume_few_rows(const GemmParams& p, const SharedMemory<C>& sme
   auto tiles = my_tiles<C>(p, smem);
   FewRowsConsumer<C> self(p, smem, consumer);
   bool again = false;
+  Tile t;
+  bool more = tiles.next(t);
+  begin<C>();
+  ptx::grid_wait_dependencies();
 #pragma unroll 1
-  for (Tile t; tiles.next(t); again = true) {
+  for (; more; more = tiles.next(t), again = true) {
     self.multiply(t, ks);
     if constexpr (C.split_k > 1) {  // one tile a cluster
       if (threadIdx.x == 0) ptx::mbarrier_arrive_expect_tx(slice.full, slice.bytes(p.m));
+      if (!again) ptx::cluster_wait();  // the peers' barriers are there
       slice.send(self.acc, part, p.m);
       ptx::mbarrier_wait(slice.full, 0);
     } else {
@@ -251,7 +268,7 @@ __device__ __forceinline__ void gemm_fp8_few(const GemmParams& p) {
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
 
   ptx::grid_launch_dependents();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == (kConsumerWarps + 2) * 32) {  // of a warp that has nothing else to do
     const auto pipe = smem.pipeline();
     for (int s = 0; s < C.num_stages; ++s) {
       ptx::mbarrier_init(&pipe.full[s], 1);
@@ -262,23 +279,23 @@ __device__ __forceinline__ void gemm_fp8_few(const GemmParams& p) {
     ptx::mbarrier_init(smem.begun(), 1);  // published when the previous kernel has ended, waited for by stream_weights
     ptx::mbarrier_init(smem.c_full(), 1);
     ptx::fence_mbarrier_init();
+  }
+  if (threadIdx.x == kConsumerWarps * 32) {
     ptx::prefetch_tensor_map(&p.b);
     ptx::prefetch_tensor_map(&p.a);
     if (p.sfa_by_tma) ptx::prefetch_tensor_map(&p.sfa_map);
   }
-  if constexpr (C.split_k > 1)
-    ptx::cluster_sync();
-  else
-    __syncthreads();
+  __syncwarp();
+  if constexpr (C.split_k > 1) ptx::cluster_arrive();  // waited for before parts are sent
 
-  if (warp == kConsumerWarps) {
-    if (ptx::elect_one()) stream_weights<C>(p, smem);
-  } else if (warp == kConsumerWarps + 1) {
+  if (warp == kConsumerWarps)
+    stream_weights<C>(p, smem);
+  else if (warp == kConsumerWarps + 1)
     load_activations<C>(p, smem);
-  } else {
-    ptx::grid_wait_dependencies();
+  else if (warp == kConsumerWarps + 2)
+    begin<C>();
+  else
     consume_few_rows<C>(p, smem, warp / 4);
-  }
 }
 
 }  // namespace phalanx

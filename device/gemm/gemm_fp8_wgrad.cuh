@@ -107,7 +107,7 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
 template <GemmConfig C>
 __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
   static_assert(C.grouping == Grouping::columns && C.out == OutType::f32 && C.split_k == 1);
-  run_fp8_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer) {
+  run_fp8_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer, const Begin<C>&) {
     Consumer<C> self(p, smem, consumer);
     auto tiles = my_tiles<C>(p, smem);
     for (Tile t; tiles.next(t);) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
       if (ks.begin < ks.end) sum_columns<C>(self, t, ks);
       smem.gradient().store(p, output_tile<C>(p, t), consumer, self.acc);
     }
-    ptx::tma_store_wait_all();
+    ptx::tma_store_wait_read();
   });
 }
 

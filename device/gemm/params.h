@@ -7,23 +7,26 @@ namespace phalanx {
 
 // Strides are in elements.
 struct GemmParams {
-  TensorMap a;        // box: rows_a / cluster_n rows x 128; of E4M3 groups of rows, rows_of_request()
-  TensorMap b;        // box: block_n / cluster_m rows x 128
-  TensorMap c;        // box: consumer_rows x 64, as D's; C and D only if config.stores_by_tma()
-  TensorMap d;        // of gradients, a panel: see GradientStore
-  TensorMap sfa_map;  // box: scales_a_box x 1 of the transposed scales; only if sfa_by_tma
-  TensorMap sfb_map;  // the same of B's, block_n x 1, if config.scales_b_by_row()
-  int sfa_by_tma;     // else a warp copies `sfa` float by float
-  const float* sfa;   // [m, ceil(k / 128)]
-  const float* sfb;   // [ceil(n / 128), ceil(k / 128)]
+  // First what every role needs before its first load: one or two lines of constant memory.
+  int m, n, k;
+  int rows_a;        // block_m, or less: those that a tile of few rows has; not of gemm_fp8 without groups
+  int group_m;       // see DenseTiles
+  int sfa_by_tma;    // else a warp copies `sfa` float by float
+  int constant_b;    // B was complete before the previous kernel of the stream began; few rows only
+  const float* sfa;  // [m, ceil(k / 128)]
+  const float* sfb;  // [ceil(n / 128), ceil(k / 128)]
   i64 sfa_stride_m, sfa_stride_k, sfb_stride_n, sfb_stride_k;
-  int constant_b;  // B was complete before the previous kernel of the stream began; few rows only
   void* d_ptr;
   const void* c_ptr;  // null: no C
   i64 d_stride, c_stride;
-  int m, n, k;
-  int rows_a;          // block_m, or less: those that a tile of few rows has
-  int group_m;         // see DenseTiles
+  TensorMap a;  // box: rows_a / cluster_n rows x 128; of E4M3 groups of rows, rows_of_request()
+  TensorMap
+      a_last;  // box: the rows of M's last slice of block_m / cluster_n, where that is cut short; gemm_fp8 without groups
+  TensorMap b;         // box: block_n / cluster_m rows x 128
+  TensorMap c;         // box: consumer_rows x panel_columns, as D's; C and D only if config.stores_by_tma()
+  TensorMap d;         // of gradients, a panel: see GradientStore
+  TensorMap sfa_map;   // box: scales_a_box x 1 of the transposed scales; only if sfa_by_tma
+  TensorMap sfb_map;   // the same of B's, block_n x 1, if config.scales_b_by_row()
   GroupParams groups;  // only if config.grouped()
 };
 

@@ -93,7 +93,47 @@ __device__ void schedule_tiles(const GemmParams& p, const SharedMemory<C>& smem)
 
 // --- roles ----------------------------------------------------------------------------------------------------------
 
-// `produce(smem, warp)` is what a warp of the producer does, `consume(smem, consumer)` what a consumer warpgroup does.
+// A role finds its first tile before it calls this, once a thread, whole warps; from then on barriers are there, and memory may be
+// read and written. A launch takes 2 to 3 us where there is little to do, and 0.5 of them went to scheduling behind the barrier.
+// Where groups are, all that has happened before the roles begin.
+template <GemmConfig C>
+struct Begin {
+  __device__ __forceinline__ void operator()() const {
+    if constexpr (C.grouped()) return;
+    if constexpr (C.multicasts())
+      ptx::cluster_wait();
+    else
+      ptx::named_barrier_sync(0, C.num_threads());
+    // After it we read what the previous kernel wrote, and overwrite what it read.
+    ptx::grid_wait_dependencies();
+  }
+};
+
+// One thread.
+template <GemmConfig C>
+__device__ __forceinline__ void init_barriers(const GemmParams& p, const SharedMemory<C>& smem) {
+  const auto pipe = smem.pipeline();
+  for (int s = 0; s < C.num_stages; ++s) {
+    ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + 32);  // the producer, and the lanes of copy_scales
+    ptx::mbarrier_init(&pipe.empty[s],
+                       C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
+  }
+  if (!p.sfa_by_tma)
+    for (int s = 0; s < C.num_stages; ++s) ptx::mbarrier_init(&smem.sfa_empty()[s], C.num_consumers * kWarpgroup);
+  if constexpr (C.stores_by_tma())
+    for (int i = 0; i < C.num_consumers; ++i) ptx::mbarrier_init(&smem.staged().c_full[i], 1);
+  if constexpr (C.grouped()) {
+    const TileRing tiles = smem.tiles();
+#pragma unroll 1
+    for (int s = 0; s < kTileSlots; ++s) {
+      ptx::mbarrier_init(&tiles.full[s], 1);
+      ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + (p.sfa_by_tma ? 1 : 2));  // warps, and the producer
+    }
+  }
+  ptx::fence_mbarrier_init();
+}
+
+// `produce(smem, warp, begin)` is what a warp of the producer does, `consume(smem, consumer, begin)` what a consumer warpgroup does.
 template <GemmConfig C, class Produce, class Consume>
 __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& produce, const Consume& consume) {
   static_assert(is_valid(C));
@@ -105,51 +145,36 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
 
   ptx::grid_launch_dependents();
-  if (threadIdx.x == (C.grouped() ? C.num_threads() - 32 : 0)) {  // of groups, the first threads read bounds meanwhile
-    const auto pipe = smem.pipeline();
-    for (int s = 0; s < C.num_stages; ++s) {
-      ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + 32);  // the producer, and the lanes of copy_scales
-      ptx::mbarrier_init(&smem.sfa_empty()[s], C.num_consumers * kWarpgroup);
-      ptx::mbarrier_init(&pipe.empty[s],
-                         C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
-    }
-    if constexpr (C.stores_by_tma())
-      for (int i = 0; i < C.num_consumers; ++i) ptx::mbarrier_init(&smem.staged().c_full[i], 1);
-    if constexpr (C.grouped()) {
-      const TileRing tiles = smem.tiles();
-#pragma unroll 1
-      for (int s = 0; s < kTileSlots; ++s) {
-        ptx::mbarrier_init(&tiles.full[s], 1);
-        ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + (p.sfa_by_tma ? 1 : 2));  // warps, and the producer
-      }
-    }
-    ptx::fence_mbarrier_init();
-    ptx::prefetch_tensor_map(&p.a);
-    ptx::prefetch_tensor_map(&p.b);
-    if constexpr (C.stores_by_tma()) ptx::prefetch_tensor_map(&p.d);
+  if (threadIdx.x == C.num_threads() - 32) {  // of a warp that has nothing else to do meanwhile
+    init_barriers<C>(p, smem);
     if constexpr (C.grouping == Grouping::rows && C.block_m == 64 && C.scaled()) prefetch_weights<C>(p);
   }
-  // After grid_wait_dependencies we read what the previous kernel wrote, and overwrite what it read.
+  if (threadIdx.x == kProducer * kWarpgroup) {
+    ptx::prefetch_tensor_map(&p.a);
+    if constexpr (C.scaled() && C.grouping == Grouping::none) ptx::prefetch_tensor_map(&p.a_last);
+    if (C.scaled() && p.sfa_by_tma) ptx::prefetch_tensor_map(&p.sfa_map);
+    ptx::prefetch_tensor_map(&p.b);
+    if constexpr (C.stores_by_tma()) ptx::prefetch_tensor_map(&p.d);
+  }
   if constexpr (C.grouped()) {
     ptx::grid_wait_dependencies();
     load_spans(p.groups, smem.groups());  // ends with a barrier of the CTA
     if constexpr (C.cluster_size() > 1) ptx::cluster_sync();
-  } else {
-    if constexpr (C.cluster_size() > 1)
-      ptx::cluster_sync();
-    else
-      __syncthreads();
-    ptx::grid_wait_dependencies();
+  } else if constexpr (C.multicasts()) {
+    __syncwarp();
+    ptx::cluster_arrive();
   }
+  __syncwarp();
 
+  const Begin<C> begin;
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers > 1) ptx::register_decrease<C.producer_registers()>();
-    produce(smem, warp);
+    produce(smem, warp, begin);
     if constexpr (C.grouped())
       if (warp == 2) schedule_tiles<C>(p, smem);
   } else {
     if constexpr (C.num_consumers > 1) ptx::register_increase<C.consumer_registers()>();
-    consume(smem, warpgroup);
+    consume(smem, warpgroup, begin);
   }
 
   if constexpr (C.split_k > 1) {  // the grid is one cluster per tile

@@ -49,25 +49,27 @@ struct ClusterTiles {
 // A division costs a tile's worth of a product of few k-blocks; hence the running position, and shifts in whole bands.
 struct DenseTiles : ClusterTiles {  // `index` counts from the band's first tile
   int tiles_m, first_m;             // cluster tiles along M, and of those the present band's first
-  int group_shift;
+  int group_shift, left;            // tiles from the next one on, of all clusters
 
   // `group_m` is a power of two.
   constexpr DenseTiles(const GemmConfig& c, int m, int n, int group_m_, int cta, int num_ctas)
       : ClusterTiles(c, n, group_m_, cta, num_ctas),
         tiles_m(ceil_div(m, height)),
         first_m(0),
-        group_shift(log2_of(group_m_)) {}
+        group_shift(log2_of(group_m_)),
+        left(tiles_m * tiles_n - index) {}
 
   constexpr int count() const { return tiles_m * tiles_n; }
 
   constexpr bool next(Tile& t) {
+    if (left <= 0) return false;
+    left -= step;
     int rows = min_of(group_m, tiles_m - first_m);
-    while (rows > 0 && index >= rows * tiles_n) {
+    while (index >= rows * tiles_n) {
       index -= rows * tiles_n;
       first_m += group_m;
       rows = min_of(group_m, tiles_m - first_m);
     }
-    if (rows <= 0) return false;
     const int n = rows == group_m ? index >> group_shift : int(unsigned(index) / unsigned(rows));
     t = tile_at({first_m + index - n * rows, n});
     index += step;

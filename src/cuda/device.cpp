@@ -163,9 +163,10 @@ TensorMap encode_tensor_map(const TensorMapSpec& spec) {
   const int type = spec.dtype == DType::bf16  ? kTensorMapBfloat16
                    : spec.dtype == DType::f32 ? kTensorMapFloat32
                                               : kTensorMapUint8;
-  PHALANX_CUDA(cuTensorMapEncodeTiled(&map, type, 2, const_cast<void*>(spec.data), dims, strides, box, ones, 0,
-                                      spec.dtype == DType::f32 && spec.box_rows == 1 ? kTensorMapSwizzleNone  // scales
-                                                                                     : kTensorMapSwizzle128B,
+  const int swizzle = spec.dtype == DType::f32 && spec.box_rows == 1   ? kTensorMapSwizzleNone  // scales
+                      : spec.box_cols * int(size_of(spec.dtype)) == 64 ? kTensorMapSwizzle64B
+                                                                       : kTensorMapSwizzle128B;
+  PHALANX_CUDA(cuTensorMapEncodeTiled(&map, type, 2, const_cast<void*>(spec.data), dims, strides, box, ones, 0, swizzle,
                                       kTensorMapL2Promotion256B, 0));
   return map;
 }
@@ -178,7 +179,8 @@ TensorMap make_tensor_map(const TensorMapSpec& spec) {
     TensorMap map{};
   };
   static thread_local Entry cache[256];  // by address: a collision costs an encoding, 50 ns
-  Entry& entry = cache[(reinterpret_cast<std::uintptr_t>(spec.data) >> 4) * 0x9e3779b97f4a7c15ull >> 56];
+  const auto key = (reinterpret_cast<std::uintptr_t>(spec.data) >> 4) + (std::uintptr_t(spec.box_rows) << 40);
+  Entry& entry = cache[key * 0x9e3779b97f4a7c15ull >> 56];
   if (entry.spec != spec) entry = {spec, encode_tensor_map(spec)};
   return entry.map;
 }

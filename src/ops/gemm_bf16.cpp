@@ -74,10 +74,10 @@ void run_dense(const Tensor& a, const Tensor& b, const Tensor& d, const GemmOpti
   const bool whole = config.cluster_n > 1 || of_a.major == Major::mn;
   GemmParams p = operands(config, of_a, of_b, whole ? config.block_m : std::min(config.block_m, m));
   const Rows d_rows(d);
-  if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), kPanelColumns);
+  if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), config.panel_columns());
   p.d_ptr = d.data, p.d_stride = row_stride(d);
   if (options.c) {
-    if (config.stores_by_tma()) p.c = Rows(*options.c).map(config.consumer_rows(), kPanelColumns);
+    if (config.stores_by_tma()) p.c = Rows(*options.c).map(config.consumer_rows(), config.panel_columns());
     p.c_ptr = options.c->data, p.c_stride = row_stride(*options.c);
   }
   p.m = m, p.n = n, p.k = k;
@@ -105,7 +105,7 @@ void run_rows(GroupsBy by, const Tensor& a, const Tensor& b, const Tensor& group
 
   const Rows a_rows(a), d_rows(d);
   GemmParams p = operands(config, Operand(a), of_b, config.block_m);
-  if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), kPanelColumns);
+  if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), config.panel_columns());
   p.d_ptr = d.data, p.d_stride = row_stride(d_rows.matrix);
   p.m = int(m), p.n = n, p.k = k;
   p.groups = {.bounds = static_cast<const int*>(groups.data),

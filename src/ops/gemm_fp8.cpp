@@ -79,14 +79,16 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   const GemmConfig& config = chosen.plan.config;
 
   GemmParams p{};
-  // For few rows, a box of those alone: with full boxes, 1 and 16 rows took longer than 64 (docs/tuning.md). What shared
-  // memory holds in the others' place only reaches rows of D that are not stored.
-  p.rows_a = config.cluster_n > 1 ? config.block_m : std::min(config.block_m, m);
-  p.a = Rows(a.data).map(p.rows_a / config.cluster_n, kBlockK);
+  // Boxes of the rows that there are alone: TMA takes longer to fill with zeros than to copy (docs/tuning.md). What shared memory
+  // holds in the others' place only reaches rows of D that are not stored.
+  const int slice = config.block_m / config.cluster_n, last = m % slice;
+  p.rows_a = std::min(config.block_m, m);
+  p.a = Rows(a.data).map(std::min(slice, m), kBlockK);
+  p.a_last = last != 0 && m > slice ? Rows(a.data).map(last, kBlockK) : p.a;
   p.b = Rows(b.data).map(config.block_n / config.cluster_m, kBlockK);
   if (config.stores_by_tma()) {
-    p.d = Rows(d).map(config.consumer_rows(), kPanelColumns);
-    if (options.c) p.c = Rows(*options.c).map(config.consumer_rows(), kPanelColumns);
+    p.d = Rows(d).map(config.consumer_rows(), config.panel_columns());
+    if (options.c) p.c = Rows(*options.c).map(config.consumer_rows(), config.panel_columns());
   }
   p.constant_b = options.constant_b;
   p.sfa_by_tma = tma_reads(a.scales);

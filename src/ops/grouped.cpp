@@ -116,7 +116,7 @@ void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const T
   p.rows_a = config.block_m;
   p.a = a_rows.map(config.rows_of_request(), kBlockK);
   p.b = b_rows.map(config.block_n / config.cluster_m, kBlockK);
-  if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), kPanelColumns);
+  if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), config.panel_columns());
   p.sfa_by_tma = sfa.by_tma;
   p.sfa_map = sfa.map();
   p.sfa = floats(a.scales), p.sfb = floats(b.scales);

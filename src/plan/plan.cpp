@@ -18,14 +18,14 @@ std::vector<GemmConfig> make_configs() {
     if (out == OutType::bf16) {
       list.push_back(with_stages({.block_m = 256, .block_n = 128, .cluster_n = 2, .out = out}));
       list.push_back(with_stages({.block_m = 192, .block_n = 128, .num_consumers = 3, .cluster_n = 2, .out = out}));
+      list.push_back(with_stages({.block_m = 192, .block_n = 96, .num_consumers = 3, .out = out}));
       list.push_back(with_stages({.block_m = 128, .block_n = 192, .cluster_m = 2, .out = out}));
     }
-    list.push_back(with_stages({.block_m = 128, .block_n = 128, .cluster_n = 2, .out = out}));
     list.push_back(with_stages({.block_m = 128, .block_n = 128, .out = out}));
     // Few rows: every SM streams weights; a narrow tile or a split K gives work to all of them.
-    for (const int split_k : {1, 2, 4})
-      list.push_back(with_stages({.block_m = 128, .block_n = 64, .split_k = split_k, .out = out}));
-    for (const auto& [block_n, split_k] : {std::pair{32, 1}, {32, 2}, {64, 1}, {64, 2}, {128, 1}, {128, 2}})
+    for (const auto& [block_n, split_k] : {std::pair{32, 2}, {64, 1}, {64, 2}})
+      list.push_back(with_stages({.block_m = 128, .block_n = block_n, .split_k = split_k, .out = out}));
+    for (const auto& [block_n, split_k] : {std::pair{16, 1}, {32, 1}, {32, 2}, {64, 1}, {64, 2}, {128, 1}})
       list.push_back(
           with_stages({.block_m = 64, .block_n = block_n, .num_consumers = 1, .split_k = split_k, .out = out}));
     // Large clusters leave SMs idle unless two fit on one.
@@ -48,7 +48,7 @@ bool streams_weights(const GemmProblem& p) { return p.all_sms && p.m <= 16 && !p
 // A split of K gives work to each SM, if each has enough of it to be worth the sum. More of it costs more than it brings, unless
 // a CTA would still have many k-blocks: then the second CTA of each SM keeps more loads under way (docs/tuning.md).
 const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
-  constexpr int kLongK = 64, kFewestKBlocks = 6;
+  constexpr int kLongK = 64, kFewest = 6;
   const GemmConfig* best = nullptr;
   for (const GemmConfig& config : all_gemm_configs()) {
     if (!config.few_rows() || config.out != p.out || p.m > config.block_m) continue;
@@ -56,24 +56,27 @@ const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
     const int k_blocks = ceil_div(p.k, kBlockK), ctas = plan_with(config, kDefaultGroupM, p, num_sms).num_ctas;
     const bool long_k = 2 * k_blocks / config.split_k > kLongK;  // of half as many CTAs
     const bool fits = ctas <= num_sms || (long_k && ctas <= max_ctas(config, p, num_sms));
-    if (config.split_k == 1 || (fits && k_blocks / config.split_k >= kFewestKBlocks)) best = &config;
+    if (config.split_k == 1 || (fits && k_blocks / config.split_k >= kFewest)) best = &config;
   }
   return best;
 }
 
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in order.
 double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
-  constexpr double kMmaLoss = 1.27;                  // promotion that products of two consumers do not hide, and power
-  constexpr double kMmaLoss3 = 1.235;                // the same of three
-  constexpr double kGroupLoss = 0.01;                // more, where a tile sees several scales of B
-  constexpr double kWaveLatency = 236;               // from a full stage to its promotion, where nothing hides it
-  constexpr double kDramBytes = 1770;                // per cycle, all SMs
-  constexpr double kSmBytes = 42;                    // per cycle, one SM
-  constexpr double kLoadLatency = 2294;              // from an empty stage to a full one
-  constexpr double kTile = 1645;                     // pipeline fill, epilogue, store
-  constexpr double kTileBesideAnother = 0.5;         // how much of it shows if another CTA of the SM goes on
-  constexpr double kSplit = 4069, kSplitPart = 154;  // reduction through distributed shared memory
-  constexpr double kShared = 300;                    // CTAs that wait for each other, where that saves no reads of B
+  constexpr double kProduct = 2.8, kWaveLatency = 92;  // a column, a product, from a full stage to its promotion
+  constexpr double kOverlapped = 3.04, kStep = 253;    // a column, at least, where the next product runs under that
+  // Promotion that is not hidden, and power: two consumers of one wave, of two waves; three consumers.
+  constexpr double kLoss1 = 1.36, kLoss2 = 1.263, kLoss3 = 1.215;
+  constexpr double kGroupLoss = 0.126;  // more, where a tile sees several scales of B
+  constexpr double kDramBytes = 1884;   // per cycle, all SMs
+  constexpr double kSharing = 0.668;    // how much of it tiles of the same columns save
+  constexpr double kSmBytes = 61;       // per cycle, one SM
+  constexpr double kLoadLatency = 2256,
+                   kLoadLatencyOnce = 2921;    // from an empty stage to a full one; of B read only once
+  constexpr double kTile = 2321;               // pipeline fill, epilogue, store
+  constexpr double kTileBesideAnother = 0.65;  // how much of it shows if another CTA of the SM goes on
+  constexpr double kSplit = 3833;              // reduction through distributed shared memory
+  constexpr double kShared = 1500;             // CTAs that wait for each other, where that saves no reads of B
 
   const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
   const double k_blocks = ceil_div(ceil_div(p.k, kBlockK), c.split_k),
@@ -81,21 +84,26 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   const bool small = c.split_k > 1 && smem_layout(c).total <= kHalfOfSmem && c.num_consumers == 1;
   const int per_sm = small ? 2 : max_ctas(c, p, 1);
   const double slots = usable_sms(c.cluster_size(), num_sms) * per_sm, active = std::min(num_ctas, slots);
-  const double n = c.block_n;
-  const double loss = (c.num_consumers == 3 ? kMmaLoss3 : kMmaLoss) + (c.num_scales_b() > 1 ? kGroupLoss : 0);
+  const double sharing_sm = active > num_sms ? per_sm : 1, n = c.block_n;
 
-  double mma = 2.5 * n + kWaveLatency;
-  if (c.num_consumers > 1) mma = std::max(mma, c.num_consumers * 2 * n * loss);
-  mma *= c.num_waves();
-  if (active > num_sms) mma *= per_sm;
-  const double columns_of_b = double(tiles.tiles_n) * c.cluster_n * c.split_k;
-  const double dram = n * kBlockK * std::min(1.0, columns_of_b / active) * active / kDramBytes;
-  const double sm = (double(c.block_m) / c.cluster_n + n / c.cluster_m) * kBlockK / kSmBytes;
-  const double k_block = std::max({mma, dram, sm, kLoadLatency / c.num_stages});
+  double mma = kProduct * n + kWaveLatency;
+  if (c.overlaps())
+    mma = std::max({kStep, kOverlapped * n, c.num_consumers * 2 * n});
+  else if (c.num_consumers > 1)
+    mma = std::max(mma, c.num_consumers * 2 * n *
+                            ((c.num_consumers == 3 ? kLoss3
+                              : c.num_waves() == 2 ? kLoss2
+                                                   : kLoss1) +
+                             (c.num_scales_b() > 1 ? kGroupLoss : 0)));
+  mma *= c.num_waves() * sharing_sm;
+  const int rows_of_tiles = std::min(tiles.tiles_m * c.cluster_m, kDefaultGroupM);  // that run together
+  const double dram = n * kBlockK * active / (1 + (rows_of_tiles - 1) * kSharing) / kDramBytes;
+  const double sm =
+      (double(std::min(p.m, c.block_m)) / c.cluster_n + n / c.cluster_m) * kBlockK / kSmBytes * sharing_sm;
+  const double load = (tiles.tiles_m == 1 ? kLoadLatencyOnce : kLoadLatency) / (c.num_stages * sharing_sm);
   const double tile = kTile * (c.split_k == 1 && active > num_sms ? kTileBesideAnother : 1) +
-                      (c.split_k > 1 ? kSplit + kSplitPart * c.split_k : 0) +
-                      (c.multicasts() && tiles.tiles_m == 1 ? kShared : 0);
-  return std::ceil(num_ctas / slots) * (k_blocks * k_block + tile);
+                      (c.split_k > 1 ? kSplit : 0) + (c.multicasts() && tiles.tiles_m == 1 ? kShared : 0);
+  return std::ceil(num_ctas / slots) * (k_blocks * std::max({mma, dram, sm, load}) + tile);
 }
 
 }  // namespace
@@ -114,7 +122,9 @@ GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& pro
   const DenseTiles tiles(config, problem.m, problem.n, group_m, 0, cluster);
   const int resident = std::max(max_ctas(config, problem, num_sms) / cluster, 1);
   const int clusters = config.split_k > 1 ? tiles.count() : std::min(tiles.count(), resident);
-  return {config, clusters * cluster, group_m};
+  // Where one band holds all rows of tiles, it is as high as they are many: then no tile needs a division.
+  const int rows = tiles.tiles_m, band = rows < group_m && (rows & (rows - 1)) == 0 ? rows : group_m;
+  return {config, clusters * cluster, band};
 }
 
 GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
@@ -128,10 +138,7 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
     if (config.split_k > 1 && plan_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;
-    const int half = config.block_m / 2;
-    if (config.block_m > 64 && problem.m <= half) continue;  // half of the tile would be empty
-    // Or half of the second: TMA takes longer to make zeros than to copy. CTAs that share A share that too.
-    if (config.block_m > 64 && !config.multicasts() && problem.m > 2 * half && problem.m <= 3 * half) continue;
+    if (config.block_m > 64 && problem.m <= config.block_m / 2) continue;  // half of the tile would be empty
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
   }

@@ -50,6 +50,7 @@ struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack;
   bool done = false;
+  std::uint64_t cluster_turn = 0;  // at which it has arrived
   std::vector<AsyncCopy> open_group;
   std::deque<std::vector<AsyncCopy>> groups;
   std::deque<std::function<void()>> products, stores;  // of WGMMA, of TMA: not done before they are waited for

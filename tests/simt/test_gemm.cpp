@@ -52,11 +52,13 @@ void check_gemm(const Shape& shape, bool with_c, Order sfa_order, std::mt19937& 
   const Tensor scales_a = sfa.tensor(), scales_b = sfb.tensor();
   const plan::GemmPlan plan = plan::plan_with(C, 8, {.m = m, .n = n, .k = k, .out = C.out}, 4);
   GemmParams p{};
-  p.rows_a = C.cluster_n > 1 ? C.block_m : std::min(C.block_m, m);
-  p.a = tensor_map(in_a, p.rows_a / C.cluster_n, kBlockK);
+  constexpr int kSlice = C.block_m / C.cluster_n;
+  p.rows_a = std::min(C.block_m, m);
+  p.a = tensor_map(in_a, std::min(kSlice, m), kBlockK);
+  p.a_last = m % kSlice != 0 && m > kSlice ? tensor_map(in_a, m % kSlice, kBlockK) : p.a;
   p.b = tensor_map(in_b, C.block_n / C.cluster_m, kBlockK);
-  if (C.stores_by_tma()) p.d = tensor_map(out, C.consumer_rows(), kPanelColumns);
-  if (C.stores_by_tma() && with_c) p.c = tensor_map(in_c, C.consumer_rows(), kPanelColumns);
+  if (C.stores_by_tma()) p.d = tensor_map(out, C.consumer_rows(), C.panel_columns());
+  if (C.stores_by_tma() && with_c) p.c = tensor_map(in_c, C.consumer_rows(), C.panel_columns());
   p.sfa_by_tma = sfa_order == Order::col_major;
   if (p.sfa_by_tma) {
     const Tensor columns = transposed(scales_a);
@@ -108,6 +110,10 @@ TEST(SimulatedGemm, OfManyRows) {
   check_shapes<{.block_m = 192, .block_n = 128, .num_consumers = 3, .num_stages = 3, .cluster_n = 2}>(
       {{200, 264, 500}});
   check_shapes<{.block_m = 128, .block_n = 192, .num_stages = 3, .cluster_m = 2}>({{270, 200, 500}});
+  check_shapes<{.block_m = 192, .block_n = 96, .num_consumers = 3, .num_stages = 3}>({{200, 200, 500}});
+  check_shapes<{.block_m = 64, .block_n = 64, .num_consumers = 1, .num_stages = 3}>({{70, 129, 129}, {33, 200, 4500}});
+  check_shapes<{.block_m = 64, .block_n = 16, .num_consumers = 1, .num_stages = 4, .out = OutType::f32}>(
+      {{70, 51, 700}});
   check_shapes<{.block_m = 64, .block_n = 64, .num_consumers = 1, .num_stages = 3, .split_k = 4, .out = OutType::f32}>(
       {{70, 129, 1900}});
 }
@@ -164,7 +170,7 @@ void check_rows(Order sfa_order) {
   p.rows_a = C.block_m;
   p.a = tensor_map(a.tensor(), C.rows_of_request(), kBlockK);
   p.b = tensor_map(b.tensor(), C.block_n / C.cluster_m, kBlockK);
-  p.d = tensor_map(out, C.consumer_rows(), kPanelColumns);
+  p.d = tensor_map(out, C.consumer_rows(), C.panel_columns());
   p.sfa_by_tma = sfa_order == Order::col_major;
   if (p.sfa_by_tma) p.sfa_map = scale_map(scales_a, C.scales_a_box());
   p.sfa = static_cast<const float*>(scales_a.data), p.sfb = static_cast<const float*>(scales_b.data);
@@ -286,7 +292,7 @@ void check_bf16(int m, int n, int k) {
   p.sfa_by_tma = 1;
   p.a = map(a.tensor(), kMajorA, C.block_m / C.cluster_n);
   p.b = map(b.tensor(), kMajorB, C.block_n / C.cluster_m);
-  p.d = tensor_map(out, C.consumer_rows(), kPanelColumns);
+  p.d = tensor_map(out, C.consumer_rows(), C.panel_columns());
   p.d_ptr = out.data, p.d_stride = row_stride(out);
   p.m = m, p.n = n, p.k = k, p.group_m = 8;
   simt::launch(

@@ -25,7 +25,7 @@ inline u32 smem_addr(const void* p) { return u32(static_cast<const u8*>(p) - sim
 /// What has this address in another CTA of the cluster.
 inline u8* simt_in_cta(const void* p, int rank) { return simt::cta->cluster->ctas[rank]->shared + smem_addr(p); }
 /// Where the 128-byte swizzle puts a byte.
-inline u32 simt_swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
+inline u32 simt_swizzled(u32 address, int line = 128) { return address ^ (address >> 7 & (line / 16 - 1)) << 4; }
 
 inline void fence_proxy_async() {}
 inline void fence_proxy_async_global() {}

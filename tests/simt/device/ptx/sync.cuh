@@ -28,16 +28,24 @@ inline void named_barrier_arrive(int id, int num_threads) {
 }
 
 inline u32 cluster_ctarank() { return u32(simt::cta->rank); }
-inline void cluster_sync() {
+inline void cluster_arrive() {
+  simt::Cluster& cluster = *simt::cta->cluster;
+  const std::lock_guard lock(cluster.mutex);
+  simt::fiber().cluster_turn = cluster.turn;
+  if (++cluster.arrived == int(cluster.ctas.size() * simt::cta->fibers.size())) cluster.arrived = 0, ++cluster.turn;
+}
+inline void cluster_wait() {
   simt::Cluster& cluster = *simt::cta->cluster;
   std::unique_lock lock(cluster.mutex);
-  const u64 turn = cluster.turn;
-  if (++cluster.arrived == int(cluster.ctas.size() * simt::cta->fibers.size())) cluster.arrived = 0, ++cluster.turn;
-  while (cluster.turn == turn) {
+  while (cluster.turn == simt::fiber().cluster_turn) {
     lock.unlock();
     simt::yield();
     lock.lock();
   }
+}
+inline void cluster_sync() {
+  cluster_arrive();
+  cluster_wait();
 }
 
 inline void grid_wait_dependencies() {}
