@@ -63,6 +63,8 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
       // B first: few others read it, so that it comes from farther away.
       if constexpr (C.cluster_m > 1)
         ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
+      else if (p.streams_b)
+        ptx::tma_load_2d_once(smem.b(stage), &p.b, full, k, at.b);
       else
         ptx::tma_load_2d(smem.b(stage), &p.b, full, k, at.b);
       if constexpr (C.cluster_n == 1 && C.rows_of_request() < C.block_m) {

@@ -77,6 +77,7 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   constexpr double kTileBesideAnother = 0.65;  // how much of it shows if another CTA of the SM goes on
   constexpr double kSplit = 3833;              // reduction through distributed shared memory
   constexpr double kShared = 1500;             // CTAs that wait for each other, where that saves no reads of B
+  constexpr double kSameRows = 1.8;  // times the latency, where CTAs read the same few rows of A at the same time
 
   const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
   const double k_blocks = ceil_div(ceil_div(p.k, kBlockK), c.split_k),
@@ -100,7 +101,9 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   const double dram = n * kBlockK * active / (1 + (rows_of_tiles - 1) * kSharing) / kDramBytes;
   const double sm =
       (double(std::min(p.m, c.block_m)) / c.cluster_n + n / c.cluster_m) * kBlockK / kSmBytes * sharing_sm;
-  const double load = (tiles.tiles_m == 1 ? kLoadLatencyOnce : kLoadLatency) / (c.num_stages * sharing_sm);
+  const bool same_rows = p.m > c.block_m && (p.m - 1) % c.block_m < 16 && tiles.tiles_n > 16 && k_blocks > c.num_stages;
+  const double load = (tiles.tiles_m == 1 ? kLoadLatencyOnce : kLoadLatency) * (same_rows ? kSameRows : 1) /
+                      (c.num_stages * sharing_sm);
   const double tile = kTile * (c.split_k == 1 && active > num_sms ? kTileBesideAnother : 1) +
                       (c.split_k > 1 ? kSplit : 0) + (c.multicasts() && tiles.tiles_m == 1 ? kShared : 0);
   return std::ceil(num_ctas / slots) * (k_blocks * std::max({mma, dram, sm, load}) + tile);
@@ -138,7 +141,7 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
     if (config.split_k > 1 && plan_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;
-    if (config.block_m > 64 && problem.m <= config.block_m / 2) continue;  // half of the tile would be empty
+    if (problem.m <= config.block_m - config.consumer_rows()) continue;  // a consumer would idle
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
   }

@@ -26,7 +26,8 @@ struct SimtTensorMap {
       for (int j = 0; j < box_cols; ++j) {
         const bool inside = y + i >= 0 && y + i < rows && x + j >= 0 && x + j < cols;
         const u32 at = smem + (i * box_cols + j) * element_bytes;
-        f(inside ? data + (y + i) * row_bytes + (x + j) * element_bytes : nullptr, swizzle ? simt_swizzled(at, box_cols * element_bytes) : at);
+        f(inside ? data + (y + i) * row_bytes + (x + j) * element_bytes : nullptr,
+          swizzle ? simt_swizzled(at, box_cols * element_bytes) : at);
       }
     }
   }
