@@ -57,7 +57,7 @@ struct KBlocks {
 // A role finds its first tile before it calls this, once a thread, whole warps; from then on barriers are there.
 template <GemmConfig C>
 __device__ __forceinline__ void begin() {
-  ptx::named_barrier_sync(0, C.num_threads());
+  ptx::barrier_sync(0, C.num_threads());
 }
 
 // --- producers ------------------------------------------------------------------------------------------------------

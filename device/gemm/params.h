@@ -13,16 +13,15 @@ struct GemmParams {
   int group_m;       // see DenseTiles
   int sfa_by_tma;    // else a warp copies `sfa` float by float
   int constant_b;    // B was complete before the previous kernel of the stream began; few rows only
-  int streams_b;     // few CTAs read each tile of B: it leaves L2 first. gemm_fp8 only; of few rows always
+  int streams_b;     // few CTAs read each tile of B: it leaves L2 first. gemm_fp8 without groups; of few rows always
   const float* sfa;  // [m, ceil(k / 128)]
   const float* sfb;  // [ceil(n / 128), ceil(k / 128)]
   i64 sfa_stride_m, sfa_stride_k, sfb_stride_n, sfb_stride_k;
   void* d_ptr;
   const void* c_ptr;  // null: no C
   i64 d_stride, c_stride;
-  TensorMap a;  // box: rows_a / cluster_n rows x 128; of E4M3 groups of rows, rows_of_request()
-  TensorMap
-      a_last;  // box: the rows of M's last slice of block_m / cluster_n, where that is cut short; gemm_fp8 without groups
+  TensorMap a;         // box: rows_a / cluster_n rows x 128; of E4M3 groups of rows, rows_of_request()
+  TensorMap a_last;    // the same of M's last rows, where they do not fill a box; gemm_fp8 without groups
   TensorMap b;         // box: block_n / cluster_m rows x 128
   TensorMap c;         // box: consumer_rows x panel_columns, as D's; C and D only if config.stores_by_tma()
   TensorMap d;         // of gradients, a panel: see GradientStore

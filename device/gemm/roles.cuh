@@ -103,7 +103,7 @@ struct Begin {
     if constexpr (C.multicasts())
       ptx::cluster_wait();
     else
-      ptx::named_barrier_sync(0, C.num_threads());
+      ptx::barrier_sync(0, C.num_threads());
     // After it we read what the previous kernel wrote, and overwrite what it read.
     ptx::grid_wait_dependencies();
   }

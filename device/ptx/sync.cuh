@@ -27,6 +27,10 @@ __device__ __forceinline__ void register_decrease() {
 __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
+// The same from different places in the program, one for each role: not .aligned, as bar.sync is.
+__device__ __forceinline__ void barrier_sync(int id, int num_threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
 // The same; true for all threads if it is for each.
 __device__ __forceinline__ bool named_barrier_all(int id, int num_threads, bool mine) {
   u32 all;

@@ -68,8 +68,8 @@ bool tma_reads(const Tensor& scales) {
          (scales.cols() == 1 || (scales.strides[1] % 4 == 0 && scales.strides[1] >= scales.rows()));
 }
 
-// Weights that few CTAs read, and at the same time, leave L2 before what others wrote there, which needs not be written back
-// meanwhile: 3 to 15 % of the time of large ones. Of many rows they would have to come again.
+// Weights that few CTAs read, at the same time, are the first to leave L2: what others wrote there then need not be written back
+// meanwhile, 3 to 15 % of the time of large weights. With many rows, they would have to come again.
 bool streams_weights(const GemmConfig& config, int m, int n, int k) {
   constexpr int kFewTiles = 3;
   constexpr int64_t kLarge = 8 << 20;  // bytes

@@ -124,9 +124,7 @@ void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const T
   p.sfa_stride_m = sa[a.scales.ndim - 2], p.sfa_stride_k = sa[a.scales.ndim - 1];
   p.sfb_stride_n = b.scales.strides[1], p.sfb_stride_k = b.scales.strides[2];
   p.d_ptr = d.data, p.d_stride = row_stride(d_rows.matrix);
-  const int64_t rows_of_group = options.expected_rows > 0 ? options.expected_rows : m / num_groups;
   p.m = int(m), p.n = n, p.k = k;
-  p.streams_b = rows_of_group <= config.block_m;  // one tile reads them; see gemm_fp8.cpp
   p.groups = {.bounds = static_cast<const int*>(groups.data),
               .fault = fault_word(place.ordinal),
               .by = by,
@@ -139,7 +137,7 @@ void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const T
               .sfa_pitch_y = sfa.pitch_y,
               .sfa_stride_g = masked ? sa[0] : 0,
               .sfb_stride_g = b.scales.strides[0],
-              .few_empty = rows_of_group >= kFewEmpty};
+              .few_empty = (options.expected_rows > 0 ? options.expected_rows : m / num_groups) >= kFewEmpty};
   launch(chosen, p, options.stream);
 }
 

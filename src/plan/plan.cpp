@@ -77,7 +77,7 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   constexpr double kTileBesideAnother = 0.65;  // how much of it shows if another CTA of the SM goes on
   constexpr double kSplit = 3833;              // reduction through distributed shared memory
   constexpr double kShared = 1500;             // CTAs that wait for each other, where that saves no reads of B
-  constexpr double kSameRows = 1.8;  // times the latency, where CTAs read the same few rows of A at the same time
+  constexpr double kFewLastRows = 1.8;         // times the latency, where M's last tile has few rows; measured with 129
 
   const DenseTiles tiles(c, p.m, p.n, 1, 0, c.cluster_size());
   const double k_blocks = ceil_div(ceil_div(p.k, kBlockK), c.split_k),
@@ -101,8 +101,9 @@ double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   const double dram = n * kBlockK * active / (1 + (rows_of_tiles - 1) * kSharing) / kDramBytes;
   const double sm =
       (double(std::min(p.m, c.block_m)) / c.cluster_n + n / c.cluster_m) * kBlockK / kSmBytes * sharing_sm;
-  const bool same_rows = p.m > c.block_m && (p.m - 1) % c.block_m < 16 && tiles.tiles_n > 16 && k_blocks > c.num_stages;
-  const double load = (tiles.tiles_m == 1 ? kLoadLatencyOnce : kLoadLatency) * (same_rows ? kSameRows : 1) /
+  const bool few_last_rows =
+      p.m > c.block_m && (p.m - 1) % c.block_m < 16 && tiles.tiles_n > 16 && k_blocks > c.num_stages;
+  const double load = (tiles.tiles_m == 1 ? kLoadLatencyOnce : kLoadLatency) * (few_last_rows ? kFewLastRows : 1) /
                       (c.num_stages * sharing_sm);
   const double tile = kTile * (c.split_k == 1 && active > num_sms ? kTileBesideAnother : 1) +
                       (c.split_k > 1 ? kSplit : 0) + (c.multicasts() && tiles.tiles_m == 1 ? kShared : 0);

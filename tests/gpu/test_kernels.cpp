@@ -84,6 +84,21 @@ TEST_F(OnGpu, EveryGemmKernelGivesTheBitsOfTheCpu) {
   }
 }
 
+// Weights so large that they leave L2 first.
+TEST_F(OnGpu, GemmOfLargeWeightsGivesTheBitsOfTheCpu) {
+  std::mt19937 rng(kSeed);
+  const Shape shape{70, 8200, 1030};
+  for (const GemmConfig& config : plan::all_gemm_configs()) {
+    if (config.few_rows() || config.block_n != 64) continue;
+    SCOPED_TRACE(jit::gemm_source(config).name);
+    if (config.out == OutType::bf16)
+      check_gemm<cpu::Bf16>(config, shape, false, Order::col_major, rng);
+    else
+      check_gemm<float>(config, shape, true, Order::row_major, rng);
+    if (HasFatalFailure()) return;
+  }
+}
+
 // Rows of D by every kernel and for several M, against the same rows by the first kernel that splits K as often: operands
 // are any E4M3 bits, so that each rounding shows.
 template <class T>

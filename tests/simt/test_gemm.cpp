@@ -53,7 +53,7 @@ void check_gemm(const Shape& shape, bool with_c, Order sfa_order, std::mt19937& 
   const plan::GemmPlan plan = plan::plan_with(C, 8, {.m = m, .n = n, .k = k, .out = C.out}, 4);
   GemmParams p{};
   constexpr int kSlice = C.block_m / C.cluster_n;
-  p.rows_a = std::min(C.block_m, m);
+  p.rows_a = std::min(C.block_m, m), p.streams_b = with_c;
   p.a = tensor_map(in_a, std::min(kSlice, m), kBlockK);
   p.a_last = m % kSlice != 0 && m > kSlice ? tensor_map(in_a, m % kSlice, kBlockK) : p.a;
   p.b = tensor_map(in_b, C.block_n / C.cluster_m, kBlockK);

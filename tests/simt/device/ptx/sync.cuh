@@ -20,6 +20,7 @@ inline bool named_barrier_all(int id, int num_threads, bool mine) {
   return barrier.all;
 }
 
+inline void barrier_sync(int id, int num_threads) { named_barrier_sync(id, num_threads); }
 inline void named_barrier_arrive(int id, int num_threads) {
   simt::Barrier& barrier = simt::cta->barriers[id];
   if (++barrier.arrived < num_threads) return;
