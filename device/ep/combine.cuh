@@ -2,18 +2,18 @@
 // there.
 //
 //   sum_r[t] = bf16(sum over choices k of rank r, in order, of weight[t, k] * rows_r[row(t, k)])
-//   out[t]   = bf16(sum over ranks r in order of sum_r[t], then + residual[t])
+//   out[t]   = bf16(sum of this rank, then over the others r in order of sum_r[t], then + residual[t])
 //
 // in FP32, by FMA; a rank's sum for its own tokens is not rounded.
 //
-//   loading warp      rows of others' tokens; a few tokens later those of this rank's, and slots behind their flags
+//   a loading warp    rows of others' tokens; a few tokens later those of this rank's, and slots behind their flags
 //                     --TMA--> a ring of stages, a row each, with what is to be done with it
 //   summing warps     stages --> sums in registers --> the home's slots, or out
 //   signalling warp   sums sent --> sum flags, one a CTA
 //   at the end        all read --> credits
 //
-// The tokens of a CTA are those of its dispatch, and so are the slots' numbers. Sums are sent token by token, to all
-// ranks in turn, so that each home can begin early.
+// Sums are sent token by token, to all ranks in turn, so that each home can begin early. A CTA's two halves go their own
+// ways: one loading warp alone would need more time to say what is to be done than is needed to do it.
 #pragma once
 #include "device/ep/combine_ring.cuh"
 #include "device/ep/signal.cuh"
@@ -53,8 +53,8 @@ __device__ __forceinline__ u8* ep_sum_slot(const EpOperation& op, int at, int fr
   const EpCommon& c = op.c;
   return op.buffer(at, c.layout.sums) + (i64(ep_peer_idx(at, from)) * c.shape.max_tokens + token) * c.layout.sum_slot;
 }
-__device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int from) {
-  return op.word(at, op.c.layout.sum_flags, from * op.c.shape.num_ctas + int(blockIdx.x));
+__device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int from, int half) {
+  return op.word(at, op.c.layout.sum_flags, (from * op.c.shape.num_ctas + int(blockIdx.x)) * kEpHalves + half);
 }
 
 // --- loading --------------------------------------------------------------------------------------------------------
@@ -122,9 +122,10 @@ __device__ __forceinline__ void ep_load_rows(const EpCombineParams& p, EpFeeder&
 
 // How many tokens' sums each peer has sent as far as is known, one a lane (of ranks above 31 nothing is).
 struct EpNews {
+  int half;
   u32 count = 0;
 
-  // Until the peers in `ranks` have sent their sums of this rank's token number i of this CTA. By a warp.
+  // Until the peers in `ranks` have sent their sums of this rank's token number i of this half. By a warp.
   __device__ __forceinline__ bool wait(const EpCombineParams& p, const EpOperation& op, u64 ranks, u32 i) {
     const EpCommon& c = p.c;
     const int lane = threadIdx.x % 32;
@@ -133,7 +134,7 @@ struct EpNews {
 #pragma unroll 1
     for (int r = lane; r < c.shape.num_ranks; r += 32) {
       if (!(ranks >> r & 1)) continue;
-      const u64* flag = ep_sum_flag(op, c.rank, r);
+      const u64* flag = ep_sum_flag(op, c.rank, r, half);
       const u64 wanted = ep_flag(op.epoch, ep_sums_format(p), i + 1), seen = ptx::load_acquire_sys(flag);
       const bool is_here = seen >= wanted && seen >> 24 == wanted >> 24;
       if (r == lane) count = is_here ? ep_flag_count(seen) : i + 1;
@@ -161,15 +162,14 @@ __device__ __forceinline__ void ep_write_values(const EpCombineParams& p, const 
 
 // A sum of this rank's rows to its slot at the token's home.
 __device__ __forceinline__ void ep_load_send(const EpCombineParams& p, const EpOperation& op, EpFeeder& feeder,
-                                             const EpWork& work, int steps) {
-  const int row_bytes = 2 * p.c.shape.hidden;
+                                             const EpWork& work, EpRange bytes, int steps) {
   const u32 rows = __ballot_sync(0xffffffffu, work.terms.has_row(p));
   if (!__any_sync(0xffffffffu, work.terms.row != kEpNotHere)) return;  // nobody will look
   u8* slot = ep_sum_slot(op, work.source, p.c.rank, work.token);
-  const short count = short(__popc(rows));
+  const int count = __popc(rows);
 #pragma unroll 1
-  for (int begin = 0; begin < row_bytes; begin += kEpStageBytes) {
-    const EpStage sum{slot + begin, nullptr, min_of(row_bytes - begin, kEpStageBytes), count, 0, 0, steps, 0};
+  for (int begin = bytes.begin; begin < bytes.end; begin += kEpStageBytes) {
+    const EpStage sum{slot + begin, nullptr, min_of(bytes.end - begin, kEpStageBytes), count, steps, 0};
     if (count > 0)
       ep_load_rows(p, feeder, work.terms, rows, begin, sum);
     else
@@ -179,28 +179,26 @@ __device__ __forceinline__ void ep_load_send(const EpCombineParams& p, const EpO
 
 // The sum of a token of this rank: its own rows first, which need no waiting, then the other ranks' sums.
 __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpOperation& op, EpFeeder& feeder,
-                                             EpNews& news, const EpWork& work, int number, int steps) {
+                                             EpNews& news, const EpWork& work, EpRange bytes, int number, int steps) {
   const EpCommon& c = p.c;
-  const int row_bytes = 2 * c.shape.hidden, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   const u32 rows = __ballot_sync(0xffffffffu, work.terms.has_row(p));
-  const u64 me = u64(1) << c.rank, others = ep_ranks_of(c, work.expert) & ~me, before = others & (me - 1);
-  const int own = __popc(rows), num_before = __popcll(before), num_others = __popcll(others);
+  const u64 others = ep_ranks_of(c, work.expert) & ~(u64(1) << c.rank);
+  const int own = __popc(rows), num_others = __popcll(others);
   const u8* residual = static_cast<const u8*>(p.residual);
   // Whoever waits for what this rank has sent must not have to wait for what it waits for.
   if (own == 0 && others != 0) feeder.push_nothing(steps, 0);
 #pragma unroll 1
-  for (int begin = 0; begin < row_bytes; begin += kEpStageBytes) {
+  for (int begin = bytes.begin; begin < bytes.end; begin += kEpStageBytes) {
     const EpStage sum{static_cast<u8*>(p.out) + work.token * p.out_stride * 2 + begin,
                       residual ? residual + work.token * p.residual_stride * 2 + begin : nullptr,
-                      min_of(row_bytes - begin, kEpStageBytes),
-                      short(own),
-                      short(num_before),
-                      short(num_others - num_before),
+                      min_of(bytes.end - begin, kEpStageBytes),
+                      own + num_others,
                       steps,
                       0};
     if (own + num_others == 0) feeder.push(1, nullptr, 0, sum, true);
     ep_load_rows(p, feeder, work.terms, rows, begin, sum);
-    if (begin == 0 && !news.wait(p, op, others, u32(number))) {
+    if (begin == bytes.begin && !news.wait(p, op, others, u32(number))) {
       // What has been said to come must come, be it anything.
 #pragma unroll 1
       for (int i = 0; own != 0 && i < num_others; ++i) feeder.push(1, nullptr, 0, sum, false);
@@ -216,18 +214,19 @@ __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpO
       is_first = false;
     }
   }
-  if (p.values) ep_write_values(p, op, work);
+  if (p.values && bytes.begin == 0) ep_write_values(p, op, work);
   return true;
 }
 
 __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOperation& send, const EpOperation& recv,
-                                            EpFeeder& feeder) {
+                                            EpFeeder& feeder, int half) {
   const EpCommon& c = p.c;
   const EpRange* tokens = feeder.smem.tokens;
+  const EpRange bytes = ep_bytes_of_half(c.shape, half);
   const int num_ranks = c.shape.num_ranks, lane = threadIdx.x % 32;
   EpUnit unit(p, tokens);
   EpWork work(p, unit, tokens);
-  EpNews news;
+  EpNews news{half};
   if (c.send) {
     const EpRange mine{int(blockIdx.x), int(blockIdx.x) + 1};
     const bool fine = ep_wait_for_credits(send, kEpPhaseCombineCredit, c.layout.combine_credit, mine, lane, 32);
@@ -242,8 +241,8 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
     work = EpWork(p, unit, tokens);
     if (present.source < 0) continue;
     if (!is_home) {
-      ep_load_send(p, send, feeder, present, steps);
-    } else if (!ep_load_home(p, recv, feeder, news, present, number, steps)) {
+      ep_load_send(p, send, feeder, present, bytes, steps);
+    } else if (!ep_load_home(p, recv, feeder, news, present, bytes, number, steps)) {
       return false;
     }
   }
@@ -269,24 +268,32 @@ __device__ __forceinline__ void ep_send_values(const EpCombineParams& p, const E
   }
 }
 
-// Tells every home how many tokens' sums have been sent: as many as all summing warps have stored.
+// Tells every home how many tokens' sums of each half have been sent: as many as all its summing warps have stored.
 __device__ __forceinline__ void ep_signal_sums(const EpCombineParams& p, const EpOperation& op, EpCombineSmem& smem) {
   const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32, num_steps = EpUnit(p, smem.tokens).sends;
-  int told = 0;
+  const int lane = threadIdx.x % 32;
+  int num_steps[kEpHalves], told[kEpHalves] = {}, left = 0;
+#pragma unroll
+  for (int h = 0; h < kEpHalves; ++h) left += num_steps[h] = EpUnit(p, smem.halves[h].tokens).sends;
 #pragma unroll 1
-  while (told < num_steps && ep_look(smem.failed) == 0) {
+  while (left > 0 && ep_look(smem.failed) == 0) {
     ptx::nanosleep(50);
-    const int mine = lane < kEpSumWarps ? ep_look(smem.steps[lane]) : num_steps;
-    const int stored = num_steps - int(__reduce_max_sync(0xffffffffu, u32(num_steps - mine)));
-    if (stored == told) continue;
-    ptx::fence_acq_rel_cta();
-    if (p.values) ep_send_values(p, op, smem.tokens, told, stored);
-    told = stored;
-    __syncwarp();
+#pragma unroll
+    for (int h = 0; h < kEpHalves; ++h) {
+      EpCombineHalf& half = smem.halves[h];
+      const int mine = lane < kEpSumWarps ? ep_look(half.steps[lane]) : num_steps[h];
+      const int stored = num_steps[h] - int(__reduce_max_sync(0xffffffffu, u32(num_steps[h] - mine)));
+      if (stored == told[h]) continue;
+      ptx::fence_acq_rel_cta();
+      if (p.values && ep_bytes_of_half(c.shape, h).begin == 0) ep_send_values(p, op, half.tokens, told[h], stored);
+      left -= stored - told[h];
+      told[h] = stored;
+      __syncwarp();
 #pragma unroll 1
-    for (int r = lane; r < c.shape.num_ranks; r += 32)
-      if (r != c.rank) ptx::store_release_sys(ep_sum_flag(op, r, c.rank), ep_flag(op.epoch, ep_sums_format(p), told));
+      for (int r = lane; r < c.shape.num_ranks; r += 32)
+        if (r != c.rank)
+          ptx::store_release_sys(ep_sum_flag(op, r, c.rank, h), ep_flag(op.epoch, ep_sums_format(p), stored));
+    }
   }
 }
 
@@ -298,26 +305,31 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   if (threadIdx.x == 0) {
     smem.failed = 0;
 #pragma unroll 1
-    for (int s = 0; s < kEpStages; ++s) {
-      ptx::mbarrier_init(&smem.full[s], 1);
-      ptx::mbarrier_init(&smem.empty[s], kEpSumWarps);
+    for (int i = 0; i < kEpHalves * kEpStages; ++i) {
+      EpCombineHalf& half = smem.halves[i / kEpStages];
+      ptx::mbarrier_init(&half.full[i % kEpStages], 1);
+      ptx::mbarrier_init(&half.empty[i % kEpStages], kEpSumWarps);
     }
     ptx::fence_mbarrier_init();
   }
   ptx::grid_wait_dependencies();
-  if (int(threadIdx.x) < kEpSumWarps) smem.steps[threadIdx.x] = 0;
-  if (int(threadIdx.x) < c.shape.num_ranks) {
-    const int r = threadIdx.x, count = r == c.rank ? c.num_tokens : c.handle[c.handle_layout.num_tokens + r];
-    smem.tokens[r] = ep_tokens_of_cta(count, blockIdx.x, c.shape.num_ctas);
+  if (int(threadIdx.x) < kEpHalves * kEpSumWarps)
+    smem.halves[threadIdx.x / kEpSumWarps].steps[threadIdx.x % kEpSumWarps] = 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kEpHalves * c.shape.num_ranks; i += 32 * kEpCombineWarps) {
+    const int r = i / kEpHalves, h = i % kEpHalves;
+    const int count = r == c.rank ? c.num_tokens : c.handle[c.handle_layout.num_tokens + r];
+    smem.halves[h].tokens[r] = ep_tokens_of_half(c.shape, count, blockIdx.x, h);
   }
   const EpOperation send(c, kEpCombineSend), recv(c, kEpCombineRecv);
   __syncthreads();
-  if (warp < kEpSumWarps) {
-    ep_sum_stages(smem);
-  } else if (warp == kEpSumWarps) {
-    EpFeeder feeder{smem};
-    if (!ep_load_all(p, send, recv, feeder)) *static_cast<volatile int*>(&smem.failed) = 1;
-    feeder.push_nothing(EpUnit(p, smem.tokens).sends, 1);
+  if (warp < kEpHalves * kEpSumWarps) {
+    ep_sum_stages(smem.halves[warp / kEpSumWarps], warp % kEpSumWarps);
+  } else if (warp < kEpHalves * (kEpSumWarps + 1)) {
+    const int half = warp - kEpHalves * kEpSumWarps;
+    EpFeeder feeder{smem.halves[half]};
+    if (!ep_load_all(p, send, recv, feeder, half)) *static_cast<volatile int*>(&smem.failed) = 1;
+    feeder.push_nothing(EpUnit(p, feeder.smem.tokens).sends, 1);
   } else {
     ep_give_late_credits(recv, c.layout.combine_credit);
     if (c.send) ep_signal_sums(p, send, smem);

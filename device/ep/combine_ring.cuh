@@ -1,4 +1,5 @@
-// The ring of combine (combine.cuh): one warp loads rows into its stages, fourteen add them up in registers.
+// The rings of combine (combine.cuh), one for each half of a CTA: one warp loads rows into its stages, seven add them up in
+// registers.
 //
 //   full[s]    the loading warp's lane, when it has said what is to be done, and TMA, when the row is there
 //   empty[s]   the summing warps, when each has the row in registers
@@ -16,19 +17,22 @@ namespace phalanx {
 struct alignas(16) EpStage {
   u8* out;
   const u8* residual;
-  int bytes;                // of the columns
-  short own, before, more;  // rows of this rank; sums of ranks before it, which are added first; and of ranks behind it
-  int steps;                // of so many tokens of every source all sums have been asked for before this one
+  int bytes;  // of the columns
+  int terms;
+  int steps;  // of so many tokens of every source all sums have been asked for before this one
   int stop;
 };
 
-struct EpCombineSmem {
+struct EpCombineHalf {
   u8 rows[kEpStages][kEpStageBytes];
   EpStage stage[kEpStages];
   float weight[kEpStages];
   u64 full[kEpStages], empty[kEpStages];
-  int steps[32];  // finished by each summing warp
+  int steps[kEpSumWarps];  // finished by each summing warp
   EpRange tokens[kEpMaxRanks];
+};
+struct EpCombineSmem {
+  EpCombineHalf halves[kEpHalves];
   int failed;
 };
 static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
@@ -49,7 +53,7 @@ struct EpRing {
 
 // The loading warp's side.
 struct EpFeeder {
-  EpCombineSmem& smem;
+  EpCombineHalf& smem;
   EpRing ring = {};
 
   // One stage for each lane in `lanes`, at most kEpStages, in their order; empty if there is no row. The first one may be
@@ -73,7 +77,7 @@ struct EpFeeder {
     ring.advance(__popc(lanes));
   }
   __device__ __forceinline__ void push_nothing(int steps, int stop) {
-    const EpStage sum{nullptr, nullptr, 0, 0, 0, 0, steps, stop};
+    const EpStage sum{nullptr, nullptr, 0, 0, steps, stop};
     push(1, nullptr, 0, sum, true);
   }
 };
@@ -100,11 +104,11 @@ struct EpSum {
 };
 
 // Adds the next `count` stages.
-__device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpCombineSmem& smem, EpRing& ring,
+__device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpCombineHalf& smem, EpRing& ring, int first,
                                               int count) {
-  const int lane = threadIdx.x % 32, first = int(threadIdx.x) * 16;
+  const int lane = threadIdx.x % 32;
   // Some at once: one after the other, each would wait for its barrier and for shared memory.
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 2;
 #pragma unroll 1
   for (int done = 0; done < count; done += kAtOnce) {
     const int now = min_of(count - done, kAtOnce);
@@ -137,8 +141,9 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpComb
   }
 }
 
-__device__ __forceinline__ void ep_sum_stages(EpCombineSmem& smem) {
-  const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32;
+// By warp `warp` of the half.
+__device__ __forceinline__ void ep_sum_stages(EpCombineHalf& smem, int warp) {
+  const int lane = threadIdx.x % 32, first = warp * kEpPitch + lane * 16;  // this thread's bytes of a stage
   EpRing ring;
   int steps = 0;
 #pragma unroll 1
@@ -154,17 +159,8 @@ __device__ __forceinline__ void ep_sum_stages(EpCombineSmem& smem) {
       }
     }
     EpSum sum[kEpSumPieces] = {};
-    ep_add_stages(sum, smem, ring, todo.own);
-    if (todo.before != 0) {
-      EpSum total[kEpSumPieces] = {};
-      ep_add_stages(total, smem, ring, todo.before);
-#pragma unroll
-      for (int i = 0; i < kEpSumPieces; ++i)
-#pragma unroll
-        for (int j = 0; j < 8; ++j) sum[i].v[j] += total[i].v[j];
-    }
-    ep_add_stages(sum, smem, ring, todo.more);
-    if (todo.own + todo.before + todo.more == 0) {
+    ep_add_stages(sum, smem, ring, first, todo.terms);
+    if (todo.terms == 0) {
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.stage]);
       ring.advance(1);
@@ -172,7 +168,7 @@ __device__ __forceinline__ void ep_sum_stages(EpCombineSmem& smem) {
     }
 #pragma unroll
     for (int i = 0; i < kEpSumPieces; ++i) {
-      const int at = int(threadIdx.x) * 16 + i * (kEpSumWarps * kEpPitch);
+      const int at = first + i * (kEpSumWarps * kEpPitch);
       if (at >= todo.bytes) continue;
       if (todo.residual) sum[i].add(*reinterpret_cast<const EpVector*>(todo.residual + at), 1.0f);
       *reinterpret_cast<EpVector*>(todo.out + at) = sum[i].to_bf16();

@@ -41,10 +41,11 @@ struct alignas(16) EpVector {
 };
 constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a thread's pieces to its next
 
-// Combine: warps that sum, and one each that loads and that signals. A stage holds a row, or so many columns of one.
-constexpr int kEpSumWarps = 14, kEpCombineWarps = kEpSumWarps + 2;
-constexpr int kEpSumPieces = 2, kEpStageBytes = kEpSumPieces * kEpSumWarps * kEpPitch, kEpStages = 15;
-constexpr int kEpCombineSmemBytes = kEpStages * (kEpStageBytes + 72) + 1024;
+// Combine: a CTA has two halves, which share nothing but their end: warps that sum, one that loads, and a ring of stages.
+// One more warp signals for both. A stage holds a row, or so many columns of one.
+constexpr int kEpHalves = 2, kEpSumWarps = 7, kEpCombineWarps = kEpHalves * (kEpSumWarps + 1) + 1;
+constexpr int kEpSumPieces = 4, kEpStageBytes = kEpSumPieces * kEpSumWarps * kEpPitch, kEpStages = 7;
+constexpr int kEpCombineSmemBytes = kEpHalves * (kEpStages * (kEpStageBytes + 72) + 8 * 64) + 1024;
 
 // What is agreed upon by all ranks.
 struct EpShape {
@@ -84,7 +85,7 @@ struct EpLayout {
   i64 dispatch_credit, combine_credit;  // u64 [R][G]: epoch that a CTA of rank d has finished to read
   i64 route_flags;                      // u64 [R][G]
   i64 token_flags;                      // u64 [R][T][parts]
-  i64 sum_flags;                        // u64 [R][G]
+  i64 sum_flags;                        // u64 [R][G][halves]
   i64 buffers, buffer_stride;
   i64 headers, choices, weights, counts, tokens, sums;  // within a buffer
   i64 token_slot, sum_slot;                             // bytes
@@ -105,7 +106,7 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   l.route_flags = l.combine_credit + ep_align_region(ranks * s.num_ctas * 8);
   l.token_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
   l.sum_flags = l.token_flags + ep_align_region(ranks * ep_pieces_per_rank(s) * 8);
-  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * 8);
+  l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpHalves * 8);
   l.headers = 0;
   l.choices = ep_align_region(ranks * 8);
   l.weights = l.choices + choices;
@@ -230,6 +231,20 @@ constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, int num_ctas) {
   const int piece = ceil_div(num_tokens, num_ctas);
   const i64 begin = i64(piece) * cta;
   return {int(min_of<i64>(begin, num_tokens)), int(min_of<i64>(begin + piece, num_tokens))};
+}
+// What a half of a CTA of combine does: half of the tokens, or where they are few, half of each one's columns.
+constexpr bool ep_halves_columns(const EpShape& s) { return s.max_tokens <= 2 * s.num_ctas; }
+constexpr EpRange ep_half(EpRange all, int half, int unit) {
+  const int middle = all.begin + ceil_div(all.size(), 2 * unit) * unit;
+  return half == 0 ? EpRange{all.begin, min_of(middle, all.end)} : EpRange{min_of(middle, all.end), all.end};
+}
+constexpr EpRange ep_tokens_of_half(const EpShape& s, int num_tokens, int cta, int half) {
+  const EpRange tokens = ep_tokens_of_cta(num_tokens, cta, s.num_ctas);
+  return ep_halves_columns(s) ? tokens : ep_half(tokens, half, 1);
+}
+constexpr EpRange ep_bytes_of_half(const EpShape& s, int half) {
+  const EpRange row{0, 2 * s.hidden};
+  return ep_halves_columns(s) ? ep_half(row, half, 16) : row;
 }
 // Some tokens, cut into pieces: a token's parts are neighbours.
 struct EpPieces {

@@ -109,8 +109,9 @@ class PHALANX_API ExpertParallel {
   /// enqueued
   void dispatch(const EpDispatch& args);
 
-  /// out[t] = sum over ranks r in order of sum over its choices k in order of weight[t, k] * row, + residual[t]. Each
-  /// rank sums in FP32 by FMA; other ranks' sums are rounded to BF16 for the way, and the total once more.
+  /// out[t] = sum over ranks, this one first, then the others in order, of the sum over its choices k in order of
+  /// weight[t, k] * row, + residual[t]. Each rank sums in FP32 by FMA; other ranks' sums are rounded to BF16 for the way,
+  /// and the total once more.
   void combine(const EpCombine& args);
 
   /// Throws what went wrong in operations that have finished on the device: call it after waiting for the stream.

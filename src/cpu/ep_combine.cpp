@@ -61,7 +61,8 @@ bool receive_sums(const EpCombineParams& p, const EpOperation& op, const EpHandl
     const Bf16* residual = static_cast<const Bf16*>(p.residual) + t * p.residual_stride;
     for (int i = 0; i < hidden; ++i) total[i] = 0.0f;
     if (p.values) std::fill_n(p.topk_values + t * topk, topk, 0.0f);
-    for (int r = 0; r < c.shape.num_ranks; ++r) {
+    for (int turn = 0; turn < c.shape.num_ranks; ++turn) {
+      const int r = turn == 0 ? c.rank : turn - (turn <= c.rank);  // this one, then the others in order
       if (!handle.goes_to(r, t)) continue;
       if (r == c.rank) {
         sum_rows(p, handle, r, t, sum.data(), values.data());

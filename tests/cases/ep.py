@@ -120,11 +120,11 @@ def check_rows(problem: Problem, rank: int, result: phalanx.Dispatched) -> Rows:
 def expected_sums(
     problem: Problem, rank: int, rows: list[Rows], values: list[torch.Tensor], residual=None, weighted=True
 ) -> torch.Tensor:
-    """Combine's result, step by step: FMA in FP32 on each rank, BF16 from others, then FP32 in order of ranks."""
+    """Combine's result, step by step: FMA in FP32 on each rank; then its own, and others' in BF16 in order of ranks."""
     config = problem.config
     t = len(problem.x[rank])
     total = np.zeros((t, config.hidden), np.float32)
-    for r, theirs in enumerate(rows):
+    for r, theirs in sorted(enumerate(rows), key=lambda item: item[0] != rank):
         sums = np.zeros((t, config.hidden), np.float32)
         here = np.zeros(t, bool)
         mine = np.flatnonzero(theirs.source == rank)

@@ -112,7 +112,9 @@ std::vector<std::uint16_t> reference_sums(const EpProblem& p, int rank, const st
   for (int t = 0; t < p.tokens[rank]; ++t) {
     for (int h = 0; h < hidden; ++h) {
       float total = 0.0f;
-      for (int r = 0; r < p.num_ranks(); ++r) {
+      for (int turn = -1; turn < p.num_ranks(); ++turn) {  // its own, then the others'
+        const int r = turn < 0 ? rank : turn;
+        if (turn == rank) continue;
         float sum = 0;
         bool any = false;
         for (int k = 0; k < topk; ++k) {
