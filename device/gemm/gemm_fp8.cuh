@@ -64,6 +64,11 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem) 
         if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfb(stage), &p.sfb_map, full, t.n, kb);
       if constexpr (C.cluster_m > 1)
         ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
+      else if constexpr (C.gates_and_ups())
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          ptx::tma_load_2d(smem.b(stage) + half * (C.block_n / 2) * kBlockK, &p.b, full, k,
+                           at.b - t.n / 2 + half * (p.n / 2));
       else
         ptx::tma_load_2d(smem.b(stage), &p.b, full, k, at.b);
       if constexpr (C.grouping == Grouping::columns)
@@ -194,9 +199,13 @@ struct Consumer {
   }
 };
 
+// Of tiles that become D.
+struct NoOtherStore {};
+
 // A persistent CTA: one tile after the other, each stored while the producers already fetch the next.
-template <GemmConfig C>
-__device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer) {
+template <GemmConfig C, class OtherStore = NoOtherStore>
+__device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer,
+                              OtherStore other_store = {}) {
   auto tiles = my_tiles<C>(p, smem);
   auto staged = smem.staged();
   const KRange ks = my_k_range<C>(p, {});
@@ -236,7 +245,9 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
       });
     }
     t = output_tile<C>(p, t);
-    if constexpr (C.stores_by_tma())
+    if constexpr (C.gates_and_ups())
+      other_store(t, self.acc);
+    else if constexpr (C.stores_by_tma())
       staged.store(p, t, consumer, self.acc);
     else if constexpr (C.split_k == 1)
       store_tile_direct<C>(p, t, consumer, self.acc);

@@ -8,7 +8,7 @@ namespace phalanx {
 // Strides are in elements.
 struct GemmParams {
   TensorMap a;        // box: rows_a / cluster_n rows x 128; of E4M3 groups of rows, rows_of_request()
-  TensorMap b;        // box: block_n / cluster_m rows x 128
+  TensorMap b;        // box: rows_of_request_b() rows x 128
   TensorMap c;        // box: consumer_rows x 64, as D's; C and D only if config.stores_by_tma()
   TensorMap d;        // of gradients, a panel: see GradientStore
   TensorMap sfa_map;  // box: scales_a_box x 1 of the transposed scales; only if sfa_by_tma
