@@ -1,5 +1,8 @@
 """Grouped products and weight gradients beside DeepGEMM: python -m bench.grouped [--only ragged,masked]
 
+--only swiglu takes products of gates and ups with SwiGLU in their epilogue beside the two kernels, 1 to 8192 tokens
+over 32 experts, all of them here.
+
 Experts are those of DeepSeek-V3, (N, K) = (4096, 7168) and (7168, 2048), unless --experts says otherwise; --only sweep
 takes three models' experts and 1 to 8192 tokens on each of eight ranks, routed at random. FLOPs and bytes count the
 rows that groups really have: a library that pads does so at its own cost. Results: bench/results/grouped.json.
@@ -32,6 +35,7 @@ MODELS = {  # experts, then (N, K) of gate and up together and of down
     "qwen3-30b": (128, ((1536, 2048), (2048, 768))),
 }
 RANKS, TOP_K = 8, 8
+SWIGLU_EXPERTS = 32
 SAMPLED_ROWS = 64
 ALIGNMENT = 128  # of a group's rows in DeepGEMM's contiguous layout
 
@@ -123,6 +127,37 @@ def contiguous(sizes: list[int], n: int, k: int, deep_gemm, op: str) -> Case:
     num_bytes = rows * (k + 4 * (k // 128)) + used * n * k + 2 * rows * n
     shape = {"groups": groups, "rows": rows, "n": n, "k": k}
     return Case(op, shape, 2 * rows * n * k, num_bytes, calls, errors)
+
+
+def swiglu(tokens: int, n: int, k: int, op: str) -> Case:
+    """Gates and ups, SwiGLU and quantisation: in one kernel, in two, and as the planner has it with room for either."""
+    generator = torch.Generator().manual_seed(tokens)
+    chosen = torch.rand(tokens, SWIGLU_EXPERTS, generator=generator).topk(TOP_K).indices
+    sizes = torch.bincount(chosen.flatten(), minlength=SWIGLU_EXPERTS)
+    rows = tokens * TOP_K
+    a, b = operand((rows, k), (1, 128), 1), weights(SWIGLU_EXPERTS, n, k)
+    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int().cuda()
+    d = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
+    one, two, planned = (phalanx.swiglu_quantize(d.zero_()) for _ in range(3))
+    calls = {
+        "phalanx": lambda: phalanx.grouped_gemm_fp8_swiglu(a, b, offsets, out=one),
+        "two_kernels": lambda: phalanx.swiglu_quantize(phalanx.grouped_gemm_fp8(a, b, offsets, out=d), out=two),
+        "planned": lambda: phalanx.grouped_gemm_fp8_swiglu(a, b, offsets, out=planned, gates_and_ups=d),
+        "product_alone": lambda: phalanx.grouped_gemm_fp8(a, b, offsets, out=d),
+    }
+
+    def difference(q: phalanx.Quantized) -> float:
+        """0 if all bytes are those of the two kernels."""
+        calls["two_kernels"]()
+        same = torch.equal(q.data.view(torch.uint8), two.data.view(torch.uint8)) and torch.equal(q.scales, two.scales)
+        return 0.0 if same else math.inf
+
+    errors = {
+        name: partial(difference, q) for name, q in (("phalanx", one), ("two_kernels", two), ("planned", planned))
+    }
+    num_bytes = rows * (k + 4 * (k // 128)) + int((sizes > 0).sum()) * n * k + rows * n // 2
+    shape = {"groups": SWIGLU_EXPERTS, "rows": rows, "n": n, "k": k}
+    return Case(op, shape, 2 * rows * n * k, num_bytes, calls, errors | {"product_alone": lambda: 0.0})
 
 
 def uneven(groups: int, expected: int) -> list[int]:
@@ -235,6 +270,10 @@ def cases(kinds: tuple[str, ...], experts: tuple[tuple[int, int], ...], deep_gem
                 yield partial(gradient, [tokens] * groups, n, k, deep_gemm)
             for tokens in (4096, 8192):
                 yield partial(gradient, [tokens], n, k, deep_gemm)
+    if "swiglu" in kinds:
+        for model, (_, ((n, k), _)) in MODELS.items():
+            for tokens in (1, 16, 64, 512, 2048, 8192):
+                yield partial(swiglu, tokens, n, k, f"swiglu_{model}_{tokens}")
     for model in MODELS:
         if "sweep" in kinds or model in kinds:
             yield from sweep(model, deep_gemm)
@@ -282,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.grouped", description=__doc__)
     parser.add_argument(
         "--only",
-        default="contiguous,ragged,masked,wgrad,sweep",
+        default="contiguous,ragged,masked,swiglu,wgrad,sweep",
         help="kinds, or models of the sweep (default %(default)s)",
     )
     parser.add_argument("--experts", default="", help="NxK,NxK instead of DeepSeek-V3's")
@@ -318,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
             f" {row['of_read'] or 0:.2f}  {peers} {row['failed'] or ''}",
             flush=True,
         )
-    for peer in ("deep_gemm",):
+    for peer in ("deep_gemm", "two_kernels"):
         by_op: dict[str, list[float]] = {}
         for row in result["rows"]:
             if peer in row["peers"]:

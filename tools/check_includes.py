@@ -22,8 +22,16 @@ SHARED_DEVICE = r"device/.*\.h"
 PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("device/ptx", [r"device/types\.h", r"device/ptx/.*"]),
     ("device/gemm", [r"device/types\.h", r"device/(ptx|gemm)/.*"]),
-    # Few tokens are quantised on their way.
-    ("device/moe", [r"device/types\.h", r"device/quantize/(params\.h|encode\.cuh)", r"device/(ptx|moe)/.*"]),
+    # Few tokens are quantised on their way, and gates and ups in their product's epilogue.
+    (
+        "device/moe",
+        [
+            r"device/types\.h",
+            r"device/gemm/(params\.h|gemm_fp8\.cuh)",
+            r"device/quantize/(params\.h|encode\.cuh|swiglu_pieces\.cuh)",
+            r"device/(ptx|moe)/.*",
+        ],
+    ),
     ("device/quantize", [r"device/types\.h", r"device/(ptx|quantize)/.*"]),
     # Dispatch quantises with the quantiser's constants.
     ("device/ep", [r"device/types\.h", r"device/quantize/(config\.h|encode\.cuh)", r"device/(ptx|moe|ep)/.*"]),

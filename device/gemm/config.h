@@ -18,7 +18,8 @@ constexpr int kTileSlotBytes = 32;
 constexpr int kMaxSmemBytes = 232448;  // that one CTA of an SM90 may use
 constexpr int kSmemPerSm = 233472;     // that its CTAs share, 1024 of them for each
 
-enum class OutType { bf16, f32 };
+// What becomes of a tile: D in a type, or, of gates and ups, what SwiGLU makes of them, in E4M3 (device/moe/gemm_swiglu.cuh).
+enum class OutType { bf16, f32, swiglu };
 
 // What a kernel multiplies: one product; rows of A in groups, each with its own B; or columns of A and B in groups, each with
 // its own D, where B has a scale per row as A has: the gradients of weights.
@@ -55,17 +56,20 @@ struct GemmConfig {
   constexpr int producer_registers() const { return num_consumers == 3 ? 32 : 40; }
   constexpr int num_threads() const { return kWarpgroup * num_consumers + (few_rows() ? 96 : kWarpgroup); }
   // Columns of a tile that share a scale of B wherever the tile begins, and the number of scales that a tile can meet.
-  constexpr int scale_group() const { return gcd_of(block_n, kScaleBlock); }
+  constexpr int scale_group() const { return gates_and_ups() ? block_n / 2 : gcd_of(block_n, kScaleBlock); }
   constexpr int num_scales_b() const { return 1 + ceil_div(block_n - scale_group(), kScaleBlock); }
   constexpr int cluster_size() const { return cluster_n * cluster_m * split_k; }
   constexpr bool multicasts() const { return cluster_n * cluster_m > 1; }
   constexpr bool grouped() const { return grouping != Grouping::none; }
   constexpr bool scaled() const { return operand == Operand::e4m3; }
+  // A tile's columns: half of them gates, then the same columns of the ups, N / 2 rows further down in B.
+  constexpr bool gates_and_ups() const { return out == OutType::swiglu; }
   constexpr bool scales_b_by_row() const { return scaled() && grouping == Grouping::columns; }
   // Rows of A that one request brings. Of a group's last tile only those that have rows are made, if A is not shared.
   constexpr int rows_of_request() const {
     return grouping != Grouping::rows || cluster_n > 1 ? block_m / cluster_n : block_m > 64 ? 64 : 16;
   }
+  constexpr int rows_of_request_b() const { return gates_and_ups() ? block_n / 2 : block_n / cluster_m; }
   // Scales of A that TMA brings for a stage. It wants 16-byte aligned addresses, and a group may begin at any row: it starts
   // up to three rows early. A box has at most 256 of them, so the tallest tile has a box for each consumer.
   constexpr int scales_a_boxes() const { return grouping == Grouping::rows && block_m > 252 ? num_consumers : 1; }
@@ -91,7 +95,8 @@ struct GemmConfig {
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, sfb, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, a_full, begun, total;
+  int a, b, d, sfa, sfb, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, a_full, begun, maxima,
+      maxima_full, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -117,7 +122,9 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.tile_empty = s.tile_full + (c.grouped() ? kTileSlots * 8 : 0);
   s.a_full = s.tile_empty + (c.grouped() ? kTileSlots * 8 : 0);
   s.begun = s.a_full + (c.few_rows() ? c.num_stages * 8 : 0);
-  s.total = s.begun + (c.few_rows() ? 8 : 0);
+  s.maxima = s.begun + (c.few_rows() ? 8 : 0);
+  s.maxima_full = s.maxima + (c.gates_and_ups() ? 2 * c.block_m * 4 : 0);
+  s.total = s.maxima_full + (c.gates_and_ups() ? 4 * c.num_consumers * 8 : 0);
   return s;
 }
 
@@ -145,7 +152,10 @@ constexpr bool is_valid(const GemmConfig& c) {
   const bool majors = (c.major_a == Major::k || c.block_m / c.cluster_n % kPanelRows == 0) &&
                       (c.major_b == Major::k || c.block_n / c.cluster_m % kPanelRows == 0) &&
                       (!c.scaled() || (c.major_a == Major::k && c.major_b == Major::k));
-  return (c.few_rows() ? few_rows : tile) && waves && cluster && majors && c.num_stages >= 2 &&
+  // Two CTAs have the columns of a scale of the result.
+  const bool swiglu = !c.gates_and_ups() || (c.grouping == Grouping::rows && c.scaled() && c.num_waves() == 1 &&
+                                             c.block_n == kScaleBlock && c.cluster_n == 2);
+  return (c.few_rows() ? few_rows : tile) && waves && cluster && majors && swiglu && c.num_stages >= 2 &&
          smem_layout(c).total <= kMaxSmemBytes;
 }
 

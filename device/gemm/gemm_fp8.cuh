@@ -83,6 +83,11 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
       const auto load_b = [&] {
         if constexpr (C.cluster_m > 1)
           ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
+        else if constexpr (C.gates_and_ups())
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            ptx::tma_load_2d(smem.b(stage) + half * (C.block_n / 2) * kBlockK, &p.b, full, k,
+                             at.b - t.n / 2 + half * (p.n / 2));
         else if (!C.grouped() && p.streams_b)
           ptx::tma_load_2d_once(smem.b(stage), &p.b, full, k, at.b);
         else
@@ -260,9 +265,13 @@ struct Consumer {
   }
 };
 
+// Of tiles that become D.
+struct NoOtherStore {};
+
 // A persistent CTA: one tile after the other, each stored while the producers already fetch the next.
-template <GemmConfig C>
-__device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer, const Begin<C>& begin) {
+template <GemmConfig C, class OtherStore = NoOtherStore>
+__device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, int consumer, const Begin<C>& begin,
+                              OtherStore other_store = {}) {
   auto tiles = my_tiles<C>(p, smem);
   auto staged = smem.staged();
   const KRange ks = my_k_range<C>(p, {});
@@ -305,7 +314,9 @@ __device__ void consume_tiles(const GemmParams& p, const SharedMemory<C>& smem, 
       });
     }
     t = output_tile<C>(p, t);
-    if constexpr (C.stores_by_tma())
+    if constexpr (C.gates_and_ups())
+      other_store(t, self.acc);
+    else if constexpr (C.stores_by_tma())
       staged.store(p, t, consumer, self.acc);
     else if constexpr (C.split_k == 1)
       store_tile_direct<C>(p, t, consumer, self.acc);

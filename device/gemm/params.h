@@ -22,7 +22,7 @@ struct GemmParams {
   i64 d_stride, c_stride;
   TensorMap a;         // box: rows_a / cluster_n rows x 128; of E4M3 groups of rows, rows_of_request()
   TensorMap a_last;    // the same of M's last rows, where they do not fill a box; gemm_fp8 without groups
-  TensorMap b;         // box: block_n / cluster_m rows x 128
+  TensorMap b;         // box: rows_of_request_b() rows x 128
   TensorMap c;         // box: consumer_rows x panel_columns, as D's; C and D only if config.stores_by_tma()
   TensorMap d;         // of gradients, a panel: see GradientStore
   TensorMap sfa_map;   // box: scales_a_box x 1 of the transposed scales; only if sfa_by_tma

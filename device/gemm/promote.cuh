@@ -14,6 +14,7 @@ struct TileScalesB {
 
   __device__ __forceinline__ float of(int column) const {
     if constexpr (C.num_scales_b() == 1) return value[0];
+    if constexpr (C.gates_and_ups()) return value[column >= C.block_n / 2];
     return column < second ? value[0] : value[C.num_scales_b() - 1];
   }
 };
@@ -44,6 +45,11 @@ struct ScalesB {
   __device__ __forceinline__ void fetch(const GemmParams& p, const Tile& t, int kb, int end) {
     const float* row = p.sfb + min_of(kb + int(threadIdx.x % 32), end - 1) * p.sfb_stride_k;
     if constexpr (C.grouping == Grouping::rows) row += t.group * p.groups.sfb_stride_g;
+    if constexpr (C.gates_and_ups()) {
+      const int gate = t.n / 2 / kScaleBlock;
+      of_lane[0] = row[gate * p.sfb_stride_n], of_lane[1] = row[(gate + p.n / 2 / kScaleBlock) * p.sfb_stride_n];
+      return;
+    }
     second = kScaleBlock - t.n % kScaleBlock;
 #pragma unroll
     for (int i = 0; i < C.num_scales_b(); ++i)  // clamped: a tile may begin or end past a ragged N

@@ -39,6 +39,8 @@ struct SharedMemory {
   __device__ Pipeline<C.num_stages> activations() const {
     return {reinterpret_cast<u64*>(base + kLayout.a_full), reinterpret_cast<u64*>(base + kLayout.empty)};
   }
+  __device__ float* maxima() const { return reinterpret_cast<float*>(base + kLayout.maxima); }
+  __device__ u64* maxima_full() const { return reinterpret_cast<u64*>(base + kLayout.maxima_full); }
   __device__ u64* begun() const { return reinterpret_cast<u64*>(base + kLayout.begun); }
 };
 
@@ -66,7 +68,12 @@ __device__ void prefetch_weights(const GemmParams& p) {
   if (group >= p.groups.num_groups || !p.groups.few_empty) return;
 #pragma unroll 1
   for (int kb = 0; kb < min_of(ceil_div(p.k, kBlockK), C.num_stages); ++kb)
-    ptx::tma_prefetch_2d(&p.b, kb * kBlockK, group * p.groups.b_pitch + blockIdx.x % tiles_n * C.block_n);
+    if constexpr (C.gates_and_ups())
+      for (int half = 0; half < 2; ++half)
+        ptx::tma_prefetch_2d(&p.b, kb * kBlockK,
+                             group * p.groups.b_pitch + blockIdx.x % tiles_n * (C.block_n / 2) + half * (p.n / 2));
+    else
+      ptx::tma_prefetch_2d(&p.b, kb * kBlockK, group * p.groups.b_pitch + blockIdx.x % tiles_n * C.block_n);
 }
 
 // --- scheduler of groups ----------------------------------------------------------------------------------------------
@@ -122,6 +129,8 @@ __device__ __forceinline__ void init_barriers(const GemmParams& p, const SharedM
     for (int s = 0; s < C.num_stages; ++s) ptx::mbarrier_init(&smem.sfa_empty()[s], C.num_consumers * kWarpgroup);
   if constexpr (C.stores_by_tma())
     for (int i = 0; i < C.num_consumers; ++i) ptx::mbarrier_init(&smem.staged().c_full[i], 1);
+  if constexpr (C.gates_and_ups())
+    for (int i = 0; i < 4 * C.num_consumers; ++i) ptx::mbarrier_init(&smem.maxima_full()[i], 1);
   if constexpr (C.grouped()) {
     const TileRing tiles = smem.tiles();
 #pragma unroll 1

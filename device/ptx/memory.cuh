@@ -49,6 +49,18 @@ __device__ __forceinline__ void store_async_cluster_f2(void* p, float2 v, u64* b
       : "memory");
 }
 
+// The same of one.
+__device__ __forceinline__ void store_async_cluster_f32(float* p, float v, u64* bar, u32 cta_rank) {
+  asm volatile(
+      "{ .reg .b32 remote, remote_bar;\n"
+      "mapa.shared::cluster.u32 remote, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote_bar, %2, %3;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [remote], %1, [remote_bar]; }" ::"r"(
+          smem_addr(p)),
+      "f"(v), "r"(smem_addr(bar)), "r"(cta_rank)
+      : "memory");
+}
+
 // 16 bytes past L1, which may hold what another GPU has overwritten since.
 __device__ __forceinline__ uint4 load_cg_16(const void* global) {
   uint4 v;

@@ -2,6 +2,9 @@
 // device alone; nothing here waits for it.
 #pragma once
 
+#include <limits>
+#include <optional>
+
 #include "phalanx/export.h"
 #include "phalanx/status.h"
 #include "phalanx/stream.h"
@@ -52,6 +55,28 @@ PHALANX_API void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTen
 /// @param d       BF16 or FP32 [G, R, N]
 PHALANX_API void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts,
                                          const Tensor& d, const GroupedGemmOptions& options = {});
+
+struct GroupedSwigluOptions {
+  float limit = std::numeric_limits<float>::infinity();  ///< as in SwigluOptions, as are the next two
+  std::optional<Tensor> weights{};                       ///< FP32 [M], any stride
+  bool pow2_scales = false;
+  /// BF16 [M, 2 I], room for gates and ups, as a D of `grouped_gemm_fp8`: with it two kernels do the work where they are
+  /// quicker. What it holds afterwards is of no use.
+  std::optional<Tensor> gates_and_ups{};
+  Stream stream{};
+  int num_sms = 0;        ///< as in GroupedGemmOptions, but two are used at the least
+  int expected_rows = 0;  ///< as in GroupedGemmOptions
+};
+
+/// q = SwiGLU of A · B[g]ᵀ: the bytes of `grouped_gemm_fp8` to BF16 followed by `swiglu_quantize`, without what lies between.
+///
+/// @param b        data E4M3 [G, 2 I, K], I gates and then as many ups, I a multiple of 128; scales [G, 2 I / 128, ceil(K / 128)]
+/// @param offsets  as in `grouped_gemm_fp8`
+/// @param q        data E4M3 [M, I], rows as of an operand of a product; scales FP32 [M, I / 128], any strides, best MN-major;
+///                 overlapping no input. What rows of no group hold afterwards is undefined
+/// @throws Error before anything is written
+PHALANX_API void grouped_gemm_fp8_swiglu(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets,
+                                         const ScaledTensor& q, const GroupedSwigluOptions& options = {});
 
 struct WgradOptions {
   bool accumulate = false;  ///< add to what D holds

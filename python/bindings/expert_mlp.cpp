@@ -74,8 +74,10 @@ void expert_mlp(AnyView x_array, AnyView topk_idx_array, AnyView weights, AnyVie
     const Buffers b({x.rows(), topk_idx.cols(), down.data.shape[0], x.cols(), down.data.shape[2]},
                     to_tensor("workspace", workspace).data, x.device);
     quantize_route_and_permute(x, b.x, topk_idx, b.routing, b.rows, true, {.stream = stream});
-    grouped_gemm_fp8(b.rows, gate_up, b.routing.offsets, b.gates_and_ups, {.stream = stream});
-    swiglu_quantize(b.gates_and_ups, b.act, {.stream = stream});
+    GroupedSwigluOptions swiglu;
+    swiglu.gates_and_ups = b.gates_and_ups;
+    swiglu.stream = stream;
+    grouped_gemm_fp8_swiglu(b.rows, gate_up, b.routing.offsets, b.act, swiglu);
     grouped_gemm_fp8(b.act, down, b.routing.offsets, b.out_rows, {.stream = stream});
     UnpermuteOptions options;
     options.weights = to_tensor("topk_weights", weights);

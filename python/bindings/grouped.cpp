@@ -38,6 +38,25 @@ void grouped_gemm_fp8_masked(AnyView a, AnyView sfa, AnyView b, AnyView sfb, Any
   grouped<phalanx::grouped_gemm_fp8_masked>("counts", a, sfa, b, sfb, counts, d, num_sms, expected_rows, stream);
 }
 
+void grouped_gemm_fp8_swiglu(AnyView a_data, AnyView a_scales, AnyView b_data, AnyView b_scales, AnyView offsets,
+                             AnyView weights, AnyView gates_and_ups, AnyView q_data, AnyView q_scales, double limit,
+                             bool pow2_scales, std::int64_t num_sms, std::int64_t expected_rows,
+                             Optional<std::int64_t> stream) {
+  translating_errors([&] {
+    const ScaledTensor a = to_scaled("a.data", a_data, "a.scales", a_scales);
+    const ScaledTensor b = to_scaled("b.data", b_data, "b.scales", b_scales);
+    const GroupedSwigluOptions options{.limit = float(limit),
+                                       .weights = to_optional("weights", weights),
+                                       .pow2_scales = pow2_scales,
+                                       .gates_and_ups = to_optional("gates_and_ups", gates_and_ups),
+                                       .stream = to_stream(a.data.device, stream),
+                                       .num_sms = to_num_sms(num_sms),
+                                       .expected_rows = static_cast<int>(expected_rows)};
+    phalanx::grouped_gemm_fp8_swiglu(a, b, to_tensor("offsets", offsets),
+                                     to_scaled("q.data", q_data, "q.scales", q_scales), options);
+  });
+}
+
 // Without offsets: one product.
 void wgrad_fp8(AnyView a_data, AnyView a_scales, AnyView b_data, AnyView b_scales, AnyView offsets, AnyView d,
                bool accumulate, std::int64_t num_sms, Optional<std::int64_t> stream) {
@@ -64,6 +83,7 @@ void check_groups(bool cuda, std::int64_t index) {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm_fp8, grouped_gemm_fp8)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm_fp8_indexed, grouped_gemm_fp8_indexed)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm_fp8_masked, grouped_gemm_fp8_masked)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(grouped_gemm_fp8_swiglu, grouped_gemm_fp8_swiglu)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(wgrad_fp8, wgrad_fp8)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(check_groups, check_groups)
 

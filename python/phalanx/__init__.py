@@ -34,6 +34,7 @@ from phalanx._grouped import (
     grouped_gemm_fp8,
     grouped_gemm_fp8_indexed,
     grouped_gemm_fp8_masked,
+    grouped_gemm_fp8_swiglu,
     grouped_wgrad_fp8,
     wgrad_fp8,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_indexed",
     "grouped_gemm_fp8_masked",
+    "grouped_gemm_fp8_swiglu",
     "grouped_wgrad_bf16",
     "grouped_wgrad_fp8",
     "permute",

@@ -24,6 +24,7 @@ __all__ = [
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_indexed",
     "grouped_gemm_fp8_masked",
+    "grouped_gemm_fp8_swiglu",
     "grouped_wgrad_bf16",
     "grouped_wgrad_fp8",
     "permute",
@@ -148,6 +149,18 @@ def grouped_gemm_fp8_masked(
     num_sms: int = 0,
     expected_rows: int = 0,
 ) -> ArrayT: ...
+def grouped_gemm_fp8_swiglu(
+    a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    b: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
+    offsets: ArrayT,
+    weights: ArrayT | None = None,
+    limit: float | None = None,
+    pow2_scales: bool = False,
+    out: Quantized[ArrayT] | tuple[ArrayT, ArrayT] | None = None,
+    num_sms: int = 0,
+    expected_rows: int = 0,
+    gates_and_ups: ArrayT | None = None,
+) -> Quantized[ArrayT]: ...
 def wgrad_fp8(
     a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
     b: Quantized[ArrayT] | tuple[ArrayT, ArrayT],

@@ -27,7 +27,7 @@ def swiglu_quantize(x, weights=None, limit=None, interleaved=False, pow2_scales=
     framework = _frameworks.of(x, "x")
     if out is not None:
         out = as_pair(out=out)
-    options = _limit(limit), interleaved, pow2_scales
+    options = as_limit(limit), interleaved, pow2_scales
     if framework.is_traced(x):
         check_untraced(out)
         return Quantized(*framework.traced("swiglu_quantize", (x, weights), None, (), options))
@@ -60,7 +60,7 @@ def swiglu_backward(grad, x, weights=None, limit=None, interleaved=False, out=No
     Raises ValueError or TypeError that names the argument, before anything is written; else as `gemm_fp8`.
     """
     framework = _frameworks.of(x, "x")
-    options = _limit(limit), interleaved
+    options = as_limit(limit), interleaved
     if framework.is_traced(x):
         check_untraced(out)
         grad_x, grad_weights = framework.traced("swiglu_backward", (grad, x, weights), None, (), options)
@@ -85,7 +85,7 @@ def swiglu_quantize_both(x, weights=None, limit=None, interleaved=False, pow2_sc
     x is BF16. The second is what the gradient of the next product's weights needs.
     """
     framework = _frameworks.of(x, "x")
-    return _both(framework, "swiglu_quantize_both", (x, weights), (_limit(limit), interleaved, pow2_scales))
+    return _both(framework, "swiglu_quantize_both", (x, weights), (as_limit(limit), interleaved, pow2_scales))
 
 
 def swiglu_backward_both(grad, x, weights=None, limit=None, interleaved=False, pow2_scales=False):
@@ -94,7 +94,7 @@ def swiglu_backward_both(grad, x, weights=None, limit=None, interleaved=False, p
     x and grad are BF16, I is a multiple of 8.
     """
     framework = _frameworks.of(x, "x")
-    return _both(framework, "swiglu_backward_both", (x, grad, weights), (_limit(limit), interleaved, pow2_scales))
+    return _both(framework, "swiglu_backward_both", (x, grad, weights), (as_limit(limit), interleaved, pow2_scales))
 
 
 def _both(framework: Framework, name: str, operands: tuple, options: tuple) -> tuple[Quantized, Quantized]:
@@ -132,5 +132,5 @@ def empty_gradients(framework: Framework, x: Any, weights: Any, out: Any = None)
     return grad_x, None if weights is None else framework.empty((rows,), (1,), framework.f32, x)
 
 
-def _limit(limit: float | None) -> float:
+def as_limit(limit: float | None) -> float:
     return math.inf if limit is None else float(limit)

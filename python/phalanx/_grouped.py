@@ -3,8 +3,9 @@
 from typing import Any
 
 from phalanx import _frameworks, _native
-from phalanx._api import as_pair
-from phalanx._frameworks.base import Framework, padded
+from phalanx._activation import as_limit
+from phalanx._api import Quantized, as_pair
+from phalanx._frameworks.base import Framework, check_untraced, padded
 
 
 def grouped_gemm_fp8(a, b, offsets, out=None, out_dtype=None, num_sms=0, expected_rows=0):
@@ -43,6 +44,54 @@ def grouped_gemm_fp8_masked(a, b, counts, out=None, out_dtype=None, num_sms=0, e
     out:     [G, R, N]
     """
     return _grouped("_masked", a, b, counts, out, out_dtype, num_sms, expected_rows)
+
+
+def grouped_gemm_fp8_swiglu(
+    a,
+    b,
+    offsets,
+    weights=None,
+    limit=None,
+    pow2_scales=False,
+    out=None,
+    num_sms=0,
+    expected_rows=0,
+    gates_and_ups=None,
+):
+    """`swiglu_quantize` of `grouped_gemm_fp8`, the same bytes in one kernel: what an expert's second product reads.
+
+    a, offsets:     as in `grouped_gemm_fp8`, as are num_sms and expected_rows
+    b:              data E4M3 [G, 2 I, K], all gates and then as many ups; I is a multiple of 128
+    weights:        as in `swiglu_quantize`, as are limit and pow2_scales
+    out:            Quantized or (data, scales) to write: data [M, I], scales [M, I / 128]; without it new arrays. What
+                    rows of no group hold afterwards is undefined
+    gates_and_ups:  BF16 [M, 2 I], room for what lies between: with it two kernels do the work where they are quicker.
+                    Not used under torch.compile
+    """
+    (a_data, a_scales), (b_data, b_scales) = as_pair(a=a), as_pair(b=b)
+    if out is not None:
+        out = as_pair(out=out)
+    framework = _frameworks.of(a_data, "a")
+    operands = a_data, a_scales, b_data, b_scales, offsets, weights
+    options = as_limit(limit), pow2_scales, num_sms, expected_rows
+    if framework.is_traced(a_data):
+        check_untraced(out)
+        return Quantized(*framework.traced("grouped_gemm_fp8_swiglu", operands, None, (), options))
+    if out is None:
+        out = empty_swiglu(framework, a_data, b_data)
+    else:
+        framework.check_out(out, None)
+    data, scales = out
+    _native.grouped_gemm_fp8_swiglu(
+        *(None if array is None else framework.view(array) for array in operands),
+        None if gates_and_ups is None else framework.writable_view(gates_and_ups),
+        framework.writable_view(data),
+        framework.writable_view(scales),
+        *options,
+        framework.stream(a_data),
+    )
+    framework.finish(a_data)
+    return Quantized(data, scales)
 
 
 def wgrad_fp8(a, b, out=None, accumulate=False, num_sms=0):
@@ -118,6 +167,13 @@ def empty_grouped(framework: Framework, a: Any, b: Any, out_dtype: Any) -> Any:
             f"a, b: shapes {tuple(a.shape)}, {tuple(b.shape)}; expected [M, K] or [G, R, K], and [G, N, K]"
         )
     return empty_stack(framework, (*a.shape[:-1], b.shape[1]), framework.bf16 if out_dtype is None else out_dtype, a)
+
+
+def empty_swiglu(framework: Framework, a: Any, b: Any) -> tuple[Any, Any]:
+    """Data and scales [M, I] and [M, I / 128]."""
+    if len(a.shape) != 2 or len(b.shape) != 3:
+        raise ValueError(f"a, b: shapes {tuple(a.shape)}, {tuple(b.shape)}; expected [M, K] and [G, 2 I, K]")
+    return framework.empty_quantized(a.shape[0], b.shape[1] // 2, False, a)
 
 
 def empty_gradient(framework: Framework, a: Any, b: Any, offsets: Any) -> Any:

@@ -32,6 +32,7 @@ _FUNCTIONS = (
     "grouped_gemm_fp8",
     "grouped_gemm_fp8_indexed",
     "grouped_gemm_fp8_masked",
+    "grouped_gemm_fp8_swiglu",
     "grouped_wgrad_bf16",
     "group_abort",
     "group_barrier",

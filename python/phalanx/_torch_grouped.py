@@ -2,6 +2,8 @@
 
     grouped_gemm_fp8(a, sfa, b, sfb, offsets, out_dtype=None, num_sms=0, expected_rows=0) -> D
     grouped_gemm_fp8_indexed(..., row_groups, ...), grouped_gemm_fp8_masked(..., counts, ...) -> D
+    grouped_gemm_fp8_swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0)
+        -> (data, scales)
     wgrad_fp8(a, sfa, b, sfb, num_sms=0) -> D
     grouped_wgrad_fp8(a, sfa, b, sfb, offsets, num_sms=0) -> D
 
@@ -10,7 +12,7 @@ and `*_out`, which write into a tensor of the caller, those of the gradients wit
 
 from phalanx import _native
 from phalanx._frameworks.torch import framework
-from phalanx._grouped import empty_gradient, empty_grouped
+from phalanx._grouped import empty_gradient, empty_grouped, empty_swiglu
 from phalanx.torch import define_operator, nothing
 
 _OPERANDS = "Tensor a, Tensor sfa, Tensor b, Tensor sfb"
@@ -37,6 +39,23 @@ def _define_grouped(name: str, groups: str) -> None:
 _define_grouped("grouped_gemm_fp8", "offsets")
 _define_grouped("grouped_gemm_fp8_indexed", "row_groups")
 _define_grouped("grouped_gemm_fp8_masked", "counts")
+
+
+def _empty_swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0):
+    return empty_swiglu(framework, a, b)
+
+
+@define_operator(
+    f"grouped_gemm_fp8_swiglu({_OPERANDS}, Tensor offsets, Tensor? weights, float limit, bool pow2_scales,"
+    " int num_sms=0, int expected_rows=0) -> (Tensor, Tensor)",
+    _empty_swiglu,
+)
+def _swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0):
+    out = empty_swiglu(framework, a, b)
+    _native.grouped_gemm_fp8_swiglu(
+        a, sfa, b, sfb, offsets, weights, None, *out, limit, pow2_scales, num_sms, expected_rows, None
+    )
+    return out
 
 
 @define_operator(

@@ -4,6 +4,7 @@
 #include "device/quantize/config.h"
 #include "phalanx/activation.h"
 #include "phalanx/gemm.h"
+#include "phalanx/grouped.h"
 #include "phalanx/quantize.h"
 
 namespace phalanx::cpu {
@@ -14,6 +15,8 @@ void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, con
 void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d);
 void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d);
 void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d);
+void grouped_gemm_fp8_swiglu(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const ScaledTensor& q,
+                             const GroupedSwigluOptions& options);
 void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, bool accumulate);
 void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
                        bool accumulate);

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/convert.h"
 #include "cpu/cpu.h"
 #include "cpu/gemm_bf16.h"
 #include "cpu/product.h"
@@ -129,6 +130,22 @@ void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, cons
 
 void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d) {
   multiply_masked("grouped_gemm_fp8_masked", a, b, counts, d);
+}
+
+// Rows of no group stay as they are.
+void grouped_gemm_fp8_swiglu(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const ScaledTensor& q,
+                             const GroupedSwigluOptions& options) {
+  const auto ranges = ranges_of_offsets("grouped_gemm_fp8_swiglu", offsets, a.data.rows());
+  const Range all{ranges.front().begin, ranges.back().end};
+  const int64_t n = b.data.shape[1];
+  std::vector<Bf16> memory(options.gates_and_ups ? 0 : a.data.rows() * n);
+  const Tensor x =
+      options.gates_and_ups ? *options.gates_and_ups : row_major(memory.data(), DType::bf16, a.data.rows(), n);
+  multiply_rows(a, b, ranges, x);
+  if (all.begin == all.end) return;
+  SwigluOptions swiglu{.limit = options.limit, .pow2_scales = options.pow2_scales};
+  if (options.weights) swiglu.weights = rows_of(*options.weights, all);
+  cpu::swiglu_quantize(rows_of(x, all), rows_of(q, all), swiglu);
 }
 
 void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, bool accumulate) {

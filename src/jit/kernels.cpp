@@ -8,7 +8,20 @@
 namespace phalanx::jit {
 namespace {
 
-const char* name_of(OutType type) { return type == OutType::bf16 ? "bf16" : "f32"; }
+constexpr const char* name_of(OutType type) {
+  return type == OutType::bf16 ? "bf16" : type == OutType::f32 ? "f32" : "swiglu";
+}
+
+struct EntryPoint {
+  const char *header, *function, *params = "GemmParams";
+};
+
+EntryPoint entry_point(const GemmConfig& c) {
+  if (c.operand == Operand::bf16) return {"gemm/gemm_bf16", "gemm_bf16"};
+  if (c.grouping == Grouping::columns) return {"gemm/gemm_fp8_wgrad", "wgrad_fp8"};
+  if (c.gates_and_ups()) return {"moe/gemm_swiglu", "gemm_swiglu", "GemmSwigluParams"};
+  return c.few_rows() ? EntryPoint{"gemm/gemm_fp8_few", "gemm_fp8_few"} : EntryPoint{"gemm/gemm_fp8", "gemm_fp8"};
+}
 
 }  // namespace
 
@@ -21,26 +34,19 @@ KernelSource gemm_source(const GemmConfig& config) {
   const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping, operand,
                major_a, major_b] = config;
   const char* majors = kMajors[int(major_a)];
-  const bool bf16 = operand == Operand::bf16, fp8_wgrad = !bf16 && grouping == Grouping::columns;
+  const bool bf16 = operand == Operand::bf16;
+  const EntryPoint entry = entry_point(config);
   return {.name = format_text("{}{}_{}x{}_c{}x{}_s{}_st{}_w{}_{}", kOperations[bf16][int(grouping)],
                               bf16 ? format_text("_{}_{}", majors, kMajors[int(major_b)]) : "", block_m, block_n,
                               cluster_m, cluster_n, split_k, num_stages, num_consumers, name_of(out)),
-          .text = format_text(R"(#include "device/gemm/{}.cuh"
+          .text = format_text(R"(#include "device/{}.cuh"
 using namespace phalanx;
 constexpr GemmConfig kConfig{{.block_m = {}, .block_n = {}, .num_consumers = {}, .num_stages = {}, .cluster_n = {}, .cluster_m = {}, .split_k = {}, .out = OutType::{}, .grouping = Grouping::{}, .operand = Operand::{}, .major_a = Major::{}, .major_b = Major::{}}};
-extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), ctas_per_sm(kConfig)) {}(const __grid_constant__ GemmParams params) {{ {}<kConfig>(params); }}
+extern "C" __global__ void __launch_bounds__(kConfig.num_threads(), ctas_per_sm(kConfig)) {}(const __grid_constant__ {} params) {{ {}<kConfig>(params); }}
 )",
-                              bf16                ? "gemm_bf16"
-                              : fp8_wgrad         ? "gemm_fp8_wgrad"
-                              : config.few_rows() ? "gemm_fp8_few"
-                                                  : "gemm_fp8",
-                              block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, name_of(out),
-                              kGroupings[int(grouping)], kOperands[int(operand)], majors, kMajors[int(major_b)],
-                              kEntryPoint,
-                              bf16                ? "gemm_bf16"
-                              : fp8_wgrad         ? "wgrad_fp8"
-                              : config.few_rows() ? "gemm_fp8_few"
-                                                  : "gemm_fp8")};
+                              entry.header, block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k,
+                              name_of(out), kGroupings[int(grouping)], kOperands[int(operand)], majors,
+                              kMajors[int(major_b)], kEntryPoint, entry.params, entry.function)};
 }
 
 std::vector<KernelSource> all_kernels() {

@@ -28,6 +28,9 @@ void check_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& 
 void check_grouped_gemm(const char* op, GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups,
                         const Tensor& d, const GroupedGemmOptions& options);
 
+void check_grouped_swiglu(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const ScaledTensor& q,
+                          const GroupedSwigluOptions& options);
+
 /// `offsets`: null without groups.
 void check_wgrad(const char* op, const ScaledTensor& a, const ScaledTensor& b, const Tensor* offsets, const Tensor& d,
                  const WgradOptions& options);

@@ -8,10 +8,13 @@
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
 #include "device/gemm/params.h"
+#include "device/moe/gemm_swiglu.h"
 #include "ops/check.h"
 #include "ops/group_faults.h"
 #include "ops/launch_gemm.h"
 #include "ops/plan_cache.h"
+#include "ops/scaled_matrix.h"
+#include "phalanx/activation.h"
 #include "plan/grouped.h"
 
 namespace phalanx {
@@ -26,11 +29,12 @@ static_assert(kMaxGroups == kMaxTableGroups);
 struct PlanKey {
   plan::GroupedProblem problem;
   int num_sms, device;
+  bool either = false;  ///< of gates and ups: a product to BF16 will do as well
 
   friend bool operator==(const PlanKey&, const PlanKey&) = default;
   std::size_t hash() const {
     const plan::GroupedProblem& p = problem;
-    return hash_of(int(p.grouping), p.num_groups, p.m, p.n, p.k, p.expected_rows, int(p.out), num_sms, device);
+    return hash_of(int(p.grouping), p.num_groups, p.m, p.n, p.k, p.expected_rows, int(p.out), num_sms, device, either);
   }
 };
 
@@ -48,7 +52,11 @@ std::optional<plan::GemmPlan> tuned_plan(const PlanKey& key) {
 PlannedGemm planned(const PlanKey& key) {
   static PlanCache<PlanKey> cache;
   if (const auto plan = tuned_plan(key)) return with_kernel(*plan, key.device);
-  return cache.get(key, [&] { return with_kernel(plan::plan_grouped(key.problem, key.num_sms), key.device); });
+  return cache.get(key, [&] {
+    plan::GroupedProblem problem = key.problem;
+    if (key.either && !plan::swiglu_in_epilogue(problem, key.num_sms)) problem.out = OutType::bf16;
+    return with_kernel(plan::plan_grouped(problem, key.num_sms), key.device);
+  });
 }
 
 // --- operands --------------------------------------------------------------------------------------------------------------
@@ -93,52 +101,96 @@ const float* floats(const Tensor& x) { return static_cast<const float*>(x.data);
 
 constexpr int kFewEmpty = 4;  // rows of a group, on average, from which on less than one in fifty has none
 
+// A product of rows in groups: its kernel, and all that this wants but where the result goes.
+struct RowsProduct {
+  Place place;
+  PlannedGemm chosen{};
+  GemmParams params{};
+
+  RowsProduct(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, OutType out, bool either,
+              int num_sms, int expected_rows)
+      : place(a.data, num_sms) {
+    throw_fault(place.ordinal);
+    const bool masked = by == GroupsBy::counts;
+    const int num_groups = int(b.data.shape[0]), n = int(b.data.shape[1]), k = int(b.data.shape[2]);
+    const int limit = int(a.data.shape[masked ? 1 : 0]);
+    const int64_t m = masked ? int64_t(limit) * num_groups : limit;
+    if (m == 0) return;
+
+    const cuda::ContextGuard context(place.ordinal);
+    const plan::GroupedProblem problem{Grouping::rows, num_groups, int(std::min<int64_t>(m, 1 << 30)), n, k,
+                                       expected_rows,  out};
+    chosen = planned({problem, place.num_sms, place.ordinal, either});
+    const Rows a_rows(a.data), b_rows(b.data);
+    const ScaleColumns sfa(a.scales, config().scales_a_box());
+    GemmParams& p = params;
+    p.rows_a = config().block_m;
+    p.a = a_rows.map(config().rows_of_request(), kBlockK);
+    p.b = b_rows.map(config().rows_of_request_b(), kBlockK);
+    p.sfa_by_tma = sfa.by_tma;
+    p.sfa_map = sfa.map();
+    p.sfa = floats(a.scales), p.sfb = floats(b.scales);
+    const auto& sa = a.scales.strides;
+    p.sfa_stride_m = sa[a.scales.ndim - 2], p.sfa_stride_k = sa[a.scales.ndim - 1];
+    p.sfb_stride_n = b.scales.strides[1], p.sfb_stride_k = b.scales.strides[2];
+    p.m = int(m), p.n = n, p.k = k;
+    p.group_m = chosen.plan.group_m;
+    p.groups = {.bounds = static_cast<const int*>(groups.data),
+                .fault = fault_word(place.ordinal),
+                .by = by,
+                .num_groups = num_groups,
+                .limit = limit,
+                .a_pitch = a_rows.pitch,
+                .b_pitch = b_rows.pitch,
+                .sfa_pitch_x = sfa.pitch_x,
+                .sfa_pitch_y = sfa.pitch_y,
+                .sfa_stride_g = masked ? sa[0] : 0,
+                .sfb_stride_g = b.scales.strides[0],
+                .few_empty = (expected_rows > 0 ? expected_rows : m / num_groups) >= kFewEmpty};
+  }
+
+  const GemmConfig& config() const { return chosen.plan.config; }
+  bool has_rows() const { return chosen.kernel != nullptr; }
+
+  void run_to(const Tensor& d, Stream stream) {
+    const cuda::ContextGuard context(place.ordinal);
+    const Rows d_rows(d);
+    if (config().stores_by_tma()) params.d = d_rows.map(config().consumer_rows(), config().panel_columns());
+    params.d_ptr = d.data, params.d_stride = row_stride(d_rows.matrix);
+    params.groups.d_pitch = d_rows.pitch;
+    launch(chosen, params, stream);
+  }
+};
+
 void run_rows(GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, const Tensor& d,
               const GroupedGemmOptions& options) {
-  const Place place(d, options.num_sms);
-  throw_fault(place.ordinal);
-  const bool masked = by == GroupsBy::counts;
-  const int num_groups = int(b.data.shape[0]), n = int(b.data.shape[1]), k = int(b.data.shape[2]);
-  const int limit = int(a.data.shape[masked ? 1 : 0]);
-  const int64_t m = masked ? int64_t(limit) * num_groups : limit;
-  if (m == 0) return;
-
-  const cuda::ContextGuard context(place.ordinal);
   const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
-  const plan::GroupedProblem problem{Grouping::rows,        num_groups, int(std::min<int64_t>(m, 1 << 30)), n, k,
-                                     options.expected_rows, out};
-  const PlannedGemm chosen = planned({problem, place.num_sms, place.ordinal});
-  const GemmConfig& config = chosen.plan.config;
+  RowsProduct product(by, a, b, groups, out, false, options.num_sms, options.expected_rows);
+  if (product.has_rows()) product.run_to(d, options.stream);
+}
 
-  const Rows a_rows(a.data), b_rows(b.data), d_rows(d);
-  const ScaleColumns sfa(a.scales, config.scales_a_box());
-  GemmParams p{};
-  p.rows_a = config.block_m;
-  p.a = a_rows.map(config.rows_of_request(), kBlockK);
-  p.b = b_rows.map(config.block_n / config.cluster_m, kBlockK);
-  if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), config.panel_columns());
-  p.sfa_by_tma = sfa.by_tma;
-  p.sfa_map = sfa.map();
-  p.sfa = floats(a.scales), p.sfb = floats(b.scales);
-  const auto& sa = a.scales.strides;
-  p.sfa_stride_m = sa[a.scales.ndim - 2], p.sfa_stride_k = sa[a.scales.ndim - 1];
-  p.sfb_stride_n = b.scales.strides[1], p.sfb_stride_k = b.scales.strides[2];
-  p.d_ptr = d.data, p.d_stride = row_stride(d_rows.matrix);
-  p.m = int(m), p.n = n, p.k = k;
-  p.groups = {.bounds = static_cast<const int*>(groups.data),
-              .fault = fault_word(place.ordinal),
-              .by = by,
-              .num_groups = num_groups,
-              .limit = limit,
-              .a_pitch = a_rows.pitch,
-              .b_pitch = b_rows.pitch,
-              .d_pitch = d_rows.pitch,
-              .sfa_pitch_x = sfa.pitch_x,
-              .sfa_pitch_y = sfa.pitch_y,
-              .sfa_stride_g = masked ? sa[0] : 0,
-              .sfb_stride_g = b.scales.strides[0],
-              .few_empty = (options.expected_rows > 0 ? options.expected_rows : m / num_groups) >= kFewEmpty};
-  launch(chosen, p, options.stream);
+void run_swiglu(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const ScaledTensor& q,
+                const GroupedSwigluOptions& options) {
+  const bool either = options.gates_and_ups.has_value();
+  RowsProduct product(GroupsBy::offsets, a, b, offsets, OutType::swiglu, either, options.num_sms,
+                      options.expected_rows);
+  if (!product.has_rows()) return;
+  if (!product.config().gates_and_ups()) {
+    product.run_to(*options.gates_and_ups, options.stream);
+    return swiglu_quantize(*options.gates_and_ups, q,
+                           {.limit = options.limit,
+                            .weights = options.weights,
+                            .pow2_scales = options.pow2_scales,
+                            .stream = options.stream});
+  }
+  GemmSwigluParams p{.gemm = product.params,
+                     .q = scaled_matrix(q),
+                     .weights = options.weights ? floats(*options.weights) : nullptr,
+                     .weight_stride = options.weights ? options.weights->strides[0] : 0,
+                     .limit = options.limit,
+                     .pow2_scales = options.pow2_scales};
+  const cuda::ContextGuard context(product.place.ordinal);
+  launch(product.chosen, static_cast<const void*>(&p), options.stream);
 }
 
 // Without offsets: one group of all columns.
@@ -208,6 +260,15 @@ void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, cons
 void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d,
                              const GroupedGemmOptions& options) {
   multiply_rows("grouped_gemm_fp8_masked", GroupsBy::counts, a, b, counts, d, options, cpu::grouped_gemm_fp8_masked);
+}
+
+void grouped_gemm_fp8_swiglu(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const ScaledTensor& q,
+                             const GroupedSwigluOptions& options) {
+  check_grouped_swiglu(a, b, offsets, q, options);
+  if (q.data.device.type == DeviceType::cuda)
+    run_swiglu(a, b, offsets, q, options);
+  else
+    cpu::grouped_gemm_fp8_swiglu(a, b, offsets, q, options);
 }
 
 void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, const WgradOptions& options) {

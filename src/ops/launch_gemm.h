@@ -43,13 +43,18 @@ struct Place {
   }
 };
 
-/// Enqueues the kernel; `p` lacks only what the plan says.
-inline void launch(const PlannedGemm& planned, GemmParams& p, Stream stream) {
+/// Enqueues the kernel, with parameters that it wants as they are.
+inline void launch(const PlannedGemm& planned, const void* params, Stream stream) {
   const GemmConfig& config = planned.plan.config;
-  p.group_m = planned.plan.group_m;
   planned.kernel->launch(
-      {planned.plan.num_ctas, config.num_threads(), config.cluster_size(), smem_layout(config).total}, &p,
+      {planned.plan.num_ctas, config.num_threads(), config.cluster_size(), smem_layout(config).total}, params,
       stream.handle);
+}
+
+/// The same of a kernel that wants `p`, which lacks only what the plan says.
+inline void launch(const PlannedGemm& planned, GemmParams& p, Stream stream) {
+  p.group_m = planned.plan.group_m;
+  launch(planned, static_cast<const void*>(&p), stream);
 }
 
 }  // namespace phalanx

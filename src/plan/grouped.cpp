@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 
 #include "device/gemm/grouped_tiles.h"
 #include "plan/stages.h"
@@ -31,6 +32,13 @@ std::vector<GemmConfig> make_configs() {
       for (const int cluster_n : {2, 1}) add(192, 128, 3, cluster_n), add(256, 128, 2, cluster_n);
     }
   }
+  for (const auto& [block_m, num_consumers] : {std::pair{64, 1}, {128, 2}, {192, 3}})
+    list.push_back(with_stages({.block_m = block_m,
+                                .block_n = kScaleBlock,
+                                .num_consumers = num_consumers,
+                                .cluster_n = 2,
+                                .out = OutType::swiglu,
+                                .grouping = Grouping::rows}));
   list.push_back(with_stages({.out = OutType::f32, .grouping = Grouping::columns}));
   return list;
 }
@@ -76,10 +84,12 @@ Spread spread_of(const GroupedProblem& p) {
   return {0.9, 1.0, 1.0, 1.0, 1.0, 1.1};
 }
 
-// It only has to put configurations in order; docs/tuning.md has the measurements.
+// Mostly it has to put configurations in order; docs/tuning.md has the measurements.
 double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms) {
   constexpr double kDramBytes = 1770;  // all SMs, per cycle
   constexpr double kTile = 1645, kCluster = 1500;
+  constexpr double kSwiglu = 850;      // of a consumer's rows, in the epilogue: nothing hides it
+  constexpr double kTwoScales = 11.5;  // of B instead of one, a k-block of a consumer's rows
   constexpr double kOverlap = 0.25;    // of the shorter of computing and reading weights, that the longer does not hide
   constexpr double kNotShared = 1.03;  // weights that compete with rows of A which no other CTA shares
 
@@ -96,7 +106,8 @@ double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms
     cycles += (full * cycles_of(c, p, c.block_m) + (rest > 0 ? cycles_of(c, p, rest) : 0)) / spread.size();
   }
   const double k_blocks = std::ceil(double(p.k) / (by_rows ? 1 : p.num_groups) / kBlockK);
-  const double tile = k_blocks * cycles / mean_tiles + kTile;
+  const double swiglu = c.gates_and_ups() ? c.num_consumers * (kSwiglu + kTwoScales * k_blocks) : 0;
+  const double tile = k_blocks * cycles / mean_tiles + kTile + swiglu;
   const double tiles_n = ceil_div(p.n, c.block_n * c.cluster_n), clusters = std::max(num_sms / c.cluster_size(), 1);
   const double all_weights = by_rows ? groups.count * p.n * p.k / kDramBytes : 0;
   double sum = c.cluster_size() > 1 ? kCluster * spread.size() : 0;
@@ -107,7 +118,22 @@ double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms
         all_weights * std::min(rounds / each, 2.0) * (c.block_m >= 192 && !c.multicasts() ? kNotShared : 1);
     sum += std::max(rounds * tile, weights) + kOverlap * std::min(rounds * tile, weights);
   }
-  return sum;
+  return sum / double(spread.size());
+}
+
+struct Choice {
+  const GemmConfig* config = nullptr;
+  double cycles = 0;
+};
+
+Choice quickest(const GroupedProblem& problem, int num_sms) {
+  Choice best;
+  for (const GemmConfig& config : all_grouped_configs()) {
+    if (config.grouping != problem.grouping || config.out != problem.out || config.cluster_size() > num_sms) continue;
+    const double cycles = estimate_cycles(config, problem, num_sms);
+    if (!best.config || cycles < best.cycles) best = {&config, cycles};
+  }
+  return best;
 }
 
 }  // namespace
@@ -136,16 +162,23 @@ GemmPlan plan_grouped_with(const GemmConfig& config, int group_m, const GroupedP
 }
 
 GemmPlan plan_grouped(const GroupedProblem& problem, int num_sms) {
-  const GemmConfig* best = nullptr;
-  double best_cycles = 0;
-  for (const GemmConfig& config : all_grouped_configs()) {
-    if (config.grouping != problem.grouping || config.out != problem.out || config.cluster_size() > num_sms) continue;
-    const double cycles = estimate_cycles(config, problem, num_sms);
-    if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
-  }
+  if (problem.out == OutType::swiglu) num_sms = std::max(num_sms, 2);  // two CTAs have what shares a scale
   // Of gradients, all operands together are little more than L2 holds: a taller band reads less of them again.
   const int group_m = problem.grouping == Grouping::columns ? 2 * kDefaultGroupM : kDefaultGroupM;
-  return plan_grouped_with(*best, group_m, problem, num_sms);
+  return plan_grouped_with(*quickest(problem, num_sms).config, group_m, problem, num_sms);
+}
+
+bool swiglu_in_epilogue(const GroupedProblem& problem, int num_sms) {
+  constexpr double kFewRows =
+      8;  // of a group: below, reading weights by pairs of CTAs costs more than the second kernel
+  constexpr double kSecondKernel = 6000, kSecondBytes = 1900;  // its start; what it reads and writes per cycle
+  const Groups groups(problem);
+  if (num_sms < 2 || groups.rows < kFewRows) return false;
+  GroupedProblem product = problem;
+  product.out = OutType::bf16;
+  const double bytes = 2.5 * groups.count * groups.rows * problem.n;
+  const double two = quickest(product, num_sms).cycles + kSecondKernel + bytes / kSecondBytes;
+  return quickest(problem, num_sms).cycles < two;
 }
 
 }  // namespace phalanx::plan

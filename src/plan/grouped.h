@@ -21,6 +21,9 @@ struct GroupedProblem {
 /// The plan on `num_sms` SMs. No choice changes a bit of the result: K is never split.
 GemmPlan plan_grouped(const GroupedProblem& problem, int num_sms);
 
+/// Whether a product of gates and ups, with SwiGLU in its epilogue, is quicker than one to BF16 and a kernel after it.
+bool swiglu_in_epilogue(const GroupedProblem& problem, int num_sms);
+
 /// Every configuration that `plan_grouped` can return.
 const std::vector<GemmConfig>& all_grouped_configs();
 

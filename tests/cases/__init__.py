@@ -6,7 +6,7 @@
 from cases.arrays import NumPyArrays, TorchArrays
 from cases.bf16 import GemmBf16Case, GroupedBf16Case, WgradBf16Case
 from cases.gemm import GemmFp8Case
-from cases.grouped import GroupedGemmCase, WgradCase
+from cases.grouped import GroupedGemmCase, GroupedSwigluCase, WgradCase
 from cases.moe import MoeCase, random_moe_cases
 from cases.quantize import DequantizeCase, QuantizeCase, TransposedCase
 from cases.shapes import random_shapes, shapes
@@ -18,6 +18,7 @@ __all__ = [
     "GemmFp8Case",
     "GroupedBf16Case",
     "GroupedGemmCase",
+    "GroupedSwigluCase",
     "MoeCase",
     "NumPyArrays",
     "QuantizeCase",

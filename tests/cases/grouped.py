@@ -12,7 +12,7 @@ import phalanx
 
 from cases.arrays import Guarded, NumPyArrays
 from cases.gemm import GemmFp8Case, GemmInputs
-from cases.quantize import reference_quantize
+from cases.quantize import reference_quantize, same_bytes
 from cases.shapes import num_blocks
 
 
@@ -161,6 +161,46 @@ class GroupedGemmCase:
 
     def _flat(self, array: Any) -> Any:
         return array if self.form != "counts" else array.reshape((-1, array.shape[2]))
+
+
+@dataclass(frozen=True)
+class GroupedSwigluCase:
+    """grouped_gemm_fp8_swiglu, which gives the bytes of grouped_gemm_fp8 and swiglu_quantize."""
+
+    product: GroupedGemmCase  # of gates and ups, to BF16
+    limit: float | None = None
+    weighted: bool = False
+    pow2_scales: bool = False
+    room: bool = False  # for gates and ups: the planner may take the two kernels
+
+    def __str__(self) -> str:
+        flags = "".join(f"-{name}" for name in ("weighted", "pow2_scales", "room") if getattr(self, name))
+        return f"swiglu-{self.product}-limit{self.limit}{flags}"
+
+    def check(self, arrays: NumPyArrays, **options: Any) -> None:
+        product = self.product
+        inputs = product.make(arrays)
+        rows, cols, groups = len(inputs.d.array), product.n // 2, slice(inputs.ranges[0][0], inputs.ranges[-1][1])
+        a, b = (inputs.a, inputs.sfa), (inputs.b, inputs.sfb)
+        weights = None
+        if self.weighted:
+            values = np.random.default_rng(product.seed).uniform(-1, 2, (1, rows)).astype(np.float32)
+            weights = arrays.copy_in(arrays.matrix(1, rows, "f32"), values).array[0]
+        out = (
+            arrays.matrix(rows, cols, "e4m3", cols + product.pad * 16),
+            arrays.matrix(rows, cols // 128, "f32", by_columns=True),
+        )
+        room = product._matrix(arrays, rows, product.n, "bf16").array if self.room else None
+        how = {"limit": self.limit, "pow2_scales": self.pow2_scales}
+        actual = phalanx.grouped_gemm_fp8_swiglu(
+            a, b, inputs.groups, weights, out=tuple(x.array for x in out), gates_and_ups=room, **how, **options
+        )
+        x = product.run(inputs)[groups]
+        expected = phalanx.swiglu_quantize(x, None if weights is None else weights[groups], **how)
+        for name, ours, two in zip(("data", "scales"), actual, expected, strict=True):
+            same_bytes(f"{self}: {name}", arrays.to_numpy(ours)[groups], arrays.to_numpy(two))
+        for matrix in out:
+            matrix.check_guard()
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ TEST(GroupedPlan, ReturnsOnlyEnumeratedConfigs) {
                                        .n = size(),
                                        .k = size(),
                                        .expected_rows = rng() % 2 ? 0 : size(),
-                                       .out = rows && rng() % 2 ? OutType::bf16 : OutType::f32};
-    const int num_sms = 1 + rng() % 132;
+                                       .out = !rows ? OutType::f32 : OutType(rng() % 3)};
+    const int num_sms = std::max(int(1 + rng() % 132), problem.out == OutType::swiglu ? 2 : 1);
     const plan::GemmPlan p = plan::plan_grouped(problem, num_sms);
     ASSERT_NE(std::find(all.begin(), all.end(), p.config), all.end());
     ASSERT_EQ(p.config.grouping, problem.grouping);
@@ -63,12 +63,17 @@ std::string table_of_choices() {
   const auto add = [&](const plan::GroupedProblem& p) {
     const plan::GemmPlan plan = plan::plan_grouped(p, 132);
     table += fmt::format("{} {} {} {} {} {} {}: {}, {}\n", p.grouping == Grouping::rows ? "rows" : "columns",
-                         p.num_groups, p.m, p.n, p.k, p.expected_rows, p.out == OutType::bf16 ? "bf16" : "f32",
+                         p.num_groups, p.m, p.n, p.k, p.expected_rows,
+                         p.out == OutType::bf16             ? "bf16"
+                         : p.out == OutType::f32            ? "f32"
+                         : plan::swiglu_in_epilogue(p, 132) ? "swiglu"
+                                                            : "swiglu (two kernels if there is room)",
                          jit::gemm_source(plan.config).name, plan.num_ctas);
   };
   for (const auto& [n, k] :
        {std::pair{4096, 7168}, {7168, 2048}, {3072, 4096}, {4096, 1536}, {1536, 2048}, {2048, 768}})
-    for (const OutType out : {OutType::bf16, OutType::f32}) {
+    for (const OutType out : {OutType::bf16, OutType::f32, OutType::swiglu}) {
+      if (out == OutType::swiglu && n > k) continue;  // no gates and ups
       for (const auto& [groups, rows] : {std::pair{8, 4096},
                                          {4, 8192},
                                          {32, 2048},

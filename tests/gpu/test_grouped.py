@@ -5,7 +5,7 @@ import random
 import numpy as np
 import phalanx
 import pytest
-from cases import GroupedGemmCase, WgradCase
+from cases import GroupedGemmCase, GroupedSwigluCase, WgradCase
 
 torch = pytest.importorskip("torch")
 
@@ -97,6 +97,45 @@ def test_thousands_of_group_sizes(arrays, seed):
         expert = torch.where((expert < 0) | (expert >= groups), -1, expert)
         wrong += (out != expert[:, None]).sum()
     assert wrong.item() == 0
+
+
+# --- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+
+def swiglu_case(sizes, intermediate, k, *, gap=0, values="normal", sfa_layout="mn", **how):
+    return GroupedSwigluCase(
+        GroupedGemmCase(sizes, 2 * intermediate, k, values=values, sfa_layout=sfa_layout, pad=1, gap=gap), **how
+    )
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 130, 1, 64, 0, 257, 128), (0, 0, 0), (1,), (600, 0)], ids=str)
+@pytest.mark.parametrize("sfa_layout", ["mn", "k"])
+def test_swiglu_gives_the_bytes_of_two_calls(arrays, sizes, sfa_layout):
+    for room in (False, True):
+        swiglu_case(sizes, 384, 1000, gap=3, sfa_layout=sfa_layout, room=room).check(arrays)
+        how = {"limit": 0.5, "weighted": True, "pow2_scales": True, "room": room}
+        swiglu_case(sizes, 128, 144, values="bits", sfa_layout=sfa_layout, **how).check(arrays)
+    phalanx.check_groups(torch.empty(0, device="cuda"))
+
+
+@pytest.mark.parametrize("n_k", [(2048, 7168), (1536, 4096), (768, 2048)], ids=str)
+def test_swiglu_of_real_experts(arrays, n_k):
+    for sizes in ((300, 0, 17, 600), (16,) * 6, (1, 0, 2)):
+        swiglu_case(sizes, *n_k).check(arrays)
+
+
+def test_swiglu_of_random_groups(arrays, seed):
+    rng = random.Random(seed)
+    for _ in range(20):
+        swiglu_case(
+            random_sizes(rng, rng.randint(1, 12), 300),
+            128 * rng.randint(1, 4),
+            rng.randint(1, 900),
+            gap=rng.choice((0, 5)),
+            sfa_layout=rng.choice(("mn", "k")),
+            limit=rng.choice((None, 1.0)),
+            weighted=rng.random() < 0.5,
+        ).check(arrays, num_sms=rng.choice((0, 1, 5)), expected_rows=rng.choice((0, 4, 100)))
 
 
 # --- weight gradients -------------------------------------------------------------------------------------------------

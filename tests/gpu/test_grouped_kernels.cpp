@@ -4,8 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -62,6 +64,55 @@ void check_rows(const GemmConfig& config, GroupsBy by, Order sfa_order, std::mt1
   check_groups({DeviceType::cuda, 0});
 }
 
+// Against the two kernels, which other tests hold to the CPU.
+void check_swiglu(const GemmConfig& config, Order sfa_order, bool weighted, float limit, std::mt19937& rng) {
+  constexpr int kI = 256, kN = 2 * kI, kK = 1000, kKBlocks = 8;
+  const int rows = int(kGroups.row_groups.size()) + 5, first = kGroups.offsets.front(), end = kGroups.offsets.back();
+  const auto bits = [&](auto, auto) { return cpu::E4m3{std::uint8_t(rng() % 97 == 0 ? 0x7f : rng() % 0x7e)}; };
+  const auto few = [&](auto, auto) { return cpu::E4m3{std::uint8_t(rng() % 0xfe & 0xbf)}; };
+  const auto scale = [&](int exponent) { return std::ldexp(1.0f, exponent) * float(1 + rng() % 99); };
+  Matrix<cpu::E4m3> a(rows, kK, 1), b(kNumGroups * kN, kK, 1), q(rows, kI, 1), expected = q;
+  Matrix<float> sfa(rows, kKBlocks, 0, sfa_order), sfb(kNumGroups * kN / 128, kKBlocks), weights(1, rows);
+  Matrix<float> scales(rows, kI / 128, 0, Order::col_major), expected_scales = scales;
+  Matrix<cpu::Bf16> x(rows, kN, 1);
+  a.fill([&](auto i, auto j) { return i % 31 == 7 ? bits(i, j) : few(i, j); }), b.fill(few);
+  // Gates of most rows are around 1; some overflow BF16, or FP32 with their ups.
+  sfa.fill([&](auto i, auto) { return scale(i % 17 == 4 ? 100 : i % 19 == 5 ? 40 : -9); });
+  sfb.fill([&](auto, auto) { return scale(-7); });
+  weights.fill([&](auto, auto) { return 0.125f * float(rng() % 16) - 0.5f; });
+  DeviceCopy a_gpu(a), b_gpu(b), q_gpu(q), expected_gpu(expected);
+  DeviceCopy sfa_gpu(sfa), sfb_gpu(sfb), scales_gpu(scales), expected_scales_gpu(expected_scales), weights_gpu(weights);
+  DeviceCopy x_gpu(x);
+  Ints offsets(kGroups.offsets);
+
+  const ScaledTensor in{a_gpu.tensor(), sfa_gpu.tensor()};
+  const ScaledTensor experts{stack(b_gpu.tensor(), kNumGroups), stack(sfb_gpu.tensor(), kNumGroups)};
+  const Tensor of_groups = Ints::vector(offsets.gpu.tensor());
+  Tensor of_rows = weights_gpu.tensor();
+  of_rows.ndim = 1, of_rows.shape[0] = rows, of_rows.strides[0] = 1;
+  GroupedSwigluOptions options{.limit = limit, .pow2_scales = weighted};
+  if (weighted) options.weights = of_rows;
+  force(config);
+  grouped_gemm_fp8_swiglu(in, experts, of_groups, {q_gpu.tensor(), scales_gpu.tensor()}, options);
+
+  setenv("PHALANX_GEMM_CONFIG", "", 1);
+  grouped_gemm_fp8(in, experts, of_groups, x_gpu.tensor());
+  const auto rows_of = [&](Tensor t, std::int64_t row_bytes) {
+    t.data = static_cast<char*>(t.data) + first * row_bytes;
+    t.shape[0] = end - first;
+    return t;
+  };
+  const Tensor q_rows = expected_gpu.tensor(), s_rows = expected_scales_gpu.tensor(), x_rows = x_gpu.tensor();
+  SwigluOptions swiglu{.limit = limit, .pow2_scales = weighted};
+  if (weighted) swiglu.weights = rows_of(of_rows, 4);
+  swiglu_quantize(rows_of(x_rows, x_rows.strides[0] * 2),
+                  {rows_of(q_rows, q_rows.strides[0]), rows_of(s_rows, s_rows.strides[0] * 4)}, swiglu);
+  ASSERT_TRUE(scales_gpu.download().same_bytes(expected_scales_gpu.download()));
+  ASSERT_TRUE(q_gpu.download().same_bytes(expected_gpu.download()))
+      << "the bits of both kernels, and poison in rows of no group";
+  check_groups({DeviceType::cuda, 0});
+}
+
 void check_columns(const GemmConfig& config, bool accumulate, Order order, std::mt19937& rng) {
   constexpr int kM = 150, kN = 200;
   const int k = kGroups.offsets.back() + 20;
@@ -89,6 +140,7 @@ void check_columns(const GemmConfig& config, bool accumulate, Order order, std::
 TEST_F(OnGpu, EveryGroupedKernelGivesTheBitsOfTheCpu) {
   std::mt19937 rng(kSeed);
   for (const GemmConfig& config : plan::all_grouped_configs()) {
+    if (config.gates_and_ups()) continue;
     for (const Order order : {Order::col_major, Order::row_major}) {  // scales by TMA, by cp.async
       SCOPED_TRACE(::testing::Message() << jit::gemm_source(config).name << (order == Order::row_major ? " rows" : ""));
       if (config.grouping == Grouping::columns) {
@@ -100,6 +152,18 @@ TEST_F(OnGpu, EveryGroupedKernelGivesTheBitsOfTheCpu) {
       }
       if (HasFatalFailure()) return;
     }
+  }
+}
+
+TEST_F(OnGpu, EveryKernelWithSwigluGivesTheBitsOfTwo) {
+  constexpr float kNoLimit = std::numeric_limits<float>::infinity();
+  std::mt19937 rng(kSeed);
+  for (const GemmConfig& config : plan::all_grouped_configs()) {
+    if (!config.gates_and_ups()) continue;
+    SCOPED_TRACE(jit::gemm_source(config).name);
+    check_swiglu(config, Order::col_major, false, kNoLimit, rng);
+    check_swiglu(config, Order::row_major, true, 7, rng);
+    if (HasFatalFailure()) return;
   }
 }
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import phalanx
 import pytest
-from cases import GroupedGemmCase, NumPyArrays, WgradCase
+from cases import GroupedGemmCase, GroupedSwigluCase, NumPyArrays, WgradCase
 
 FORMS = ["offsets", "row_groups", "counts"]
 
@@ -194,6 +194,43 @@ def test_wrong_arguments(operands):
     phalanx.check_groups(a)
 
 
+# --- SwiGLU ----------------------------------------------------------------------------------------------------------
+
+
+def swiglu_case(sizes, intermediate, k, *, gap=0, sfa_layout="mn", **how):
+    return GroupedSwigluCase(
+        GroupedGemmCase(sizes, 2 * intermediate, k, values="normal", sfa_layout=sfa_layout, pad=1, gap=gap), **how
+    )
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 130, 1, 0), (0, 0, 0), (1,), (70,)], ids=str)
+@pytest.mark.parametrize("room", [False, True])
+def test_swiglu_gives_the_bytes_of_two_calls(arrays, sizes, room):
+    swiglu_case(sizes, 256, 300, gap=3, room=room).check(arrays)
+    swiglu_case(sizes, 128, 144, limit=0.5, weighted=True, pow2_scales=True, sfa_layout="k").check(arrays)
+
+
+def test_wrong_arguments_of_swiglu():
+    inputs = GroupedGemmCase((3, 4), 256, 128).make(NumPyArrays())
+    a, b, offsets = (inputs.a, inputs.sfa), (inputs.b, inputs.sfb), inputs.groups
+
+    def fails(message, *args, error=ValueError, **options):
+        with pytest.raises(error, match=message):
+            phalanx.grouped_gemm_fp8_swiglu(*args, **options)
+
+    fails(r"b\.data.*N is 128, expected a multiple of 256", a, (b[0][:, :128], b[1][:, :1]), offsets)
+    fails(r"offsets.*expected shape \[3\]", a, b, offsets[:2])
+    fails(r"limit is -1, expected more than 0", a, b, offsets, limit=-1)
+    fails(r"weights.*expected shape \[7\]", a, b, offsets, np.ones(6, np.float32))
+    fails(r"weights.*float64", a, b, offsets, np.ones(7), error=TypeError)
+    room = np.zeros((7, 256), np.float32)
+    fails(r"gates_and_ups.*expected dtype bf16", a, b, offsets, gates_and_ups=room, error=TypeError)
+    q = phalanx.grouped_gemm_fp8_swiglu(a, b, offsets)
+    fails(r"q\.scales.*expected shape \[7, 1\]", a, b, offsets, out=(q.data, q.scales[:3]))
+    fails(r"q\.data.*expected shape \[7, 128\]", a, b, offsets, out=(q.data[:3], q.scales))
+    fails(r"expected \[M, K\] and \[G, 2 I, K\]", a, (b[0][0], b[1][0]), offsets)
+
+
 # --- PyTorch's operators ----------------------------------------------------------------------------------------------
 
 
@@ -217,8 +254,16 @@ def test_torch_compile_and_fakes():
     for x, y in zip((*actual, outs[1]), (*expected, outs[0]), strict=True):
         assert torch.equal(x, y)
 
+    gates_and_ups = GroupedGemmCase((3, 0, 4), 256, 256).make(arrays)
+    operands = gates_and_ups.a, gates_and_ups.sfa, gates_and_ups.b, gates_and_ups.sfb, offsets
+    swiglu = lambda a, sfa, b, sfb, offsets: phalanx.grouped_gemm_fp8_swiglu((a, sfa), (b, sfb), offsets, limit=7.0)  # noqa: E731
+    actual = torch.compile(swiglu, fullgraph=True, backend="aot_eager")(*operands)
+    for x, y in zip(actual, swiglu(*operands), strict=True):
+        assert torch.equal(x.float(), y.float())
+
     tests, ops = ("test_faketensor", "test_autograd_registration"), torch.ops.phalanx
     torch.library.opcheck(ops.grouped_gemm_fp8.default, (*a, *b, offsets), test_utils=tests)
+    torch.library.opcheck(ops.grouped_gemm_fp8_swiglu.default, (*operands, None, 7.0, False), test_utils=tests)
     torch.library.opcheck(ops.wgrad_fp8.default, (*a, *a), test_utils=tests)
     torch.library.opcheck(ops.grouped_wgrad_fp8.default, (*a, *a, offsets[:3]), test_utils=tests)
     masked = GroupedGemmCase((3, 0, 4), 130, 256, "counts").make(arrays)

@@ -18,14 +18,10 @@
 #include "ops/check_bf16.h"
 #include "plan/plan.h"
 #include "tests/cpu/matrix.h"
+#include "tests/simt/tensors.h"
 
 namespace phalanx::test {
 namespace {
-
-TensorMap tensor_map(const Tensor& t, int box_rows, int box_cols, bool swizzle = true) {
-  return ptx::SimtTensorMap{static_cast<u8*>(t.data), t.rows(), t.cols(), row_stride(t) * size_of(t.dtype),
-                            int(size_of(t.dtype)),    box_rows, box_cols, swizzle};
-}
 
 struct Shape {
   int m, n, k;
@@ -123,11 +119,6 @@ TEST(SimulatedGemm, OfManyRows) {
 const std::vector<int> kOffsets = {3, 6, 6, 136, 137, 201, 330, 330};
 constexpr int kGroups = 7, kRows = 340;  // the last ones are of no group
 
-/// `groups` matrices, one under the other, as a stack.
-Tensor stack(const Tensor& t, int groups) {
-  const std::int64_t rows = t.shape[0] / groups;
-  return {t.data, t.dtype, t.device, 3, {groups, rows, t.shape[1]}, {rows * t.strides[0], t.strides[0], t.strides[1]}};
-}
 Tensor offsets() { return {const_cast<int*>(kOffsets.data()), DType::int32, {}, 1, {kGroups + 1}, {1}}; }
 
 /// A's or B's scales as TMA reads them.

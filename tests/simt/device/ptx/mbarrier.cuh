@@ -53,13 +53,18 @@ inline void mbarrier_wait(u64* bar, u32 phase) {
   while (!mbarrier_test(bar, phase)) continue;
 }
 
-inline void store_async_cluster_f2(void* p, float2 v, u64* bar, u32 cta_rank) {
+template <class T>
+void simt_store_async(void* p, T v, u64* bar, u32 cta_rank) {
   simt::later([=] {
     with_mbarrier(bar, int(cta_rank), [&](auto& b) {
       std::memcpy(simt_in_cta(p, int(cta_rank)), &v, sizeof v);
       b.receive(sizeof v);
     });
   });
+}
+inline void store_async_cluster_f2(void* p, float2 v, u64* bar, u32 cta_rank) { simt_store_async(p, v, bar, cta_rank); }
+inline void store_async_cluster_f32(float* p, float v, u64* bar, u32 cta_rank) {
+  simt_store_async(p, v, bar, cta_rank);
 }
 
 }  // namespace phalanx::ptx
