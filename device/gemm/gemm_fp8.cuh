@@ -81,17 +81,18 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
           if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfb(stage), &p.sfb_map, full, t.n, kb);
       };
       const auto load_b = [&] {
-        if constexpr (C.cluster_m > 1)
-          ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
-        else if constexpr (C.gates_and_ups())
+        if constexpr (C.gates_and_ups()) {
 #pragma unroll
           for (int half = 0; half < 2; ++half)
             ptx::tma_load_2d(smem.b(stage) + half * (C.block_n / 2) * kBlockK, &p.b, full, k,
                              at.b - t.n / 2 + half * (p.n / 2));
-        else if (!C.grouped() && p.streams_b)
+        } else if constexpr (C.cluster_m > 1) {
+          ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
+        } else if (!C.grouped() && p.streams_b) {
           ptx::tma_load_2d_once(smem.b(stage), &p.b, full, k, at.b);
-        else
+        } else {
           ptx::tma_load_2d(smem.b(stage), &p.b, full, k, at.b);
+        }
       };
       // Without groups B first: few others read it, so that it comes from farther away. With groups that was 2 % slower.
       if constexpr (!C.grouped()) load_b();
