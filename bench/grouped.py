@@ -152,12 +152,14 @@ def swiglu(tokens: int, n: int, k: int, op: str) -> Case:
         same = torch.equal(q.data.view(torch.uint8), two.data.view(torch.uint8)) and torch.equal(q.scales, two.scales)
         return 0.0 if same else math.inf
 
-    errors = {
-        name: partial(difference, q) for name, q in (("phalanx", one), ("two_kernels", two), ("planned", planned))
-    }
+    starts = offsets.tolist()
+    own = [(starts[g] + row, g, starts[g] + row) for g, row in sample(sizes.tolist())]
+    error_of_product = partial(error_of_rows, a, b, d, own)
+    errors = {"phalanx": partial(difference, one), "planned": partial(difference, planned)}
+    errors |= {"two_kernels": error_of_product, "product_alone": error_of_product}
     num_bytes = rows * (k + 4 * (k // 128)) + int((sizes > 0).sum()) * n * k + rows * n // 2
     shape = {"groups": SWIGLU_EXPERTS, "rows": rows, "n": n, "k": k}
-    return Case(op, shape, 2 * rows * n * k, num_bytes, calls, errors | {"product_alone": lambda: 0.0})
+    return Case(op, shape, 2 * rows * n * k, num_bytes, calls, errors)
 
 
 def uneven(groups: int, expected: int) -> list[int]:

@@ -9,7 +9,7 @@
 //   a loading warp    rows of others' tokens; a few tokens later those of this rank's, and slots behind their flags
 //                     --TMA--> a ring of stages, a row each, with what is to be done with it
 //   summing warps     stages --> sums in registers --> the home's slots, or out
-//   signalling warp   sums sent --> sum flags, one a CTA
+//   signalling warp   sums sent --> sum flags, one a half
 //   at the end        all read --> credits
 //
 // Sums are sent token by token, to all ranks in turn, so that each home can begin early. A CTA's two halves go their own

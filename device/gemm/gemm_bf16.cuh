@@ -62,14 +62,7 @@ __device__ void load_operand(u8* smem, const TensorMap* map, u64* full, int row,
 template <GemmConfig C>
 __device__ void load_bf16_operands(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin) {
   const u32 stage_bytes = (p.rows_a + C.block_n) * kLineBytes;
-  auto pipe = smem.pipeline();
-  auto tiles = my_tiles<C, TilesOfThread>(p, smem);
-  Tile t;
-  bool more = !C.grouped() && tiles.next(t);
-  begin();
-  if (!ptx::elect_one()) return;
-  if (C.grouped()) more = tiles.next(t);
-  for (; more; more = tiles.next(t)) {
+  load_tiles<C>(p, smem, begin, [&](const Tile& t, auto& pipe) {
     const KPart part = k_part<C>(p, t);
     const TileOrigin at = origin_of<C>(p, t);
     // Groups lie one below the other in the tensor map of B, in its rows or, MN-major, in its k.
@@ -82,9 +75,7 @@ __device__ void load_bf16_operands(const GemmParams& p, const SharedMemory<C>& s
       load_operand<C.major_a, C.block_m, C.cluster_n>(smem.a(pipe.stage), &p.a, full, at.a, k);
       load_operand<C.major_b, C.block_n, C.cluster_m>(smem.b(pipe.stage), &p.b, full, row_b, k_b + k);
     }
-  }
-  if constexpr (C.multicasts())  // stay until the peers' last arrivals at our barriers have landed
-    for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
+  });
 }
 
 // --- consumers ------------------------------------------------------------------------------------------------------

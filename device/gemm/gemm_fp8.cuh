@@ -31,22 +31,15 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
   constexpr int kSliceA = C.block_m / C.cluster_n;
   const int slice_a = rank % C.cluster_n * kSliceA, slice_b = rank % C.cluster_m * (C.block_n / C.cluster_m);
 
-  auto pipe = smem.pipeline();
-  auto tiles = my_tiles<C, TilesOfThread>(p, smem);
-  Tile t;
-  bool more = !C.grouped() && tiles.next(t);
-  begin();
-  if (!ptx::elect_one()) return;
-  if (C.grouped()) more = tiles.next(t);
-  for (; more; more = tiles.next(t)) {
+  load_tiles<C>(p, smem, begin, [&](const Tile& t, auto& pipe) {
     const KRange ks = my_k_range<C>(p, t);
     const TileOrigin at = origin_of<C>(p, t);
     if constexpr (C.rows_of_request() < C.block_m && C.cluster_n == 1) {
       rows = min_of(ceil_div(t.group_end - t.m, C.rows_of_request()) * C.rows_of_request(), C.block_m);
       stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
     }
-    int slice_rows = kSliceA;
-    const TensorMap* map_a = &p.a;
+    [[maybe_unused]] int slice_rows = kSliceA;  // not where requests are of fewer rows
+    [[maybe_unused]] const TensorMap* map_a = &p.a;
     if constexpr (C.grouping == Grouping::none) {  // none past the end: TMA takes longer to make zeros than to copy
       rows = min_of(p.m - t.m, C.block_m);
       if (rows < 0) rows = 0;  // of a cluster that reaches past M
@@ -101,9 +94,7 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
       if constexpr (C.grouping == Grouping::columns)
         if (p.c_ptr != nullptr) GradientStore<C>::prefetch(p, t.n, at.d, ks.end - 1 - kb);
     }
-  }
-  if constexpr (C.multicasts())  // stay until the peers' last arrivals at our barriers have landed
-    for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
+  });
 }
 
 // One warp, only where TMA cannot read A's scales (and B's, where they are per row): cp.async copies single floats, whatever

@@ -116,6 +116,22 @@ struct Begin {
   }
 };
 
+// What one thread of a warp loads: load(t, pipe) for each tile of this CTA. By the warp.
+template <GemmConfig C, class Load>
+__device__ __forceinline__ void load_tiles(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin,
+                                           const Load& load) {
+  auto pipe = smem.pipeline();
+  auto tiles = my_tiles<C, TilesOfThread>(p, smem);
+  Tile t;
+  bool more = !C.grouped() && tiles.next(t);
+  begin();
+  if (!ptx::elect_one()) return;
+  if (C.grouped()) more = tiles.next(t);
+  for (; more; more = tiles.next(t)) load(t, pipe);
+  if constexpr (C.multicasts())  // stay until the peers' last arrivals at our barriers have landed
+    for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
+}
+
 // One thread.
 template <GemmConfig C>
 __device__ __forceinline__ void init_barriers(const GemmParams& p, const SharedMemory<C>& smem) {

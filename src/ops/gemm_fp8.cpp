@@ -70,7 +70,7 @@ bool tma_reads(const Tensor& scales) {
 
 // Weights that few CTAs read, at the same time, are the first to leave L2: what others wrote there then need not be written back
 // meanwhile, 3 to 15 % of the time of large weights. With many rows, they would have to come again.
-bool streams_weights(const GemmConfig& config, int m, int n, int k) {
+bool leave_l2_first(const GemmConfig& config, int m, int n, int k) {
   constexpr int kFewTiles = 3;
   constexpr int64_t kLarge = 8 << 20;  // bytes
   return ceil_div(m, config.block_m) <= kFewTiles && int64_t(n) * k >= kLarge;
@@ -98,7 +98,7 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
     p.d = Rows(d).map(config.consumer_rows(), config.panel_columns());
     if (options.c) p.c = Rows(*options.c).map(config.consumer_rows(), config.panel_columns());
   }
-  p.constant_b = options.constant_b, p.streams_b = streams_weights(config, m, n, k);
+  p.constant_b = options.constant_b, p.streams_b = leave_l2_first(config, m, n, k);
   p.sfa_by_tma = tma_reads(a.scales);
   if (p.sfa_by_tma) {
     const std::int64_t column_bytes = a.scales.cols() > 1 ? a.scales.strides[1] * 4 : 16;
