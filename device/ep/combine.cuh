@@ -9,7 +9,7 @@
 //   a loading warp    rows of others' tokens; a few tokens later those of this rank's, and slots behind their flags
 //                     --TMA--> a ring of stages, a row each, with what is to be done with it
 //   summing warps     stages --> sums in registers --> the home's slots, or out
-//   signalling warp   sums sent --> sum flags, one a half
+//   signalling warp   sums sent --> sum flags, one a CTA
 //   at the end        all read --> credits
 //
 // Sums are sent token by token, to all ranks in turn, so that each home can begin early. A CTA's two halves go their own
@@ -54,13 +54,15 @@ __device__ __forceinline__ u8* ep_sum_slot(const EpOperation& op, int at, int fr
   return op.buffer(at, c.layout.sums) + (i64(ep_peer_idx(at, from)) * c.shape.max_tokens + token) * c.layout.sum_slot;
 }
 __device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int from, int half) {
-  return op.word(at, op.c.layout.sum_flags, (from * op.c.shape.num_ctas + int(blockIdx.x)) * kEpHalves + half);
+  const EpShape& shape = op.c.shape;
+  const int cta = from * shape.num_ctas + int(blockIdx.x);
+  return op.word(at, op.c.layout.sum_flags, cta * kEpHalves + (ep_halves_columns(shape) ? 0 : half));
 }
 
 // --- loading --------------------------------------------------------------------------------------------------------
 
 // Sends token by token, to each rank in turn; this rank's own tokens so many behind, as others' sums take a while to come.
-constexpr int kEpLag = 8;
+constexpr int kEpLag = 4;
 
 // A sum to be made, in the order in which they are: of token `step` of each source's, then of a token of this rank.
 struct EpUnit {
@@ -83,7 +85,7 @@ struct EpUnit {
   }
 };
 
-// One unit's terms, asked for while the one before is loaded.
+// One unit's terms.
 struct EpWork {
   int source = -1;  // none
   i64 token;
@@ -91,16 +93,60 @@ struct EpWork {
   int expert = -1;  // home: one a lane
 
   __device__ __forceinline__ EpWork(const EpCombineParams& p, const EpUnit& unit, const EpRange* tokens) {
-    const EpCommon& c = p.c;
-    const int num_ranks = c.shape.num_ranks, lane = threadIdx.x % 32;
-    if (unit.is_over()) return;
+    const int num_ranks = p.c.shape.num_ranks;
     const bool is_home = unit.is_home(num_ranks);
-    const int s = is_home ? c.rank : (c.rank + unit.turn) % num_ranks, i = is_home ? unit.token() : unit.step;
-    if (is_home ? i < 0 || i >= unit.homes : i >= unit.sends || i >= tokens[s].size()) return;
+    const int next = p.c.rank + unit.turn, s = is_home ? p.c.rank : next < num_ranks ? next : next - num_ranks;
+    const int i = is_home ? unit.token() : unit.step;
+    if (unit.is_over() || (is_home ? i < 0 || i >= unit.homes : i >= unit.sends || i >= tokens[s].size())) return;
     source = s;
     token = tokens[s].begin + i;
-    terms = ep_terms(p, s, token);
-    if (is_home && lane < c.shape.topk) expert = c.handle[c.handle_layout.experts + token * c.shape.topk + lane];
+  }
+};
+
+// The units that come next, their terms on the way to shared memory: a load takes longer than a unit.
+struct EpOutlook {
+  const EpCombineParams& p;
+  EpCombineHalf& smem;
+  EpUnit asked;  // the first whose terms have not been asked for
+  int slot = 0;
+
+  __device__ __forceinline__ EpOutlook(const EpCombineParams& params, EpCombineHalf& memory, const EpUnit& first)
+      : p(params), smem(memory), asked(first) {
+#pragma unroll 1
+    for (int i = 0; i < kEpUnitsAhead; ++i) ask(i);
+  }
+
+  __device__ __forceinline__ void ask(int to) {
+    if (!asked.is_over()) {
+      const EpCommon& c = p.c;
+      const int lane = threadIdx.x % 32;
+      const EpWork work(p, asked, smem.tokens);
+      if (work.source >= 0 && lane < c.shape.topk) {
+        const i64 choice = ep_choice(c, work.source, work.token) + lane;
+        ptx::cp_async_4(&smem.row[to][lane], &c.handle[c.handle_layout.rows + choice]);
+        if (p.weighted) ptx::cp_async_4(&smem.row_weight[to][lane], &c.handle[c.handle_layout.weights + choice]);
+        if (work.source == c.rank)
+          ptx::cp_async_4(&smem.expert[to][lane],
+                          &c.handle[c.handle_layout.experts + work.token * c.shape.topk + lane]);
+      }
+      asked.next(c.shape.num_ranks);
+    }
+    ptx::cp_async_commit_group();
+  }
+
+  // The terms of `unit`, the oldest asked for; another one is in their place.
+  __device__ __forceinline__ EpWork take(const EpUnit& unit) {
+    const int lane = threadIdx.x % 32;
+    EpWork work(p, unit, smem.tokens);
+    ptx::cp_async_wait_group<kEpUnitsAhead - 1>();
+    if (work.source >= 0 && lane < p.c.shape.topk) {  // each lane has asked for its own
+      work.terms.row = smem.row[slot][lane];
+      if (p.weighted) work.terms.weight = smem.row_weight[slot][lane];
+      if (work.source == p.c.rank) work.expert = smem.expert[slot][lane];
+    }
+    ask(slot);
+    slot = slot + 1 == kEpUnitsAhead ? 0 : slot + 1;
+    return work;
   }
 };
 
@@ -225,7 +271,7 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
   const EpRange bytes = ep_bytes_of_half(c.shape, half);
   const int num_ranks = c.shape.num_ranks, lane = threadIdx.x % 32;
   EpUnit unit(p, tokens);
-  EpWork work(p, unit, tokens);
+  EpOutlook outlook(p, feeder.smem, unit);
   EpNews news{half};
   if (c.send) {
     const EpRange mine{int(blockIdx.x), int(blockIdx.x) + 1};
@@ -234,11 +280,10 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
   }
 #pragma unroll 1
   while (!unit.is_over()) {
-    const EpWork present = work;
+    const EpWork present = outlook.take(unit);
     const bool is_home = unit.is_home(num_ranks);
     const int number = unit.token(), steps = min_of(unit.step + is_home, unit.sends);
     unit.next(num_ranks);
-    work = EpWork(p, unit, tokens);
     if (present.source < 0) continue;
     if (!is_home) {
       ep_load_send(p, send, feeder, present, bytes, steps);
@@ -268,24 +313,27 @@ __device__ __forceinline__ void ep_send_values(const EpCombineParams& p, const E
   }
 }
 
-// Tells every home how many tokens' sums of each half have been sent: as many as all its summing warps have stored.
+// Tells every home how many tokens' sums of each half have been sent, or where each has half of the columns, of both: as
+// many as all summing warps have stored.
 __device__ __forceinline__ void ep_signal_sums(const EpCombineParams& p, const EpOperation& op, EpCombineSmem& smem) {
   const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32;
-  int num_steps[kEpHalves], told[kEpHalves] = {}, left = 0;
+  const int lane = threadIdx.x % 32, num_flags = ep_halves_columns(c.shape) ? 1 : kEpHalves;
+  int told[kEpHalves] = {}, left = 0;
 #pragma unroll
-  for (int h = 0; h < kEpHalves; ++h) left += num_steps[h] = EpUnit(p, smem.halves[h].tokens).sends;
+  for (int h = 0; h < kEpHalves; ++h)
+    if (h < num_flags) left += EpUnit(p, smem.halves[h].tokens).sends;
 #pragma unroll 1
   while (left > 0 && ep_look(smem.failed) == 0) {
     ptx::nanosleep(50);
 #pragma unroll
     for (int h = 0; h < kEpHalves; ++h) {
-      EpCombineHalf& half = smem.halves[h];
-      const int mine = lane < kEpSumWarps ? ep_look(half.steps[lane]) : num_steps[h];
-      const int stored = num_steps[h] - int(__reduce_max_sync(0xffffffffu, u32(num_steps[h] - mine)));
+      if (h >= num_flags) continue;
+      const bool counts = lane < kEpHalves * kEpSumWarps && (num_flags == 1 || lane / kEpSumWarps == h);
+      const int stored = int(__reduce_min_sync(0xffffffffu, counts ? u32(ep_look(smem.steps[lane])) : ~0u));
       if (stored == told[h]) continue;
       ptx::fence_acq_rel_cta();
-      if (p.values && ep_bytes_of_half(c.shape, h).begin == 0) ep_send_values(p, op, half.tokens, told[h], stored);
+      if (p.values && ep_bytes_of_half(c.shape, h).begin == 0)
+        ep_send_values(p, op, smem.halves[h].tokens, told[h], stored);
       left -= stored - told[h];
       told[h] = stored;
       __syncwarp();
@@ -313,8 +361,7 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
     ptx::fence_mbarrier_init();
   }
   ptx::grid_wait_dependencies();
-  if (int(threadIdx.x) < kEpHalves * kEpSumWarps)
-    smem.halves[threadIdx.x / kEpSumWarps].steps[threadIdx.x % kEpSumWarps] = 0;
+  if (int(threadIdx.x) < kEpHalves * kEpSumWarps) smem.steps[threadIdx.x] = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kEpHalves * c.shape.num_ranks; i += 32 * kEpCombineWarps) {
     const int r = i / kEpHalves, h = i % kEpHalves;
@@ -324,7 +371,7 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   const EpOperation send(c, kEpCombineSend), recv(c, kEpCombineRecv);
   __syncthreads();
   if (warp < kEpHalves * kEpSumWarps) {
-    ep_sum_stages(smem.halves[warp / kEpSumWarps], warp % kEpSumWarps);
+    ep_sum_stages(smem);
   } else if (warp < kEpHalves * (kEpSumWarps + 1)) {
     const int half = warp - kEpHalves * kEpSumWarps;
     EpFeeder feeder{smem.halves[half]};

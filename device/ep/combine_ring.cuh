@@ -28,11 +28,14 @@ struct EpCombineHalf {
   EpStage stage[kEpStages];
   float weight[kEpStages];
   u64 full[kEpStages], empty[kEpStages];
-  int steps[kEpSumWarps];  // finished by each summing warp
+  int row[kEpUnitsAhead][32];  // the next units' terms, of the loading warp
+  float row_weight[kEpUnitsAhead][32];
+  int expert[kEpUnitsAhead][32];
   EpRange tokens[kEpMaxRanks];
 };
 struct EpCombineSmem {
   EpCombineHalf halves[kEpHalves];
+  int steps[kEpHalves * kEpSumWarps];  // finished by each summing warp
   int failed;
 };
 static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
@@ -141,9 +144,11 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpComb
   }
 }
 
-// By warp `warp` of the half.
-__device__ __forceinline__ void ep_sum_stages(EpCombineHalf& smem, int warp) {
-  const int lane = threadIdx.x % 32, first = warp * kEpPitch + lane * 16;  // this thread's bytes of a stage
+// By a summing warp.
+__device__ __forceinline__ void ep_sum_stages(EpCombineSmem& all) {
+  const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32;
+  const int first = warp % kEpSumWarps * kEpPitch + lane * 16;  // this thread's bytes of a stage
+  EpCombineHalf& smem = all.halves[warp / kEpSumWarps];
   EpRing ring;
   int steps = 0;
 #pragma unroll 1
@@ -155,7 +160,7 @@ __device__ __forceinline__ void ep_sum_stages(EpCombineHalf& smem, int warp) {
       __syncwarp();
       if (lane == 0) {
         ptx::fence_acq_rel_cta();
-        *static_cast<volatile int*>(&smem.steps[warp]) = steps;
+        *static_cast<volatile int*>(&all.steps[warp]) = steps;
       }
     }
     EpSum sum[kEpSumPieces] = {};

@@ -45,7 +45,9 @@ constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a th
 // One more warp signals for both. A stage holds a row, or so many columns of one.
 constexpr int kEpHalves = 2, kEpSumWarps = 7, kEpCombineWarps = kEpHalves * (kEpSumWarps + 1) + 1;
 constexpr int kEpSumPieces = 4, kEpStageBytes = kEpSumPieces * kEpSumWarps * kEpPitch, kEpStages = 7;
-constexpr int kEpCombineSmemBytes = kEpHalves * (kEpStages * (kEpStageBytes + 72) + 8 * 64) + 1024;
+constexpr int kEpUnitsAhead = 8;  // sums whose rows' numbers are on their way to a loading warp
+constexpr int kEpCombineSmemBytes =
+    kEpHalves * (kEpStages * (kEpStageBytes + 72) + kEpUnitsAhead * 32 * 12 + 8 * 64) + 1024;
 
 // What is agreed upon by all ranks.
 struct EpShape {
@@ -85,7 +87,7 @@ struct EpLayout {
   i64 dispatch_credit, combine_credit;  // u64 [R][G]: epoch that a CTA of rank d has finished to read
   i64 route_flags;                      // u64 [R][G]
   i64 token_flags;                      // u64 [R][T][parts]
-  i64 sum_flags;                        // u64 [R][G][halves]
+  i64 sum_flags;                        // u64 [R][G][halves]; where they halve columns, the first is both's
   i64 buffers, buffer_stride;
   i64 headers, choices, weights, counts, tokens, sums;  // within a buffer
   i64 token_slot, sum_slot;                             // bytes

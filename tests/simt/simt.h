@@ -222,6 +222,11 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   for (const unsigned other : simt::exchange(value)) largest = other > largest ? other : largest;
   return largest;
 }
+inline unsigned __reduce_min_sync(unsigned, unsigned value) {
+  unsigned least = ~0u;
+  for (const unsigned other : simt::exchange(value)) least = other < least ? other : least;
+  return least;
+}
 inline unsigned __match_any_sync(unsigned, int value) {
   unsigned bits = 0;
   const auto all = simt::exchange(value);
