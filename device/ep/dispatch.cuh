@@ -45,7 +45,27 @@ __device__ __forceinline__ void ep_wait_in_cta(const int* count, int wanted, con
   ptx::fence_acq_rel_cta();
 }
 
+// Until piece i of a source's `count` is here. What one warp has seen of the flags, all know, and it looks at the neighbours'
+// as well. By a warp.
+__device__ __noinline__ bool ep_await_piece(const EpCommon& c, int source, const u64* flags, int count, int i,
+                                            u64 wanted, int* all_seen) {
+  const int lane = threadIdx.x % 32, neighbour = i - i % 32 + lane;
+  int* seen = all_seen + i / 32;
+  bool fine = true;
+  if ((__shfl_sync(0xffffffffu, u32(ep_look(*seen)), 0) >> i % 32 & 1) == 0) {
+    const u32 up = __ballot_sync(0xffffffffu, neighbour < count && ptx::load_acquire_sys(flags + neighbour) == wanted);
+    if ((up >> i % 32 & 1) == 0) fine = ep_wait(c, kEpPhaseTokens, source, flags + i, wanted);
+    __syncwarp();
+    ptx::fence_acq_rel_cta();
+    if (lane == 0) atomicOr(seen, int(up));
+  }
+  ptx::fence_acq_rel_cta();
+  __syncwarp();
+  return __all_sync(0xffffffffu, fine);
+}
+
 // Piece i of a source's tokens of this CTA, to its rows. By a warp.
+template <bool kCounted>
 __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, const EpOperation& op,
                                                  const EpRouteState& state, const EpPieces& pieces, int source,
                                                  int turn, int i) {
@@ -54,16 +74,15 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   const int token = pieces.token(i), number = token - pieces.tokens.begin;
   const EpRange cols = ep_cols(c.shape, pieces.part(i));
   const int row = lane < c.shape.topk ? state.rows(source)[number * c.shape.topk + lane] : kEpNotHere;
-  const EpTargets to = ep_rows(p, row, c.shape.staged ? state.stage(turn, number) : nullptr);
+  const EpTargets to = ep_rows(p, row, kCounted && c.shape.staged ? state.stage(turn, number) : nullptr);
   if (to.lanes == 0) return true;
   if (source == c.rank) {
     ep_move_own(p, token, cols, to);
     return true;
   }
-  int fine = 1;
-  if (lane == 0) fine = ep_wait_for_piece(op, source, p.format, token, pieces.part(i));
-  __syncwarp();
-  if (!__shfl_sync(0xffffffffu, fine, 0)) return false;
+  const u64* flags = ep_piece_flag(op, c.rank, source, pieces.tokens.begin, 0);
+  if (!ep_await_piece(c, source, flags, pieces.count(), i, ep_flag(op.epoch, p.format, 1), state.seen(source)))
+    return false;
   const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
   const u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
   const float* scales = size == 1 ? reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
@@ -113,10 +132,12 @@ __device__ __forceinline__ void ep_write_staged_scales(const EpDispatchParams& p
 
 // This CTA's tokens of all sources, its own first: the others' are on their way meanwhile. All warps take pieces; those
 // that have sent write the scales of each source besides, where they are staged.
+template <bool kCounted>
 __device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, const EpOperation& op,
                                                   const EpRouteState& state, EpShared& shared, const EpRole& sender) {
   const EpShape& shape = p.c.shape;
-  const bool staged = shape.staged && p.format == kEpE4m3, has_sent = int(threadIdx.x) < sender.num_threads();
+  const bool staged = kCounted && shape.staged && p.format == kEpE4m3,
+             has_sent = int(threadIdx.x) < sender.num_threads();
   int source = p.c.rank, turn = 0, begin = 0;
   EpPieces pieces = ep_pieces(shape, state.range(source));
 #pragma unroll 1
@@ -124,7 +145,10 @@ __device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, con
     const int taken = ep_take(&shared.next);
 #pragma unroll 1
     while (turn < shape.num_ranks && taken - begin >= pieces.count()) {
-      if (staged && has_sent) ep_write_staged_scales(p, sender, state, shared, source, turn);
+      const bool is_last = turn == shape.num_ranks - 1;  // when nobody has anything else to do
+      if (staged && (has_sent || is_last))
+        ep_write_staged_scales(p, EpRole{!is_last, 0, is_last ? kEpDispatchWarps : kEpSendWarps}, state, shared, source,
+                               turn);
       begin += pieces.count();
       source = source == 0 ? shape.num_ranks - 1 : source - 1;  // in the order in which they send
       ++turn;
@@ -135,7 +159,7 @@ __device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, con
     // The stage is that of the source before the last one.
     if (staged && turn >= 2 && threadIdx.x % 32 == 0) ep_wait_in_cta(&shared.written, turn - 1, &shared.failed);
     __syncwarp();
-    if (!ep_receive_piece(p, op, state, pieces, source, turn, taken - begin)) shared.failed = 1;
+    if (!ep_receive_piece<kCounted>(p, op, state, pieces, source, turn, taken - begin)) shared.failed = 1;
     if (!staged) continue;
     __syncwarp();
     ptx::fence_acq_rel_cta();
@@ -152,7 +176,10 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   const EpRouteState state{p, reinterpret_cast<int*>(smem_base)};
   if (threadIdx.x == 0) shared = {};
 #pragma unroll 1
-  for (int r = threadIdx.x; c.shape.staged && r < c.shape.num_ranks; r += 32 * kEpDispatchWarps) state.done(r) = 0;
+  for (int i = threadIdx.x; i < c.shape.num_ranks * ep_seen_words(c.shape); i += 32 * kEpDispatchWarps) {
+    state.seen(0)[i] = 0;
+    if (kCounted && c.shape.staged && i < c.shape.num_ranks) state.done(i) = 0;
+  }
   __syncthreads();
   ptx::grid_wait_dependencies();
   constexpr int kRowsKnown = 3, kThreads = 32 * kEpDispatchWarps;
@@ -182,7 +209,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
       if (known && p.copy) ep_write_padding(p, router, state);
     }
   }
-  if (known && p.copy) ep_receive_tokens(p, recv, state, shared, first_half);
+  if (known && p.copy) ep_receive_tokens<kCounted>(p, recv, state, shared, first_half);
   __syncthreads();
   if (ep_look(shared.failed) != 0) return;
   if (c.send) ep_finish_send(send);

@@ -32,7 +32,7 @@ constexpr int kEpSendWarps = 8, kEpRouteWarps = 8, kEpDispatchWarps = kEpSendWar
 
 // Flags are raised for so many pieces of a warp together, as a release waits for all of the SM's stores; with few tokens
 // behind each.
-constexpr int kEpPiecesPerFlag = 4;
+constexpr int kEpPiecesPerFlag = 8;
 
 // Pieces of 16 bytes that a thread of dispatch has on their way, in registers.
 constexpr int kEpDispatchPieces = 8;
@@ -187,6 +187,7 @@ struct EpRouteSmem {
   // Of senders.
   i64 own;   // [choices of a CTA]
   i64 sent;  // [2][E], or where "counted" [routing warps][E]
+  i64 seen;  // [R][words]: bits of this CTA's pieces whose flags have been seen
   // Where scales are staged.
   i64 places;                      // [R][local experts + 1]: of this CTA's rows of a source
   i64 done;                        // [R]: pieces of a source that have been written
@@ -197,10 +198,11 @@ struct EpRouteSmem {
 constexpr int ep_num_receivers(const EpShape& s) { return s.num_ctas - s.num_senders; }
 constexpr int ep_tokens_per_cta(const EpShape& s) { return ceil_div(s.max_tokens, ep_num_receivers(s)); }
 constexpr int ep_choices_per_cta(const EpShape& s) { return ep_tokens_per_cta(s) * s.topk; }
+constexpr int ep_seen_words(const EpShape& s) { return ceil_div(ep_tokens_per_cta(s) << s.log2_parts, 32); }
 constexpr int ep_stage_pitch(int hidden) { return ceil_div(hidden, kEpColumns) | 1; }  // odd: no two in one bank
 
 constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
-  constexpr i64 kMaxRows = 4096;
+  constexpr i64 kMaxRows = 8192;
   const i64 ranks = s.num_ranks, choices = ep_choices_per_cta(s);
   EpRouteSmem l{};
   l.before = ranks * local_experts;
@@ -211,7 +213,8 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.rows = l.ranges + 2 * ranks;
   l.own = l.rows + (ranks * choices <= kMaxRows ? ranks * choices : 0);
   l.sent = l.own + choices;
-  l.places = l.sent + (s.counted ? kEpRouteWarps : 2) * s.num_experts;
+  l.seen = l.sent + (s.counted ? kEpRouteWarps : 2) * s.num_experts;
+  l.places = l.seen + ranks * ep_seen_words(s);
   l.done = l.places + (s.staged ? ranks * (local_experts + 1) : 0);
   l.staged_rows = l.done + (s.staged ? ranks : 0);
   l.staged_tokens = l.staged_rows + (s.staged ? choices : 0);

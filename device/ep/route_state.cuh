@@ -27,6 +27,7 @@ struct EpRouteState {
   }
   __device__ __forceinline__ int* own() const { return smem + p.smem.own; }
   __device__ __forceinline__ int* sent(int warp) const { return smem + p.smem.sent + warp * p.c.shape.num_experts; }
+  __device__ __forceinline__ int* seen(int s) const { return smem + p.smem.seen + s * ep_seen_words(p.c.shape); }
   __device__ __forceinline__ int* places(int s) const {
     return smem + p.smem.places + s * (ep_num_local_experts(p.c) + 1);
   }

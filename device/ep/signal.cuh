@@ -193,13 +193,6 @@ __device__ __forceinline__ EpVector ep_load(const u8* from) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
-// By one thread: until source's piece is here.
-__device__ __forceinline__ bool ep_wait_for_piece(const EpOperation& op, int source, EpFormat format, i64 token,
-                                                  int part) {
-  return ep_wait(op.c, kEpPhaseTokens, source, ep_piece_flag(op, op.c.rank, source, token, part),
-                 ep_flag(op.epoch, format, 1));
-}
-
 // --- the choices of a token, one a lane -----------------------------------------------------------------------------
 
 // Bits of all lanes, OR-ed.

@@ -259,3 +259,8 @@ inline int atomicAdd(int* p, int value) {
   *p += value;
   return old;
 }
+inline int atomicOr(int* p, int bits) {
+  const int old = *p;
+  *p |= bits;
+  return old;
+}
