@@ -77,7 +77,7 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   const EpTargets to = ep_rows(p, row, kCounted && c.shape.staged ? state.stage(turn, number) : nullptr);
   if (to.lanes == 0) return true;
   if (source == c.rank) {
-    ep_move_own(p, token, cols, to);
+    ep_move_own<kCounted>(p, token, cols, to);
     return true;
   }
   const u64* flags = ep_piece_flag(op, c.rank, source, pieces.tokens.begin, 0);
@@ -86,7 +86,7 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
   const u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
   const float* scales = size == 1 ? reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
-  ep_copy(slot, scales, 1, cols, size, to);
+  ep_copy<kEpDispatchPieces<kCounted>>(slot, scales, 1, cols, size, to);
   return true;
 }
 
@@ -189,10 +189,10 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   const EpRole router{2, kEpSendWarps, kEpRouteWarps}, first_half{1, 0, kEpSendWarps};
   bool known = false;  // the same in all threads
   if (int(threadIdx.x) < sender.num_threads()) {
-    if (!only_sends && sender.warp() == 0) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);
     if (c.send && p.copy && (only_sends || ep_all_send(p)) && ep_may_send(send, sender, &shared.failed))
-      ep_send_tokens(p, send, sender, only_sends);
+      ep_send_tokens<kCounted>(p, send, sender, only_sends);
+    if (!only_sends && sender.warp() == 0) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if (receives) {
       ptx::named_barrier_sync(kRowsKnown, kThreads);
       known = ep_look(shared.known) != 0;

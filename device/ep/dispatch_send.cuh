@@ -6,7 +6,7 @@
 
 namespace phalanx {
 
-// --- a token on its way: read once, kEpDispatchPieces pieces a lane, and written to every target ---------------------
+// --- a token on its way: read once, kEpDispatchPieces a lane at a time, and written to every target -------------------
 
 // Places of a token: lane l has one of its own if bit l of `lanes` is set. Scales go to the targets, or where they are
 // staged to shared memory once.
@@ -67,17 +67,18 @@ __device__ __forceinline__ void ep_put(const EpTargets& to, const EpVector (&pie
 }
 
 // Columns of a row as they are, with scales if there are any.
+template <int kPieces>
 __device__ __noinline__ void ep_copy(const u8* from, const float* scales, i64 scale_stride, EpRange cols, int size,
                                      const EpTargets to) {
-  constexpr int kPieces = kEpDispatchPieces;
+  constexpr int kBlocks = kPieces * kEpPitch / kQuantizeBlock;
+  static_assert(kBlocks <= 32);  // so that the scales of a round are one a lane
   const int lane = threadIdx.x % 32;
   const i64 end = i64(cols.end) * size;
 #pragma unroll 1
   for (i64 first = i64(cols.begin) * size; first < end; first += kPieces * kEpPitch) {
-    static_assert(kPieces * kEpPitch == 32 * kQuantizeBlock);  // so that the scales of a round are one a lane
     const i64 at = first + lane * 16;
     const int block = int(first / kQuantizeBlock) + lane;
-    const bool has_scale = scales && block * kQuantizeBlock < cols.end;
+    const bool has_scale = scales && lane < kBlocks && block * kQuantizeBlock < cols.end;
     const float scale = has_scale ? scales[block * scale_stride] : 0.0f;
     EpVector pieces[kPieces];
 #pragma unroll
@@ -89,9 +90,10 @@ __device__ __noinline__ void ep_copy(const u8* from, const float* scales, i64 sc
 }
 
 // Columns of a BF16 row as E4M3.
+template <int kPieces>
 __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, bool pow2, const EpTargets to) {
-  using Columns = Piece<FloatType::bf16, 16>;                                     // they become one of ours
-  constexpr int kPieces = kEpDispatchPieces / 2, kBlocks = 32 / Columns::kLanes;  // of a warp's piece
+  using Columns = Piece<FloatType::bf16, 16>;    // they become one of ours
+  constexpr int kBlocks = 32 / Columns::kLanes;  // of a warp's piece
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int first = cols.begin; first < cols.end; first += kPieces * kEpPitch) {
@@ -127,14 +129,15 @@ __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, boo
 __device__ __forceinline__ bool ep_quantizes(const EpDispatchParams& p) { return p.x_format != p.format; }
 
 // Columns of a token of this rank, in the format that is sent.
+template <bool kCounted>
 __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, const EpTargets& to) {
   const int size = p.x_format == kEpE4m3 ? 1 : 2;
   const u8* data = static_cast<const u8*>(p.x) + token * p.x_stride * size;
   if (ep_quantizes(p))
-    ep_copy_quantized(data, cols, p.pow2_scales, to);
+    ep_copy_quantized<kEpDispatchPieces<kCounted> / 2>(data, cols, p.pow2_scales, to);
   else
-    ep_copy(data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col, cols, size,
-            to);
+    ep_copy<kEpDispatchPieces<kCounted>>(data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr,
+                                         p.x_scale_stride_col, cols, size, to);
 }
 
 // --- sending --------------------------------------------------------------------------------------------------------
@@ -163,6 +166,7 @@ struct EpFlags {
 
 // The pieces first, first + step, ... to the peer `only`, or below 0 to all, if they have an expert of their token. Pieces
 // are those of all tokens, of each receiving CTA's in turn, so that none has to wait for long. By a warp.
+template <bool kCounted>
 __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const EpOperation& op, int first, int step,
                                                int only) {
   const EpCommon& c = p.c;
@@ -190,7 +194,7 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
     next = rank_of(i + step);
     if (to.lanes == 0) continue;
     flags.add(to.lanes, ep_piece_flag(op, r, c.rank, token, part));
-    ep_move_own(p, token, ep_cols(shape, part), to);
+    ep_move_own<kCounted>(p, token, ep_cols(shape, part), to);
     if (shape.log2_parts != 0 || flags.count >= kEpPiecesPerFlag) flags.raise(ep_flag(op.epoch, p.format, 1));
   }
   flags.raise(ep_flag(op.epoch, p.format, 1));
@@ -202,6 +206,7 @@ __device__ __forceinline__ bool ep_all_send(const EpDispatchParams& p) {
 }
 
 // By all warps that send.
+template <bool kCounted>
 __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                bool only_sends) {
   const EpShape& shape = p.c.shape;
@@ -213,7 +218,7 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);
 #pragma unroll 1
   for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn)
-    ep_send_pieces(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1);
+    ep_send_pieces<kCounted>(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1);
 }
 
 // This CTA's tokens into the L2, while credits are waited for. By a role.

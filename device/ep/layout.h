@@ -34,8 +34,10 @@ constexpr int kEpSendWarps = 8, kEpRouteWarps = 8, kEpDispatchWarps = kEpSendWar
 // behind each.
 constexpr int kEpPiecesPerFlag = 8;
 
-// Pieces of 16 bytes that a thread of dispatch has on their way, in registers.
-constexpr int kEpDispatchPieces = 8;
+// Pieces of 16 bytes that a thread of dispatch has on their way, in registers. With few tokens a warp moves a single part of one,
+// and fetching instructions that run once takes longer than the bytes.
+template <bool kCounted>
+constexpr int kEpDispatchPieces = kCounted ? 8 : 2;
 struct alignas(16) EpVector {
   u32 word[4];
 };
