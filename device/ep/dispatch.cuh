@@ -192,7 +192,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);
     if (c.send && p.copy && (only_sends || ep_all_send(p)) && ep_may_send(send, sender, &shared.failed))
       ep_send_tokens<kCounted>(p, send, sender, only_sends);
-    if (!only_sends && sender.warp() == 0) ep_give_late_credits(recv, c.layout.dispatch_credit);
+    if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if (receives) {
       ptx::named_barrier_sync(kRowsKnown, kThreads);
       known = ep_look(shared.known) != 0;
@@ -200,10 +200,9 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
       if (known && blockIdx.x == 0) ep_publish_routing(p, first_half, state);
     }
   } else {
-    if (c.send && p.route && ep_may_send(send, router, &shared.failed))
-      ep_send_routing<kCounted>(p, send, router, state);
+    if (c.send && p.route) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
     if (receives) {
-      known = ep_receive_routing<kCounted>(p, recv, router, state, &shared.failed);
+      known = ep_receive_routing<kCounted>(p, recv, router, state, shared);
       if (known) shared.known = 1;
       ptx::named_barrier_arrive(kRowsKnown, kThreads);
       if (known && p.copy) ep_write_padding(p, router, state);

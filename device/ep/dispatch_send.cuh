@@ -233,11 +233,4 @@ __device__ __forceinline__ void ep_prefetch_tokens(const EpDispatchParams& p, co
       ptx::prefetch_l2(static_cast<const u8*>(p.x) + t * p.x_stride * size + at);
 }
 
-// By the whole role: until all peers have read what was sent before.
-__device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
-  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit,
-                                        {0, ep_num_receivers(op.c.shape)}, role.thread(), role.num_threads());
-  return role.all(fine, failed);
-}
-
 }  // namespace phalanx

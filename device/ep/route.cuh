@@ -14,29 +14,33 @@ namespace phalanx {
 
 // --- receiving: where each expert's rows begin ------------------------------------------------------------------------
 
-// Exclusive prefix sums of what taken(e) is of each expert: first(e, sum). Returns the whole sum. By one warp, whose lanes
-// have neighbouring experts.
+// Exclusive prefix sums of what taken(e) is of each expert: first(e, sum). Returns the whole sum. By the whole role.
 template <class Taken, class First>
-__device__ __forceinline__ int ep_scan_experts(int num_experts, Taken taken, First first) {
-  const int lane = threadIdx.x % 32, each = ceil_div(num_experts, 32);
-  const int begin = min_of(lane * each, num_experts), end = min_of(begin + each, num_experts);
-  int mine = 0;
+__device__ __forceinline__ int ep_scan_experts(const EpRole& role, int* warp_sums, int num_experts, Taken taken,
+                                               First first) {
+  const int lane = threadIdx.x % 32;
+  int total = 0;
 #pragma unroll 1
-  for (int e = begin; e < end; ++e) mine += taken(e);
-  int sum = mine;
+  for (int begin = 0; begin < num_experts; begin += role.num_threads()) {
+    const int e = begin + role.thread(), mine = e < num_experts ? taken(e) : 0;
+    int sum = mine;  // of the lanes up to this one
 #pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int lower = __shfl_up_sync(0xffffffffu, sum, distance);
-    if (lane >= distance) sum += lower;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int lower = __shfl_up_sync(0xffffffffu, sum, distance);
+      if (lane >= distance) sum += lower;
+    }
+    if (lane == 31) warp_sums[role.warp()] = sum;
+    role.sync();
+    int before = total + sum - mine;
+#pragma unroll
+    for (int w = 0; w < kEpRouteWarps; ++w) {
+      before += w < role.warp() ? warp_sums[w] : 0;
+      total += warp_sums[w];
+    }
+    if (e < num_experts) first(e, before);
+    role.sync();
   }
-  int before = sum - mine;
-#pragma unroll 1
-  for (int e = begin; e < end; ++e) {
-    const int count = taken(e);
-    first(e, before);
-    before += count;
-  }
-  return __shfl_sync(0xffffffffu, sum, 31);
+  return total;
 }
 
 // By one thread: the word, when it is of this epoch; of another if it did not come.
@@ -91,7 +95,7 @@ __device__ __forceinline__ bool ep_wait_for_choices(const EpOperation& op, const
 
 // Many tokens: total and before from the counts of the senders' CTAs, each behind its flag.
 __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRole& role, const EpRouteState& state,
-                                              int* failed) {
+                                              EpShared& shared) {
   const EpCommon& c = op.c;
   const int num_local = ep_num_local_experts(c), num_ctas = c.shape.num_ctas, num_receivers = ep_num_receivers(c.shape);
   bool fine = true;
@@ -101,7 +105,7 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
     fine = ep_wait(op.c, kEpPhaseRouting, source, op.word(c.rank, c.layout.route_flags, source * num_ctas + cta),
                    ep_flag(op.epoch, kEpRouting, 1));
   }
-  if (!role.all(fine, failed)) return false;
+  if (!role.all(fine, &shared.failed)) return false;
   if (const int s = role.thread(); s < c.shape.num_ranks)
     state.set_num_tokens(s, ep_flag_count(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.headers, s))));
   const int* counts = reinterpret_cast<const int*>(op.buffer(c.rank, c.layout.counts));
@@ -126,41 +130,42 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
 // First rows of the experts; `before` becomes the row of this CTA's first choice, `places` its place.
 template <bool kCounted>
 __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                 const EpRouteState& state, int* failed) {
+                                                 const EpRouteState& state, EpShared& shared) {
   const EpCommon& c = p.c;
   const int num_local = ep_num_local_experts(c), num_ranks = c.shape.num_ranks;
   bool fine;
   if constexpr (kCounted)
-    fine = ep_add_counts(op, role, state, failed);
+    fine = ep_add_counts(op, role, state, shared);
   else
     fine = ep_wait_for_choices(op, role, state);
-  if (!role.all(fine, failed)) return false;
-  if (role.warp() == 0) {
-    const auto count = [&](int e) {
-      int sum = 0;
+  if (!role.all(fine, &shared.failed)) return false;
+  const auto count = [&](int e) {
+    int sum = 0;
 #pragma unroll 2
-      for (int s = 0; s < num_ranks; ++s) sum += state.total(s)[e];
-      return sum;
-    };
-    const auto taken = [&](int e) {
-      return p.alignment == 1 ? count(e) : ceil_div(count(e), p.alignment) * p.alignment;  // a division takes a while
-    };
-    const int rows = ep_scan_experts(num_local, taken, [&](int e, int first) {
-      state.offsets()[e] = first;
-      state.counts()[e] = count(e);
+    for (int s = 0; s < num_ranks; ++s) sum += state.total(s)[e];
+    return sum;
+  };
+  const auto taken = [&](int e) {
+    return p.alignment == 1 ? count(e) : ceil_div(count(e), p.alignment) * p.alignment;  // a division takes a while
+  };
+  const int rows = ep_scan_experts(role, shared.warp_sums, num_local, taken, [&](int e, int first) {
+    state.offsets()[e] = first;
+    state.counts()[e] = count(e);
 #pragma unroll 2
-      for (int s = 0; s < num_ranks; ++s) {
-        state.before(s)[e] += first;
-        first += state.total(s)[e];
-      }
-    });
-    if (threadIdx.x % 32 == 0) state.offsets()[num_local] = rows;
-  }
+    for (int s = 0; s < num_ranks; ++s) {
+      state.before(s)[e] += first;
+      first += state.total(s)[e];
+    }
+  });
+  if (role.thread() == 0) state.offsets()[num_local] = rows;
   if constexpr (kCounted) {
 #pragma unroll 1
-    for (int s = role.warp(); c.shape.staged && s < num_ranks; s += role.num_warps)
+    for (int s = 0; c.shape.staged && s < num_ranks; ++s) {
+      int* places = state.places(s);
       ep_scan_experts(
-          num_local, [&](int e) { return state.places(s)[e]; }, [&](int e, int first) { state.places(s)[e] = first; });
+          role, shared.warp_sums, num_local, [&](int e) { return places[e]; },
+          [&](int e, int first) { places[e] = first; });
+    }
   }
   role.sync();
   return true;
@@ -229,11 +234,11 @@ __device__ __forceinline__ void ep_recall_routing(const EpCommon& c, const EpRol
 // By the whole role: until the rows of this CTA's tokens are known. False if a peer did not come.
 template <bool kCounted>
 __device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                   const EpRouteState& state, int* failed) {
+                                                   const EpRouteState& state, EpShared& shared) {
   if (!p.route) {
     ep_recall_routing(p.c, role, state);
   } else {
-    if (!ep_place_experts<kCounted>(p, op, role, state, failed)) return false;
+    if (!ep_place_experts<kCounted>(p, op, role, state, shared)) return false;
     if constexpr (kCounted)
       ep_find_rows(op, role, state);
     else

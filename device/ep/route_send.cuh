@@ -43,15 +43,13 @@ __device__ __forceinline__ void ep_number_choices(const int* experts, int num_ch
   }
 }
 
-// Few tokens: every CTA counts all of this rank's choices, and so knows the numbers of its own ones. Those go to the ranks
-// that hold the experts; how many there are of an expert, one CTA says.
-__device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                const EpRouteState& state, EpRange tokens) {
+// Few tokens: every CTA counts all of this rank's choices, and so knows the numbers of its own ones.
+__device__ __forceinline__ void ep_count_choices(const EpDispatchParams& p, const EpRole& role,
+                                                 const EpRouteState& state, EpRange tokens) {
   const EpCommon& c = p.c;
   const EpShape& shape = c.shape;
   const int num_choices = tokens.size() * shape.topk, begin = tokens.begin * shape.topk, step = role.num_threads();
   int *experts = c.handle + c.handle_layout.experts + begin, *total = state.sent(0), *before = state.sent(1);
-  const i64 base = ep_choice(c, c.rank, tokens.begin);
 #pragma unroll 1
   for (int e = role.thread(); e < 2 * shape.num_experts; e += step) total[e] = 0;
   role.sync();
@@ -63,6 +61,16 @@ __device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const
         if (i >= begin && i < begin + num_choices) state.own()[i - begin] = experts[i - begin] = expert;
       });
   role.sync();
+}
+
+// They go to the ranks that hold the experts; how many there are of an expert, one CTA says.
+__device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                const EpRouteState& state, EpRange tokens) {
+  const EpCommon& c = p.c;
+  const EpShape& shape = c.shape;
+  const int num_choices = tokens.size() * shape.topk, step = role.num_threads();
+  int *total = state.sent(0), *before = state.sent(1);
+  const i64 base = ep_choice(c, c.rank, tokens.begin);
   if (role.warp() == 0) {
     ep_number_choices(state.own(), num_choices, before, [&](int i, int e, int number) {
       const int owner = e < 0 ? -1 : ep_rank_of(c.first_expert, shape.num_ranks, e);
@@ -121,16 +129,23 @@ __device__ __forceinline__ void ep_count_own_choices(const EpOperation& op, cons
   role.sync();
 }
 
-// Many tokens: the same, numbered, with weights, behind a flag.
+// Many tokens: this CTA's choices alone.
+__device__ __forceinline__ void ep_load_choices(const EpDispatchParams& p, const EpRole& role,
+                                                const EpRouteState& state, EpRange tokens) {
+  const EpCommon& c = p.c;
+  int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * c.shape.topk;
+  ep_load_ahead(
+      role.thread(), role.num_threads(), tokens.size() * c.shape.topk,
+      [&](int i) { return ep_own_choice(p, tokens.begin, i); },
+      [&](int i, int expert) { state.own()[i] = experts[i] = expert; });
+}
+
+// They go out numbered, with weights, behind a flag.
 __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, EpRange tokens) {
   const EpCommon& c = p.c;
   const int num_choices = tokens.size() * c.shape.topk, step = role.num_threads();
-  int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * c.shape.topk;
   const i64 base = ep_choice(c, c.rank, tokens.begin);
-  ep_load_ahead(
-      role.thread(), step, num_choices, [&](int i) { return ep_own_choice(p, tokens.begin, i); },
-      [&](int i, int expert) { state.own()[i] = experts[i] = expert; });
   const int piece = ceil_div(num_choices, role.num_warps);
   ep_count_own_choices(op, role, state, num_choices, piece);
   ep_load_ahead(
@@ -148,11 +163,17 @@ __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const
                            ep_flag(op.epoch, kEpRouting, 1));
 }
 
-// By the whole role: this rank's choices, those of this CTA's tokens, to all ranks.
+// By the whole role: this rank's choices, those of this CTA's tokens, to all ranks. What it takes to know them comes before
+// credits are waited for.
 template <bool kCounted>
 __device__ __forceinline__ void ep_send_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                                const EpRouteState& state) {
+                                                const EpRouteState& state, int* failed) {
   const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, ep_num_receivers(p.c.shape));
+  if constexpr (kCounted)
+    ep_load_choices(p, role, state, tokens);
+  else
+    ep_count_choices(p, role, state, tokens);
+  if (!ep_may_send(op, role, failed)) return;
   ep_send_header(op, role);
   if constexpr (kCounted)
     ep_send_counted(p, op, role, state, tokens);

@@ -48,6 +48,7 @@ struct EpShared {
   int next;        // piece to be written
   int num_staged;  // rows of the source whose scales are written
   int written;     // sources whose scales have been
+  int warp_sums[kEpRouteWarps];
 };
 
 // The warps of a role share sources: each takes the choices first, first + step, ... of source, source + num_groups, ...
@@ -68,6 +69,13 @@ __device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 toke
   const i64 at = token * p.idx_stride + k;
   const i64 expert = p.idx_is_64 ? static_cast<const i64*>(p.topk_idx)[at] : static_cast<const int*>(p.topk_idx)[at];
   return expert < 0 || expert >= p.c.first_expert[p.c.shape.num_ranks] ? -1 : int(expert);
+}
+
+// By the whole role: until all peers have read what was sent before.
+__device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
+  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit,
+                                        {0, ep_num_receivers(op.c.shape)}, role.thread(), role.num_threads());
+  return role.all(fine, failed);
 }
 
 }  // namespace phalanx
