@@ -180,18 +180,22 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     state.seen(0)[i] = 0;
     if (kCounted && c.shape.staged && i < c.shape.num_ranks) state.done(i) = 0;
   }
+  if constexpr (!kCounted) ep_clear_counts(state);
   __syncthreads();
   ptx::grid_wait_dependencies();
   constexpr int kRowsKnown = 3, kThreads = 32 * kEpDispatchWarps;
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
   const bool only_sends = int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
+  const bool routes = c.send && p.route && !only_sends;
   const EpRole sender{1, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
   const EpRole router{2, kEpSendWarps, kEpRouteWarps}, first_half{1, 0, kEpSendWarps};
   bool known = false;  // the same in all threads
   if (int(threadIdx.x) < sender.num_threads()) {
     if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);
-    if (c.send && p.copy && (only_sends || ep_all_send(p)) && ep_may_send(send, sender, &shared.failed))
-      ep_send_tokens<kCounted>(p, send, sender, only_sends);
+    const bool sends = c.send && p.copy && (only_sends || ep_all_send(p));
+    const bool may_send = (sends || routes) && ep_may_send(send, sender, &shared.failed);
+    if (routes) ptx::named_barrier_arrive(kEpMaySend, kThreads);
+    if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends);
     if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if (receives) {
       ptx::named_barrier_sync(kRowsKnown, kThreads);
@@ -200,7 +204,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
       if (known && blockIdx.x == 0) ep_publish_routing(p, first_half, state);
     }
   } else {
-    if (c.send && p.route) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
+    if (routes) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
     if (receives) {
       known = ep_receive_routing<kCounted>(p, recv, router, state, shared);
       if (known) shared.known = 1;

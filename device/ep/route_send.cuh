@@ -43,6 +43,12 @@ __device__ __forceinline__ void ep_number_choices(const int* experts, int num_ch
   }
 }
 
+// By all threads, before roles begin: what ep_count_choices adds to.
+__device__ __forceinline__ void ep_clear_counts(const EpRouteState& state) {
+#pragma unroll 1
+  for (int e = threadIdx.x; e < 2 * state.p.c.shape.num_experts; e += 32 * kEpDispatchWarps) state.sent(0)[e] = 0;
+}
+
 // Few tokens: every CTA counts all of this rank's choices, and so knows the numbers of its own ones.
 __device__ __forceinline__ void ep_count_choices(const EpDispatchParams& p, const EpRole& role,
                                                  const EpRouteState& state, EpRange tokens) {
@@ -50,9 +56,6 @@ __device__ __forceinline__ void ep_count_choices(const EpDispatchParams& p, cons
   const EpShape& shape = c.shape;
   const int num_choices = tokens.size() * shape.topk, begin = tokens.begin * shape.topk, step = role.num_threads();
   int *experts = c.handle + c.handle_layout.experts + begin, *total = state.sent(0), *before = state.sent(1);
-#pragma unroll 1
-  for (int e = role.thread(); e < 2 * shape.num_experts; e += step) total[e] = 0;
-  role.sync();
   ep_load_ahead(
       role.thread(), step, c.num_tokens * shape.topk, [&](int i) { return ep_own_choice(p, 0, i); },
       [&](int i, int expert) {
@@ -163,8 +166,7 @@ __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const
                            ep_flag(op.epoch, kEpRouting, 1));
 }
 
-// By the whole role: this rank's choices, those of this CTA's tokens, to all ranks. What it takes to know them comes before
-// credits are waited for.
+// By the whole role: this rank's choices, those of this CTA's tokens, to all ranks, when the other warps have seen the credits.
 template <bool kCounted>
 __device__ __forceinline__ void ep_send_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, int* failed) {
@@ -173,7 +175,8 @@ __device__ __forceinline__ void ep_send_routing(const EpDispatchParams& p, const
     ep_load_choices(p, role, state, tokens);
   else
     ep_count_choices(p, role, state, tokens);
-  if (!ep_may_send(op, role, failed)) return;
+  ptx::named_barrier_sync(kEpMaySend, 32 * kEpDispatchWarps);
+  if (ep_look(*failed) != 0) return;
   ep_send_header(op, role);
   if constexpr (kCounted)
     ep_send_counted(p, op, role, state, tokens);

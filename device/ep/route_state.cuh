@@ -71,6 +71,9 @@ __device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 toke
   return expert < 0 || expert >= p.c.first_expert[p.c.shape.num_ranks] ? -1 : int(expert);
 }
 
+// At this barrier those that route wait until the others know that all may send.
+constexpr int kEpMaySend = 4;
+
 // By the whole role: until all peers have read what was sent before.
 __device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
   const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit,
