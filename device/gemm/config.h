@@ -69,6 +69,11 @@ struct GemmConfig {
   constexpr int rows_of_request() const {
     return grouping != Grouping::rows || cluster_n > 1 ? block_m / cluster_n : block_m > 64 ? 64 : 16;
   }
+  // Tiles so low that a group may have one along M, so that its weights are read once. Groups' taller ones were never tried with
+  // what follows from it.
+  constexpr bool may_read_b_once() const {
+    return grouping == Grouping::none || (grouping == Grouping::rows && block_m <= 128);
+  }
   constexpr int rows_of_request_b() const { return gates_and_ups() ? block_n / 2 : block_n / cluster_m; }
   // Scales of A that TMA brings for a stage. It wants 16-byte aligned addresses, and a group may begin at any row: it starts
   // up to three rows early. A box has at most 256 of them, so the tallest tile has a box for each consumer.

@@ -18,7 +18,7 @@ struct GroupParams {
   int a_pitch = 0, b_pitch = 0, d_pitch = 0;
   int sfa_pitch_x = 0, sfa_pitch_y = 0;  // along the rows and along the k-blocks of `sfa_map`
   i64 sfa_stride_g = 0, sfb_stride_g = 0;
-  int few_empty = 0;  // of groups of rows: almost all are expected to have some
+  int one_tile_each = 0;  // of groups of rows: almost all are expected to have some, and no more than a tile's
 };
 
 // One group: its rows (or columns) [begin, end), and the first of its tiles in the row of all groups' tiles.

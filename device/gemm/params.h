@@ -13,7 +13,7 @@ struct GemmParams {
   int group_m;       // see DenseTiles
   int sfa_by_tma;    // else a warp copies `sfa` float by float
   int constant_b;    // B was complete before the previous kernel of the stream began; few rows only
-  int streams_b;     // few CTAs read each tile of B: it leaves L2 first. gemm_fp8 without groups; of few rows always
+  int streams_b;     // few CTAs read each tile of B: it leaves L2 first. Of few rows always
   const float* sfa;  // [m, ceil(k / 128)]
   const float* sfb;  // [ceil(n / 128), ceil(k / 128)]
   i64 sfa_stride_m, sfa_stride_k, sfb_stride_n, sfb_stride_k;

@@ -60,20 +60,22 @@ __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
     return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
 }
 
-// A guess before it is known which groups have rows: that each has one tile. Its first weights then come from L2. For nothing
-// where groups are empty, and then others wait for memory meanwhile.
+// A guess before it is known which groups have rows: that each has one tile along M. Its first weights then come from L2. For
+// nothing where groups are empty, and then others wait for memory meanwhile.
 template <GemmConfig C>
 __device__ void prefetch_weights(const GemmParams& p) {
   const int tiles_n = ceil_div(p.n, C.block_n), group = blockIdx.x / tiles_n;
-  if (group >= p.groups.num_groups || !p.groups.few_empty) return;
+  if (group >= p.groups.num_groups || !p.groups.one_tile_each) return;
+  const int row = group * p.groups.b_pitch + blockIdx.x % tiles_n * C.rows_of_request_b();
 #pragma unroll 1
   for (int kb = 0; kb < min_of(ceil_div(p.k, kBlockK), C.num_stages); ++kb)
-    if constexpr (C.gates_and_ups())
-      for (int half = 0; half < 2; ++half)
-        ptx::tma_prefetch_2d(&p.b, kb * kBlockK,
-                             group * p.groups.b_pitch + blockIdx.x % tiles_n * (C.block_n / 2) + half * (p.n / 2));
-    else
-      ptx::tma_prefetch_2d(&p.b, kb * kBlockK, group * p.groups.b_pitch + blockIdx.x % tiles_n * C.block_n);
+#pragma unroll
+    for (int half = 0; half <= C.gates_and_ups(); ++half) {
+      if (p.streams_b)
+        ptx::tma_prefetch_2d_once(&p.b, kb * kBlockK, row + half * (p.n / 2));
+      else
+        ptx::tma_prefetch_2d(&p.b, kb * kBlockK, row + half * (p.n / 2));
+    }
 }
 
 // --- scheduler of groups ----------------------------------------------------------------------------------------------
@@ -171,8 +173,8 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
 
   ptx::grid_launch_dependents();
   if (threadIdx.x == C.num_threads() - 32) {  // of a warp that has nothing else to do meanwhile
+    if constexpr (C.grouping == Grouping::rows && C.scaled() && C.may_read_b_once()) prefetch_weights<C>(p);
     init_barriers<C>(p, smem);
-    if constexpr (C.grouping == Grouping::rows && C.block_m == 64 && C.scaled()) prefetch_weights<C>(p);
   }
   if (threadIdx.x == kProducer * kWarpgroup) {
     ptx::prefetch_tensor_map(&p.a);

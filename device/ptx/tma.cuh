@@ -51,6 +51,14 @@ __device__ __forceinline__ void bulk_load(void* smem, const void* global, u32 by
 __device__ __forceinline__ void tma_prefetch_2d(const TensorMap* map, int x, int y) {
   asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
 }
+__device__ __forceinline__ void tma_prefetch_2d_once(const TensorMap* map, int x, int y) {
+  asm volatile(
+      "{ .reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.prefetch.tensor.2d.L2.global.L2::cache_hint [%0, {%1, %2}], policy; }" ::"l"(map),
+      "r"(x), "r"(y)
+      : "memory");
+}
 
 __device__ __forceinline__ void tma_store_2d(const TensorMap* map, const void* smem, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),

@@ -135,6 +135,8 @@ struct RowsProduct {
     p.sfb_stride_n = b.scales.strides[1], p.sfb_stride_k = b.scales.strides[2];
     p.m = int(m), p.n = n, p.k = k;
     p.group_m = chosen.plan.group_m;
+    p.streams_b = plan::weights_leave_l2_first(config(), problem);
+    const int64_t rows_each = expected_rows > 0 ? expected_rows : m / num_groups;
     p.groups = {.bounds = static_cast<const int*>(groups.data),
                 .fault = fault_word(place.ordinal),
                 .by = by,
@@ -146,7 +148,7 @@ struct RowsProduct {
                 .sfa_pitch_y = sfa.pitch_y,
                 .sfa_stride_g = masked ? sa[0] : 0,
                 .sfb_stride_g = b.scales.strides[0],
-                .few_empty = (expected_rows > 0 ? expected_rows : m / num_groups) >= kFewEmpty};
+                .one_tile_each = rows_each >= kFewEmpty && rows_each <= config().block_m};
   }
 
   const GemmConfig& config() const { return chosen.plan.config; }

@@ -58,6 +58,21 @@ TEST(GroupedPlan, ReturnsOnlyEnumeratedConfigs) {
   }
 }
 
+TEST(GroupedPlan, WeightsLeaveL2FirstWhereEachIsReadOnceAndAllAreNotTooMany) {
+  const auto leave = [](int groups, int rows, int n, int k, int expected = 0, int block_m = 128) {
+    return plan::weights_leave_l2_first({.block_m = block_m, .grouping = Grouping::rows},
+                                        {Grouping::rows, groups, rows, n, k, expected, OutType::bf16});
+  };
+  EXPECT_TRUE(leave(16, 16 * 67, 1536, 2048));
+  EXPECT_TRUE(leave(16, 16 * 500, 1536, 2048, 64)) << "the caller knows better";
+  EXPECT_FALSE(leave(16, 16 * 500, 1536, 2048)) << "more than a tile each";
+  EXPECT_FALSE(leave(16, 16 * 67, 1536, 2048, 0, 64)) << "many of the groups";
+  EXPECT_FALSE(leave(16, 16 * 67, 1536, 2048, 0, 192)) << "never timed";
+  EXPECT_FALSE(leave(16, 16 * 67, 256, 512)) << "2 MB";
+  EXPECT_FALSE(leave(32, 32 * 4, 7168, 2048)) << "470 MB";
+  EXPECT_TRUE(leave(32, 3, 4096, 7168, 0, 64)) << "of which three groups at most have rows";
+}
+
 std::string table_of_choices() {
   std::string table = "# grouping groups M N K expected out: kernel, CTAs\n";
   const auto add = [&](const plan::GroupedProblem& p) {

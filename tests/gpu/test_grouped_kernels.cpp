@@ -30,15 +30,15 @@ void force(const GemmConfig& config) {
 }
 
 template <class T>
-void check_rows(const GemmConfig& config, GroupsBy by, Order sfa_order, std::mt19937& rng) {
-  constexpr int kN = 200, kK = 400, kKBlocks = 4;
+void check_rows(const GemmConfig& config, GroupsBy by, Order sfa_order, std::mt19937& rng, int n = 200, int k = 400) {
+  const int k_blocks = (k + 127) / 128;
   const bool masked = by == GroupsBy::counts;
   const int rows = masked ? kNumGroups * kGroups.max_rows : int(kGroups.row_groups.size());
   const auto integer = [&](auto, auto) { return cpu::E4m3{std::uint8_t(nearest_e4m3(int(rng() % 5) - 2))}; };
   const auto power = [&](auto, auto) { return rng() % 2 ? 1.0f : 0.5f; };
-  Matrix<cpu::E4m3> a(rows, kK, 1), b(kNumGroups * kN, kK, 1);
-  Matrix<float> sfa(rows, kKBlocks, 0, sfa_order), sfb(kNumGroups * 2, kKBlocks);
-  Matrix<T> d(rows, kN, 2);
+  Matrix<cpu::E4m3> a(rows, k, 1), b(kNumGroups * n, k, 1);
+  Matrix<float> sfa(rows, k_blocks, 0, sfa_order), sfb(kNumGroups * ((n + 127) / 128), k_blocks);
+  Matrix<T> d(rows, n, 2);
   a.fill(integer), b.fill(integer), sfa.fill(power), sfb.fill(power);
   DeviceCopy a_gpu(a), b_gpu(b);
   DeviceCopy sfa_gpu(sfa), sfb_gpu(sfb);
@@ -152,6 +152,20 @@ TEST_F(OnGpu, EveryGroupedKernelGivesTheBitsOfTheCpu) {
       }
       if (HasFatalFailure()) return;
     }
+  }
+}
+
+// Weights so large, and rows so few, that the weights leave L2 first.
+TEST_F(OnGpu, GroupedProductsOfLargeWeightsGiveTheBitsOfTheCpu) {
+  std::mt19937 rng(kSeed);
+  for (const GemmConfig& config : plan::all_grouped_configs()) {
+    if (config.grouping != Grouping::rows || config.gates_and_ups() || config.block_m != 128) continue;
+    SCOPED_TRACE(jit::gemm_source(config).name);
+    if (config.out == OutType::bf16)
+      check_rows<cpu::Bf16>(config, GroupsBy::offsets, Order::col_major, rng, 1480, 1000);
+    else
+      check_rows<float>(config, GroupsBy::row_groups, Order::row_major, rng, 1480, 1000);
+    if (HasFatalFailure()) return;
   }
 }
 

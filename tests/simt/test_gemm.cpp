@@ -128,7 +128,7 @@ template <GemmConfig C>
 void run_groups(GemmParams& p, int limit) {
   u64 fault = 0;
   p.groups.bounds = kOffsets.data(), p.groups.fault = &fault, p.groups.by = GroupsBy::offsets;
-  p.groups.num_groups = kGroups, p.groups.limit = limit, p.groups.few_empty = 1;
+  p.groups.num_groups = kGroups, p.groups.limit = limit, p.groups.one_tile_each = p.streams_b = 1;
   p.group_m = 8;
   constexpr int kClusters = 3;
   simt::launch(

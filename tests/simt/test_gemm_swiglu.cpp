@@ -57,7 +57,7 @@ void check(int intermediate, int k, const std::vector<int>& offsets, const Epilo
   p.gemm.sfa = static_cast<const float*>(scales_a.data), p.gemm.sfb = static_cast<const float*>(scales_b.data);
   p.gemm.sfa_stride_m = scales_a.strides[0], p.gemm.sfa_stride_k = scales_a.strides[1];
   p.gemm.sfb_stride_n = scales_b.strides[1], p.gemm.sfb_stride_k = scales_b.strides[2];
-  p.gemm.m = rows, p.gemm.n = n, p.gemm.k = k, p.gemm.group_m = 8;
+  p.gemm.m = rows, p.gemm.n = n, p.gemm.k = k, p.gemm.group_m = 8, p.gemm.streams_b = epilogue.weighted;
   p.gemm.groups = {.bounds = offsets.data(),
                    .fault = &fault,
                    .by = GroupsBy::offsets,
@@ -65,7 +65,7 @@ void check(int intermediate, int k, const std::vector<int>& offsets, const Epilo
                    .limit = rows,
                    .b_pitch = n,
                    .sfb_stride_g = scales_b.strides[0],
-                   .few_empty = 1};
+                   .one_tile_each = 1};
   p.q = scaled_matrix(out);
   if (epilogue.weighted) p.weights = static_cast<const float*>(w.data), p.weight_stride = w.strides[0];
   p.limit = epilogue.limit, p.pow2_scales = epilogue.pow2;

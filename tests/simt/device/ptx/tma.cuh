@@ -69,6 +69,7 @@ inline void tma_load_2d_once(void* smem, const TensorMap* map, u64* bar, int x, 
 }
 
 inline void tma_prefetch_2d(const TensorMap*, int, int) {}
+inline void tma_prefetch_2d_once(const TensorMap*, int, int) {}
 
 inline void simt_store(const TensorMap* map, const void* smem, int x, int y, bool add) {
   simt::fiber().open_stores.push_back([=, from = smem_addr(smem), &m = SimtTensorMap::of(*map)] {
