@@ -64,6 +64,20 @@ __device__ __noinline__ bool ep_await_piece(const EpCommon& c, int source, const
   return __all_sync(0xffffffffu, fine);
 }
 
+// The routing warps say whether rows are known, and each of the others waits for that.
+__device__ __forceinline__ void ep_say_routing(const EpRole& router, EpShared& shared, bool known) {
+  router.sync();
+  ptx::fence_acq_rel_cta();
+  if (router.thread() == 0) *static_cast<volatile int*>(&shared.routing) = known ? kEpRowsKnown : kEpRowsUnknown;
+}
+__device__ __forceinline__ bool ep_await_routing(const EpShared& shared) {
+  int said = 0;
+  while (threadIdx.x % 32 == 0 && (said = ep_look(shared.routing)) == 0) ptx::fence_acq_rel_cta();
+  said = __shfl_sync(0xffffffffu, said, 0);
+  ptx::fence_acq_rel_cta();
+  return said == kEpRowsKnown;
+}
+
 // Piece i of a source's tokens of this CTA, to its rows. By a warp.
 template <bool kCounted>
 __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, const EpOperation& op,
@@ -172,9 +186,10 @@ template <bool kCounted>
 __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   extern __shared__ __align__(128) u8 smem_base[];  // EpRouteSmem
   __shared__ EpShared shared;
+  __shared__ EpLastFlags last_flags;
   const EpCommon& c = p.c;
   const EpRouteState state{p, reinterpret_cast<int*>(smem_base)};
-  if (threadIdx.x == 0) shared = {};
+  if (threadIdx.x == 0) shared = {}, last_flags.count = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < c.shape.num_ranks * ep_seen_words(c.shape); i += 32 * kEpDispatchWarps) {
     state.seen(0)[i] = 0;
@@ -183,9 +198,8 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   if constexpr (!kCounted) ep_clear_counts(state);
   __syncthreads();
   ptx::grid_wait_dependencies();
-  constexpr int kRowsKnown = 3, kThreads = 32 * kEpDispatchWarps;
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
-  const bool only_sends = int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
+  const bool only_sends = kCounted && int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
   const bool routes = c.send && p.route && !only_sends;
   const EpRole sender{1, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
   const EpRole router{2, kEpSendWarps, kEpRouteWarps}, first_half{1, 0, kEpSendWarps};
@@ -194,12 +208,11 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);
     const bool sends = c.send && p.copy && (only_sends || ep_all_send(p));
     const bool may_send = (sends || routes) && ep_may_send(send, sender, &shared.failed);
-    if (routes) ptx::named_barrier_arrive(kEpMaySend, kThreads);
-    if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends);
+    if (routes) ptx::named_barrier_arrive(kEpMaySend, 32 * kEpDispatchWarps);
+    if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends, last_flags);
     if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if (receives) {
-      ptx::named_barrier_sync(kRowsKnown, kThreads);
-      known = ep_look(shared.known) != 0;
+      known = ep_await_routing(shared);
       if (known && !ep_keep_rows<kCounted>(p, recv, first_half, state)) shared.failed = 1;
       if (known && blockIdx.x == 0) ep_publish_routing(p, first_half, state);
     }
@@ -207,8 +220,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (routes) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
     if (receives) {
       known = ep_receive_routing<kCounted>(p, recv, router, state, shared);
-      if (known) shared.known = 1;
-      ptx::named_barrier_arrive(kRowsKnown, kThreads);
+      ep_say_routing(router, shared, known);
       if (known && p.copy) ep_write_padding(p, router, state);
     }
   }

@@ -164,11 +164,32 @@ struct EpFlags {
   }
 };
 
+// Few tokens: the last flags of all sending warps, which one of them raises: it takes 3 us until all has been stored, and the
+// others have rows to write.
+struct EpLastFlags {
+  static constexpr int kBarrier = 3;
+  int count;
+  u64* flags[kEpSendWarps * kEpMaxTopk];
+
+  // By the role.
+  __device__ __forceinline__ void raise(const EpRole& role, const EpFlags& of_warp, u64 value) {
+    const int lane = threadIdx.x % 32;
+    int first = 0;
+    if (lane == 0 && of_warp.count > 0) first = atomicAdd(&count, of_warp.count);
+    first = __shfl_sync(0xffffffffu, first, 0);
+    if (lane < of_warp.count) flags[first + lane] = of_warp.mine;
+    if (role.warp() != 0) return ptx::named_barrier_arrive(kBarrier, role.num_threads());
+    ptx::named_barrier_sync(kBarrier, role.num_threads());
+#pragma unroll 1
+    for (int i = lane; i < count; i += 32) ptx::store_release_sys(flags[i], value);
+  }
+};
+
 // The pieces first, first + step, ... to the peer `only`, or below 0 to all, if they have an expert of their token. Pieces
 // are those of all tokens, of each receiving CTA's in turn, so that none has to wait for long. By a warp.
 template <bool kCounted>
 __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const EpOperation& op, int first, int step,
-                                               int only) {
+                                               int only, EpFlags& flags) {
   const EpCommon& c = p.c;
   const EpShape& shape = c.shape;
   const int lane = threadIdx.x % 32, receivers = ep_num_receivers(shape);
@@ -186,18 +207,17 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
     return only < 0 || r == only ? r : c.rank;
   };
   int next = rank_of(first);
-  EpFlags flags;
 #pragma unroll 1
   for (int i = first; i < count; i += step) {
     const int r = next, token = token_of(i), part = i & ((1 << shape.log2_parts) - 1);
     const EpTargets to = ep_slots(op, token, r);
     next = rank_of(i + step);
     if (to.lanes == 0) continue;
+    const bool is_full = flags.count >= kEpPiecesPerFlag || flags.count + __popc(to.lanes) > 32;
+    if (is_full || shape.log2_parts != 0) flags.raise(ep_flag(op.epoch, p.format, 1));
     flags.add(to.lanes, ep_piece_flag(op, r, c.rank, token, part));
     ep_move_own<kCounted>(p, token, ep_cols(shape, part), to);
-    if (shape.log2_parts != 0 || flags.count >= kEpPiecesPerFlag) flags.raise(ep_flag(op.epoch, p.format, 1));
   }
-  flags.raise(ep_flag(op.epoch, p.format, 1));
 }
 
 // Whether the first warps of CTAs that receive send tokens, too. Quantising takes as many as there are.
@@ -208,7 +228,7 @@ __device__ __forceinline__ bool ep_all_send(const EpDispatchParams& p) {
 // By all warps that send.
 template <bool kCounted>
 __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                               bool only_sends) {
+                                               bool only_sends, EpLastFlags& last_flags) {
   const EpShape& shape = p.c.shape;
   const int receivers = ep_num_receivers(shape), senders = shape.num_senders * kEpDispatchWarps;
   const int first = role.warp() + (only_sends ? (int(blockIdx.x) - receivers) * kEpDispatchWarps
@@ -216,9 +236,14 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   const int step = senders + (ep_all_send(p) ? receivers * kEpSendWarps : 0);
   // Not where the pieces of a token are little; and a token is quantised once, not once for each peer.
   const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);
+  const u64 is_here = ep_flag(op.epoch, p.format, 1);
+  EpFlags flags;
 #pragma unroll 1
-  for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn)
-    ep_send_pieces<kCounted>(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1);
+  for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn) {
+    ep_send_pieces<kCounted>(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1, flags);
+    if constexpr (kCounted) flags.raise(is_here);
+  }
+  if constexpr (!kCounted) last_flags.raise(role, flags, is_here);
 }
 
 // This CTA's tokens into the L2, while credits are waited for. By a role.

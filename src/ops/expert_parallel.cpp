@@ -105,6 +105,7 @@ EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType
         config.num_experts <= kEpMaxCountedExperts && ep_choices_per_cta(s) < kEpMaxCountedChoices) {
       s.num_senders = simulated ? simulated->num_senders : num_senders(s);
       fits(&EpShape::counted);
+      if (!s.counted) s.num_senders = 0;
     }
     if (s.counted) fits(&EpShape::staged);
     if (!s.counted && int64_t{config.max_tokens} * config.topk >= kEpMaxCountedChoices)
