@@ -370,7 +370,7 @@ def name_kernels(trace: Path, repeats: int) -> dict[str, float]:
     return times
 
 
-def deep_ep(rank: Rank, tokens: int) -> list[dict]:
+def deep_ep(rank: Rank, tokens: int, sms: int = 32) -> list[dict]:
     """DeepEP within a node, where it is installed. Its rows are not expanded, its sums not weighted."""
     try:
         from deep_ep import Buffer
@@ -378,20 +378,22 @@ def deep_ep(rank: Rank, tokens: int) -> list[dict]:
         if rank.rank == 0:
             print("deep_ep is not measured:", error)
         return []
+    import phalanx
+
     x, idx, weights = rank.problem(tokens)
+    q = phalanx.quantize(x)
+    Buffer.set_num_sms(sms)
     buffer = Buffer(dist.group.WORLD, num_nvl_bytes=1 << 30)
     per_rank, per_node, per_expert, is_here, _ = buffer.get_dispatch_layout(idx, EXPERTS)
     layout = {"num_tokens_per_rank": per_rank, "num_tokens_per_rdma_rank": per_node, "is_token_in_rank": is_here}
-    call = lambda: buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_tokens_per_expert=per_expert, **layout)  # noqa: E731
-    received, *_, handle, _ = call()
-    return [
-        {"op": "dispatch bf16", "tokens": tokens, "us": rank.time(call)},
-        {
-            "op": "combine bf16 (unweighted)",
-            "tokens": tokens,
-            "us": rank.time(lambda: buffer.combine(received, handle)),
-        },
-    ]
+    routing = {"topk_idx": idx, "topk_weights": weights, "num_tokens_per_expert": per_expert, **layout}
+    received, *_, handle, _ = buffer.dispatch(x, **routing)
+    calls = {}
+    for name, tensor in {"bf16": x, "e4m3": (q.data, q.scales.contiguous())}.items():
+        calls[f"dispatch {name}"] = lambda tensor=tensor: buffer.dispatch(tensor, **routing)
+        calls[f"dispatch {name}, handle"] = lambda tensor=tensor: buffer.dispatch(tensor, handle=handle)
+    calls["combine bf16 (unweighted)"] = lambda: buffer.combine(received, handle)
+    return [{"op": name, "tokens": tokens, "sms": sms, "us": rank.time(call)} for name, call in calls.items()]
 
 
 def soak(rank: Rank, group, rounds: int) -> int:
