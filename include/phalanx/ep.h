@@ -49,7 +49,8 @@ struct EpDispatch {
       topk_idx;  ///< int32 or int64 [T, K], rows contiguous; outside [0, E): none. Absent: as the handle says
   std::optional<Tensor> topk_weights;  ///< FP32 [T, K]; absent: 1
   Tensor handle;                      ///< int32 [handle_words()], contiguous: written, or read where topk_idx is absent
-  Tensor rows;                        ///< [capacity, H] BF16 or E4M3 (BF16 x is quantised on the way)
+  Tensor rows;                        ///< [capacity, H] BF16 or E4M3 (BF16 x is quantised on the way, for
+                                      ///< each place: with many tokens call quantize before)
   std::optional<Tensor> row_scales;   ///< FP32 [capacity, ceil(H / 128)], MN-major, with E4M3 rows
   std::optional<Tensor> row_weights;  ///< FP32 [capacity]: topk_weights of each row, 0 for padding
   std::optional<Tensor> offsets;      ///< int32 [local experts + 1]: where each expert's rows begin, and the end

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from phalanx import _frameworks, _native
+from phalanx import _api, _frameworks, _native
 from phalanx._api import Quantized
 from phalanx._frameworks.base import Framework
 
@@ -141,7 +141,7 @@ class ExpertParallel:
         alignment: int = 1,
         experts_per_rank: Sequence[int] | None = None,
     ):
-        self.group, self.hidden, self.topk = group, hidden, topk
+        self.group, self.hidden, self.topk, self._latency = group, hidden, topk, latency
         config = _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, alignment, experts_per_rank)
         self._number = _native.ep_create(group._number, *config)
         self.first_local_expert, self.num_local_experts, self.handle_words, self.max_rows = _native.ep_info(
@@ -186,18 +186,27 @@ class ExpertParallel:
         handle:        instead of topk_idx and topk_weights: the routing of an earlier dispatch
         capacity:      rows that the result has room for; nothing waits then, and what exceeds it is dropped, and raised
                        as CapacityError. By default exactly as many as there are, which on CUDA one read waits for
-        quantize:      send BF16 x as E4M3
+        quantize:      send BF16 x as E4M3, quantised on the way with `latency`, else before, by `phalanx.quantize`
         out:           where to write; its handle, offsets, counts and row_weights too
         """
+        x = self._as_sent(x, quantize, pow2_scales, out)
         return self._dispatch(x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, _BOTH)
 
     def dispatch_send(
         self, x, topk_idx=None, topk_weights=None, *, capacity, handle=None, quantize=False, pow2_scales=False, out=None
     ) -> Callable[[], Dispatched]:
         """The first half of `dispatch`; what it returns is the second, before which its arguments must not change."""
+        x = self._as_sent(x, quantize, pow2_scales, out)
         result = self._dispatch(x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, _SEND)
         options = handle, capacity, quantize, pow2_scales, result
         return lambda: self._dispatch(x, topk_idx, topk_weights, *options, _RECV)
+
+    def _as_sent(self, x, quantize, pow2_scales, out):
+        """With many tokens a kernel that quantises each once is quicker than dispatch, which would for each place."""
+        quantize = quantize or (out is not None and isinstance(out.rows, (tuple, list)))
+        if self._latency or not quantize or isinstance(x, (tuple, list)):
+            return x
+        return _api.quantize(x, pow2_scales=pow2_scales) if x.dtype == _frameworks.of(x, "x").bf16 else x
 
     def _dispatch(self, x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, part):
         data, scales = x if isinstance(x, (tuple, list)) else (x, None)
