@@ -98,6 +98,9 @@ def plot_expert_parallel(path: Path) -> list[Path]:
                 times.bar_label(
                     times.bar(i, points[0][1], color=color, label=op), fmt="%.0f", fontsize=8.5, color=color
                 )
+        for row in result.get("deep_ep", []):
+            if (color := EP_COLORS.get(row["op"].split(" (")[0])) and len(counts) > 1:
+                times.plot(row["sms"], row["us"], "x", color=color, label=f"DeepEP, {row['op']}")
         for name, label in (("store", "to the peer"), ("local store", "to its own memory")):
             points = sorted((int(sms), gbps) for sms, gbps in result["links_gbps"].get(name, {}).items())
             if points:
