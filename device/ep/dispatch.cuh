@@ -64,18 +64,23 @@ __device__ __noinline__ bool ep_await_piece(const EpCommon& c, int source, const
   return __all_sync(0xffffffffu, fine);
 }
 
-// The routing warps say whether rows are known, and each of the others waits for that.
-__device__ __forceinline__ void ep_say_routing(const EpRole& router, EpShared& shared, bool known) {
-  router.sync();
-  ptx::fence_acq_rel_cta();
-  if (router.thread() == 0) *static_cast<volatile int*>(&shared.routing) = known ? kEpRowsKnown : kEpRowsUnknown;
+// The routing warps say whether rows are known, and the others wait for that: the first warp at a barrier of its own, as it
+// comes later where it raises flags for all.
+constexpr int kEpKnownToFirst = 5, kEpKnownToRest = 6;
+constexpr int kEpFirstAndRouters = 32 * (1 + kEpRouteWarps),
+              kEpRestAndRouters = 32 * (kEpSendWarps - 1 + kEpRouteWarps);
+
+__device__ __forceinline__ void ep_say_routing(EpShared& shared, bool known) {
+  if (known) shared.known = 1;
+  ptx::named_barrier_arrive(kEpKnownToFirst, kEpFirstAndRouters);
+  ptx::named_barrier_arrive(kEpKnownToRest, kEpRestAndRouters);
 }
-__device__ __forceinline__ bool ep_await_routing(const EpShared& shared) {
-  int said = 0;
-  while (threadIdx.x % 32 == 0 && (said = ep_look(shared.routing)) == 0) ptx::fence_acq_rel_cta();
-  said = __shfl_sync(0xffffffffu, said, 0);
-  ptx::fence_acq_rel_cta();
-  return said == kEpRowsKnown;
+__device__ __forceinline__ bool ep_await_routing(const EpShared& shared, const EpRole& role) {
+  if (role.warp() == 0)
+    ptx::named_barrier_sync(kEpKnownToFirst, kEpFirstAndRouters);
+  else
+    ptx::named_barrier_sync(kEpKnownToRest, kEpRestAndRouters);
+  return ep_look(shared.known) != 0;
 }
 
 // Piece i of a source's tokens of this CTA, to its rows. By a warp.
@@ -212,7 +217,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends, last_flags);
     if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if (receives) {
-      known = ep_await_routing(shared);
+      known = ep_await_routing(shared, first_half);
       if (known && !ep_keep_rows<kCounted>(p, recv, first_half, state)) shared.failed = 1;
       if (known && blockIdx.x == 0) ep_publish_routing(p, first_half, state);
     }
@@ -220,7 +225,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (routes) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
     if (receives) {
       known = ep_receive_routing<kCounted>(p, recv, router, state, shared);
-      ep_say_routing(router, shared, known);
+      ep_say_routing(shared, known);
       if (known && p.copy) ep_write_padding(p, router, state);
     }
   }

@@ -41,12 +41,10 @@ struct EpRouteState {
   }
 };
 
-enum EpRouting : int { kEpRowsKnown = 1, kEpRowsUnknown };
-
 // What a CTA's warps share beside it. All 0 at the start.
 struct EpShared {
   int failed;
-  int routing;     // not 0: has come, or failed to
+  int known;       // not 0: where rows go
   int next;        // piece to be written
   int num_staged;  // rows of the source whose scales are written
   int written;     // sources whose scales have been
