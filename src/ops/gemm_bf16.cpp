@@ -88,16 +88,13 @@ void run_rows(GroupsBy by, const Tensor& a, const Tensor& b, const Tensor& group
               const GroupedGemmOptions& options) {
   const Place place(d, options.num_sms);
   throw_fault(place.ordinal);
-  const bool masked = by == GroupsBy::counts;
-  const int num_groups = int(b.shape[0]), n = int(b.shape[1]), k = int(b.shape[2]);
-  const int limit = int(a.shape[masked ? 1 : 0]);
-  const int64_t m = masked ? int64_t(limit) * num_groups : limit;
-  if (m == 0) return;
+  const GroupedSizes s(by, a, b);
+  if (s.m == 0) return;
 
   const Operand of_b(b);
   const cuda::ContextGuard context(place.ordinal);
   const plan::Bf16Problem problem{
-      {Grouping::rows, num_groups, int(std::min<int64_t>(m, 1 << 30)), n, k, options.expected_rows, out_type(d)},
+      {Grouping::rows, s.num_groups, s.planned_m(), s.n, s.k, options.expected_rows, out_type(d)},
       Major::k,
       of_b.major};
   const PlannedGemm chosen = planned({problem, place.num_sms, place.ordinal});
@@ -107,15 +104,9 @@ void run_rows(GroupsBy by, const Tensor& a, const Tensor& b, const Tensor& group
   GemmParams p = operands(config, Operand(a), of_b, config.block_m);
   if (config.stores_by_tma()) p.d = d_rows.map(config.consumer_rows(), config.panel_columns());
   p.d_ptr = d.data, p.d_stride = row_stride(d_rows.matrix);
-  p.m = int(m), p.n = n, p.k = k;
-  p.groups = {.bounds = static_cast<const int*>(groups.data),
-              .fault = fault_word(place.ordinal),
-              .by = by,
-              .num_groups = num_groups,
-              .limit = limit,
-              .a_pitch = a_rows.pitch,
-              .b_pitch = of_b.lines.pitch,
-              .d_pitch = d_rows.pitch};
+  p.m = int(s.m), p.n = s.n, p.k = s.k;
+  p.groups = groups_of(by, &groups, s.num_groups, s.limit, place);
+  p.groups.a_pitch = a_rows.pitch, p.groups.b_pitch = of_b.lines.pitch, p.groups.d_pitch = d_rows.pitch;
   launch(chosen, p, options.stream);
 }
 
@@ -141,12 +132,8 @@ void run_columns(const Tensor& a, const Tensor& b, const Tensor& offsets, const 
   p.d = d_rows.map(64, kGradientColumns);
   if (options.accumulate) p.c_ptr = d.data, p.c_stride = p.d_stride;
   p.m = m, p.n = n, p.k = tokens;
-  p.groups = {.bounds = static_cast<const int*>(offsets.data),
-              .fault = fault_word(place.ordinal),
-              .by = GroupsBy::offsets,
-              .num_groups = num_groups,
-              .limit = tokens,
-              .d_pitch = d_rows.pitch};
+  p.groups = groups_of(GroupsBy::offsets, &offsets, num_groups, tokens, place);
+  p.groups.d_pitch = d_rows.pitch;
   launch(chosen, p, options.stream);
 }
 

@@ -111,15 +111,11 @@ struct RowsProduct {
               int num_sms, int expected_rows)
       : place(a.data, num_sms) {
     throw_fault(place.ordinal);
-    const bool masked = by == GroupsBy::counts;
-    const int num_groups = int(b.data.shape[0]), n = int(b.data.shape[1]), k = int(b.data.shape[2]);
-    const int limit = int(a.data.shape[masked ? 1 : 0]);
-    const int64_t m = masked ? int64_t(limit) * num_groups : limit;
-    if (m == 0) return;
+    const GroupedSizes s(by, a.data, b.data);
+    if (s.m == 0) return;
 
     const cuda::ContextGuard context(place.ordinal);
-    const plan::GroupedProblem problem{Grouping::rows, num_groups, int(std::min<int64_t>(m, 1 << 30)), n, k,
-                                       expected_rows,  out};
+    const plan::GroupedProblem problem{Grouping::rows, s.num_groups, s.planned_m(), s.n, s.k, expected_rows, out};
     chosen = planned({problem, place.num_sms, place.ordinal, either});
     const Rows a_rows(a.data), b_rows(b.data);
     const ScaleColumns sfa(a.scales, config().scales_a_box());
@@ -133,22 +129,15 @@ struct RowsProduct {
     const auto& sa = a.scales.strides;
     p.sfa_stride_m = sa[a.scales.ndim - 2], p.sfa_stride_k = sa[a.scales.ndim - 1];
     p.sfb_stride_n = b.scales.strides[1], p.sfb_stride_k = b.scales.strides[2];
-    p.m = int(m), p.n = n, p.k = k;
+    p.m = int(s.m), p.n = s.n, p.k = s.k;
     p.group_m = chosen.plan.group_m;
     p.streams_b = plan::weights_leave_l2_first(config(), problem);
-    const int64_t rows_each = expected_rows > 0 ? expected_rows : m / num_groups;
-    p.groups = {.bounds = static_cast<const int*>(groups.data),
-                .fault = fault_word(place.ordinal),
-                .by = by,
-                .num_groups = num_groups,
-                .limit = limit,
-                .a_pitch = a_rows.pitch,
-                .b_pitch = b_rows.pitch,
-                .sfa_pitch_x = sfa.pitch_x,
-                .sfa_pitch_y = sfa.pitch_y,
-                .sfa_stride_g = masked ? sa[0] : 0,
-                .sfb_stride_g = b.scales.strides[0],
-                .one_tile_each = rows_each >= kFewEmpty && rows_each <= config().block_m};
+    const int64_t rows_each = expected_rows > 0 ? expected_rows : s.m / s.num_groups;
+    p.groups = groups_of(by, &groups, s.num_groups, s.limit, place);
+    p.groups.a_pitch = a_rows.pitch, p.groups.b_pitch = b_rows.pitch;
+    p.groups.sfa_pitch_x = sfa.pitch_x, p.groups.sfa_pitch_y = sfa.pitch_y;
+    p.groups.sfa_stride_g = s.masked ? sa[0] : 0, p.groups.sfb_stride_g = b.scales.strides[0];
+    p.groups.one_tile_each = rows_each >= kFewEmpty && rows_each <= config().block_m;
   }
 
   const GemmConfig& config() const { return chosen.plan.config; }
@@ -226,12 +215,8 @@ void run_columns(const ScaledTensor& a, const ScaledTensor& b, const Tensor* off
   p.d = d_rows.map(64, kGradientColumns);
   if (options.accumulate) p.c_ptr = d.data, p.c_stride = p.d_stride;
   p.m = m, p.n = n, p.k = k;
-  p.groups = {.bounds = offsets ? static_cast<const int*>(offsets->data) : nullptr,
-              .fault = fault_word(place.ordinal),
-              .by = GroupsBy::offsets,
-              .num_groups = num_groups,
-              .limit = k,
-              .d_pitch = d_rows.pitch};
+  p.groups = groups_of(GroupsBy::offsets, offsets, num_groups, k, place);
+  p.groups.d_pitch = d_rows.pitch;
   launch(chosen, p, options.stream);
 }
 

@@ -1,11 +1,13 @@
 // What products need between their checks and their kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/cuda.h"
 #include "device/gemm/params.h"
 #include "ops/check.h"
+#include "ops/group_faults.h"
 #include "ops/plan_cache.h"
 
 namespace phalanx {
@@ -42,6 +44,33 @@ struct Place {
     all_sms = num_sms == device.num_sms;
   }
 };
+
+/// The sizes of a product of rows in groups, each with its own B [N, K].
+struct GroupedSizes {
+  bool masked;
+  int num_groups, n, k;
+  int limit;  ///< rows of A, or where they are masked of each A[g]
+  std::int64_t m;
+
+  GroupedSizes(GroupsBy by, const Tensor& a, const Tensor& b)
+      : masked(by == GroupsBy::counts),
+        num_groups(int(b.shape[0])),
+        n(int(b.shape[1])),
+        k(int(b.shape[2])),
+        limit(int(a.shape[masked ? 1 : 0])),
+        m(masked ? std::int64_t(limit) * num_groups : limit) {}
+
+  int planned_m() const { return int(std::min<std::int64_t>(m, 1 << 30)); }
+};
+
+/// Groups as a kernel is told of them, but for pitches and strides. Without `bounds` there is one, of all columns.
+inline GroupParams groups_of(GroupsBy by, const Tensor* bounds, int num_groups, int limit, const Place& place) {
+  return {.bounds = bounds ? static_cast<const int*>(bounds->data) : nullptr,
+          .fault = fault_word(place.ordinal),
+          .by = by,
+          .num_groups = num_groups,
+          .limit = limit};
+}
 
 /// Enqueues the kernel, with parameters that it wants as they are.
 inline void launch(const PlannedGemm& planned, const void* params, Stream stream) {
