@@ -66,20 +66,19 @@ __device__ __noinline__ bool ep_await_piece(const EpCommon& c, int source, const
 
 // The routing warps say whether rows are known, and the others wait for that: the first warp at a barrier of its own, as it
 // comes later where it raises flags for all.
-constexpr int kEpKnownToFirst = 5, kEpKnownToRest = 6;
 constexpr int kEpFirstAndRouters = 32 * (1 + kEpRouteWarps),
-              kEpRestAndRouters = 32 * (kEpSendWarps - 1 + kEpRouteWarps);
+              kEpOthersAndRouters = 32 * (kEpSendWarps - 1 + kEpRouteWarps);
 
 __device__ __forceinline__ void ep_say_routing(EpShared& shared, bool known) {
   if (known) shared.known = 1;
   ptx::named_barrier_arrive(kEpKnownToFirst, kEpFirstAndRouters);
-  ptx::named_barrier_arrive(kEpKnownToRest, kEpRestAndRouters);
+  ptx::named_barrier_arrive(kEpKnownToOthers, kEpOthersAndRouters);
 }
 __device__ __forceinline__ bool ep_await_routing(const EpShared& shared, const EpRole& role) {
   if (role.warp() == 0)
     ptx::named_barrier_sync(kEpKnownToFirst, kEpFirstAndRouters);
   else
-    ptx::named_barrier_sync(kEpKnownToRest, kEpRestAndRouters);
+    ptx::named_barrier_sync(kEpKnownToOthers, kEpOthersAndRouters);
   return ep_look(shared.known) != 0;
 }
 
@@ -166,8 +165,9 @@ __device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, con
     while (turn < shape.num_ranks && taken - begin >= pieces.count()) {
       const bool is_last = turn == shape.num_ranks - 1;  // when nobody has anything else to do
       if (staged && (has_sent || is_last))
-        ep_write_staged_scales(p, EpRole{!is_last, 0, is_last ? kEpDispatchWarps : kEpSendWarps}, state, shared, source,
-                               turn);
+        ep_write_staged_scales(p,
+                               EpRole{is_last ? kEpAllWarps : kEpSenders, 0, is_last ? kEpDispatchWarps : kEpSendWarps},
+                               state, shared, source, turn);
       begin += pieces.count();
       source = source == 0 ? shape.num_ranks - 1 : source - 1;  // in the order in which they send
       ++turn;
@@ -206,8 +206,8 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
   const bool only_sends = kCounted && int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
   const bool routes = c.send && p.route && !only_sends;
-  const EpRole sender{1, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
-  const EpRole router{2, kEpSendWarps, kEpRouteWarps}, first_half{1, 0, kEpSendWarps};
+  const EpRole sender{kEpSenders, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
+  const EpRole router{kEpRouters, kEpSendWarps, kEpRouteWarps}, first_half{kEpSenders, 0, kEpSendWarps};
   bool known = false;  // the same in all threads
   if (int(threadIdx.x) < sender.num_threads()) {
     if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);

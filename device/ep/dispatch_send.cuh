@@ -167,7 +167,6 @@ struct EpFlags {
 // Few tokens: the last flags of all sending warps, which one of them raises: it takes 3 us until all has been stored, and the
 // others have rows to write.
 struct EpLastFlags {
-  static constexpr int kBarrier = 3;
   int count;
   u64* flags[kEpSendWarps * kEpMaxTopk];
 
@@ -178,8 +177,8 @@ struct EpLastFlags {
     if (lane == 0 && of_warp.count > 0) first = atomicAdd(&count, of_warp.count);
     first = __shfl_sync(0xffffffffu, first, 0);
     if (lane < of_warp.count) flags[first + lane] = of_warp.mine;
-    if (role.warp() != 0) return ptx::named_barrier_arrive(kBarrier, role.num_threads());
-    ptx::named_barrier_sync(kBarrier, role.num_threads());
+    if (role.warp() != 0) return ptx::named_barrier_arrive(kEpAllHaveSent, role.num_threads());
+    ptx::named_barrier_sync(kEpAllHaveSent, role.num_threads());
 #pragma unroll 1
     for (int i = lane; i < count; i += 32) ptx::store_release_sys(flags[i], value);
   }

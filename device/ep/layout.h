@@ -31,7 +31,7 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 constexpr int kEpSendWarps = 8, kEpRouteWarps = 8, kEpDispatchWarps = kEpSendWarps + kEpRouteWarps;
 
 // Flags are raised for so many pieces of a warp together, as a release waits for all of the SM's stores; with few tokens
-// behind each.
+// for each, but that one warp raises the last ones of its CTA.
 constexpr int kEpPiecesPerFlag = 8;
 
 // Pieces of 16 bytes that a thread of dispatch has on their way, in registers. With few tokens a warp moves a single part of one,

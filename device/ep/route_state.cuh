@@ -41,6 +41,17 @@ struct EpRouteState {
   }
 };
 
+// The named barriers of dispatch: all warps', two roles' own, and where one warp or role waits for others.
+enum EpBarrier : int {
+  kEpAllWarps,
+  kEpSenders,
+  kEpRouters,
+  kEpAllHaveSent,    // the first sending warp, for the others
+  kEpMaySend,        // those that route, until the others know that all may send
+  kEpKnownToFirst,   // the first sending warp, until rows are known
+  kEpKnownToOthers,  // the other ones
+};
+
 // What a CTA's warps share beside it. All 0 at the start.
 struct EpShared {
   int failed;
@@ -70,9 +81,6 @@ __device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 toke
   const i64 expert = p.idx_is_64 ? static_cast<const i64*>(p.topk_idx)[at] : static_cast<const int*>(p.topk_idx)[at];
   return expert < 0 || expert >= p.c.first_expert[p.c.shape.num_ranks] ? -1 : int(expert);
 }
-
-// At this barrier those that route wait until the others know that all may send.
-constexpr int kEpMaySend = 4;
 
 // By the whole role: until all peers have read what was sent before.
 __device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {

@@ -73,23 +73,21 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
         if constexpr (C.scales_b_by_row())
           if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfb(stage), &p.sfb_map, full, t.n, kb);
       };
+      const auto load_rows_b = [&](u8* to, int row) {
+        if (C.may_read_b_once() && p.streams_b)
+          ptx::tma_load_2d_once(to, &p.b, full, k, row);
+        else
+          ptx::tma_load_2d(to, &p.b, full, k, row);
+      };
       const auto load_b = [&] {
         if constexpr (C.gates_and_ups()) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            u8* to = smem.b(stage) + half * (C.block_n / 2) * kBlockK;
-            const int row = at.b - t.n / 2 + half * (p.n / 2);
-            if (C.may_read_b_once() && p.streams_b)
-              ptx::tma_load_2d_once(to, &p.b, full, k, row);
-            else
-              ptx::tma_load_2d(to, &p.b, full, k, row);
-          }
+          for (int half = 0; half < 2; ++half)
+            load_rows_b(smem.b(stage) + half * (C.block_n / 2) * kBlockK, at.b - t.n / 2 + half * (p.n / 2));
         } else if constexpr (C.cluster_m > 1) {
           ptx::tma_load_2d_multicast(smem.b(stage) + slice_b * kBlockK, &p.b, full, k, at.b + slice_b, kAllCtas);
-        } else if (C.may_read_b_once() && p.streams_b) {
-          ptx::tma_load_2d_once(smem.b(stage), &p.b, full, k, at.b);
         } else {
-          ptx::tma_load_2d(smem.b(stage), &p.b, full, k, at.b);
+          load_rows_b(smem.b(stage), at.b);
         }
       };
       // Without groups B first: few others read it, so that it comes from farther away. With groups that was 2 % slower.
