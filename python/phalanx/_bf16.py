@@ -3,7 +3,7 @@
 from typing import Any
 
 from phalanx import _frameworks, _native
-from phalanx._frameworks.base import Framework, matrix_shape
+from phalanx._frameworks.base import Framework, dtype_of, matrix_shape, shape_of
 from phalanx._grouped import empty_grouped, empty_stack
 
 
@@ -22,7 +22,7 @@ def gemm_bf16(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant
     """
     framework = _frameworks.of(a, "a")
     if out is None and out_dtype is None and c is not None:
-        out_dtype = c.dtype
+        out_dtype = dtype_of("c", c)
     if framework.is_traced(a) or (out is None and framework.needs_gradient(a, b, c)):
         return framework.traced("gemm_bf16", (a, b, c), out, (out_dtype,), (num_sms, batch_invariant))
     if out is None:
@@ -109,5 +109,5 @@ def empty_product(framework: Framework, a: Any, b: Any, out_dtype: Any) -> Any:
 
 def empty_gradient(framework: Framework, a: Any, b: Any, offsets: Any) -> Any:
     """A new D [G, M, N]."""
-    shape = max(offsets.shape[0] - 1, 0), matrix_shape("a", a)[1], matrix_shape("b", b)[1]
+    shape = max(shape_of("offsets", offsets)[0] - 1, 0), matrix_shape("a", a)[1], matrix_shape("b", b)[1]
     return empty_stack(framework, shape, framework.f32, a)

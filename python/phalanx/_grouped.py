@@ -5,7 +5,7 @@ from typing import Any
 from phalanx import _frameworks, _native
 from phalanx._activation import as_limit
 from phalanx._api import Quantized, as_pair
-from phalanx._frameworks.base import Framework, check_untraced, padded
+from phalanx._frameworks.base import Framework, check_untraced, padded, shape_of
 
 
 def grouped_gemm_fp8(a, b, offsets, out=None, out_dtype=None, num_sms=0, expected_rows=0):
@@ -162,26 +162,27 @@ def _wgrad(a, b, offsets, out, accumulate, num_sms):
 
 def empty_grouped(framework: Framework, a: Any, b: Any, out_dtype: Any) -> Any:
     """A new D: [M, N], or [G, R, N] for a stack."""
-    if len(a.shape) not in (2, 3) or len(b.shape) != 3:
-        raise ValueError(
-            f"a, b: shapes {tuple(a.shape)}, {tuple(b.shape)}; expected [M, K] or [G, R, K], and [G, N, K]"
-        )
-    return empty_stack(framework, (*a.shape[:-1], b.shape[1]), framework.bf16 if out_dtype is None else out_dtype, a)
+    of_a, of_b = shape_of("a", a), shape_of("b", b)
+    if len(of_a) not in (2, 3) or len(of_b) != 3:
+        raise ValueError(f"a, b: shapes {of_a}, {of_b}; expected [M, K] or [G, R, K], and [G, N, K]")
+    return empty_stack(framework, (*of_a[:-1], of_b[1]), framework.bf16 if out_dtype is None else out_dtype, a)
 
 
 def empty_swiglu(framework: Framework, a: Any, b: Any) -> tuple[Any, Any]:
     """Data and scales [M, I] and [M, I / 128]."""
-    if len(a.shape) != 2 or len(b.shape) != 3:
-        raise ValueError(f"a, b: shapes {tuple(a.shape)}, {tuple(b.shape)}; expected [M, K] and [G, 2 I, K]")
-    return framework.empty_quantized(a.shape[0], b.shape[1] // 2, False, a)
+    of_a, of_b = shape_of("a", a), shape_of("b", b)
+    if len(of_a) != 2 or len(of_b) != 3:
+        raise ValueError(f"a, b: shapes {of_a}, {of_b}; expected [M, K] and [G, 2 I, K]")
+    return framework.empty_quantized(of_a[0], of_b[1] // 2, False, a)
 
 
 def empty_gradient(framework: Framework, a: Any, b: Any, offsets: Any) -> Any:
     """A new D: [M, N], or [G, M, N] with offsets."""
-    if len(a.shape) != 2 or len(b.shape) != 2:
-        raise ValueError(f"a.data, b.data: shapes {tuple(a.shape)}, {tuple(b.shape)}; expected two matrices")
-    stack = () if offsets is None else (max(offsets.shape[0] - 1, 0),)
-    return empty_stack(framework, (*stack, a.shape[0], b.shape[0]), framework.f32, a)
+    of_a, of_b = shape_of("a.data", a), shape_of("b.data", b)
+    if len(of_a) != 2 or len(of_b) != 2:
+        raise ValueError(f"a.data, b.data: shapes {of_a}, {of_b}; expected two matrices")
+    stack = () if offsets is None else (max(shape_of("offsets", offsets)[0] - 1, 0),)
+    return empty_stack(framework, (*stack, of_a[0], of_b[0]), framework.f32, a)
 
 
 def empty_stack(framework: Framework, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from phalanx import _frameworks, _native
 from phalanx._api import Quantized, as_pair
-from phalanx._frameworks.base import Framework, matrix_shape, num_blocks, padded
+from phalanx._frameworks.base import Framework, dtype_of, matrix_shape, num_blocks, padded
 
 
 class Routing(NamedTuple):
@@ -119,7 +119,7 @@ def unpermute(rows, routing, weights=None, residual=None, out=None, out_dtype=No
     """
     framework = _frameworks.of(rows, "rows")
     if out_dtype is None and out is None:
-        out_dtype = (rows if residual is None else residual).dtype
+        out_dtype = rows.dtype if residual is None else dtype_of("residual", residual)
     if _operator_wanted(framework, out, rows, weights, residual):
         operands = rows, routing.slots, routing.sources, weights, residual
         return framework.traced("unpermute", operands, None, (out_dtype,), ())
@@ -150,7 +150,7 @@ def unpermute_backward(grad_out, routing, weights=None, rows=None, rows_dtype=No
     """
     framework = _frameworks.of(grad_out, "grad_out")
     if rows_dtype is None:
-        rows_dtype = (grad_out if rows is None else rows).dtype
+        rows_dtype = grad_out.dtype if rows is None else dtype_of("rows", rows)
     if framework.is_traced(grad_out):
         operands = grad_out, routing.slots, routing.sources, weights, rows
         options = rows_dtype, routing.max_rows, zero_padding

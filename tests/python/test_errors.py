@@ -224,6 +224,34 @@ def test_null_data(good):
     fails(good, TypeError, "b.data", "expected an array", "None")
 
 
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("value", [3, "abc", [1.0]])
+def test_a_new_result_is_shaped_by_arrays_only(library, value):
+    x, w = np.ones((4, 256), np.float32), np.ones((128, 256), np.float32)
+    if library == "torch":
+        x, w = map(pytest.importorskip("torch").from_numpy, (x, w))
+    a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
+    kind = type(value).__name__
+    with pytest.raises(TypeError, match=rf"b\.data: expected an array, got {kind}"):
+        phalanx.gemm_fp8(a, (value, b.scales))
+    with pytest.raises(TypeError, match=f"c: expected an array, got {kind}"):
+        phalanx.gemm_fp8(a, b, c=value)
+    with pytest.raises(TypeError, match=f"out: expected an array, got {kind}"):
+        phalanx.gemm_fp8(a, b, out=value, out_dtype=a.scales.dtype)
+    with pytest.raises(TypeError, match=f"out: expected an array, got {kind}"):
+        phalanx.dequantize(a, out=value, dtype=a.scales.dtype)
+    with pytest.raises(TypeError, match=f"b: expected an array, got {kind}"):
+        phalanx.gemm_bf16(phalanx.dequantize(a), value)
+    with pytest.raises(TypeError, match=f"c: expected an array, got {kind}"):
+        phalanx.gemm_bf16(x, w, c=value)
+    with pytest.raises(TypeError, match=f"b: expected an array, got {kind}"):
+        phalanx.grouped_gemm_fp8(a, (value, b.scales), None)
+    with pytest.raises(TypeError, match=rf"b\.data: expected an array, got {kind}"):
+        phalanx.wgrad_fp8(a, (value, a.scales))
+    with pytest.raises(TypeError, match=f"offsets: expected an array, got {kind}"):
+        phalanx.grouped_wgrad_bf16(x, x, value)
+
+
 def test_lists_are_no_arrays(good):
     good["b"][1] = [[1.0] * 3] * 2
     fails(good, TypeError, "b.scales", "expected an array")
@@ -306,6 +334,11 @@ def test_torch():
         phalanx.gemm_fp8(a, b, out=torch.zeros(4, 128), out_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="d is"):
         phalanx.gemm_fp8(a, b, out=torch.zeros(4, 120))
+    for out_dtype in ("float32", np.float32):
+        with pytest.raises(TypeError, match=r"dtype.* torch\.dtype"):
+            phalanx.gemm_fp8(a, b, out_dtype=out_dtype)
+        with pytest.raises(TypeError, match=r"dtype.* torch\.dtype"):
+            phalanx.dequantize(a, dtype=out_dtype)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

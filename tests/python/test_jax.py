@@ -54,6 +54,8 @@ def test_errors(operands):
     a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
     with pytest.raises(ValueError, match="out: JAX arrays are immutable"):
         phalanx.gemm_fp8(a, b, out=jnp.zeros((33, 264), jnp.bfloat16))
+    with pytest.raises(ValueError, match="out: JAX arrays are immutable"):
+        phalanx.dequantize(a, out=x)
     with pytest.raises(TypeError, match=r"jax\.jit"):
         jax.jit(phalanx.quantize)(x)
     with pytest.raises(TypeError, match=r"a\.scales: expected an array"):

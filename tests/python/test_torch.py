@@ -74,6 +74,11 @@ def test_subclasses_go_through_the_dispatcher(x, b):
     d = phalanx.gemm_fp8((a.data.as_subclass(Watched), a.scales), b)
     assert any("gemm_fp8" in name for name in calls)
     assert same_bits(d.as_subclass(torch.Tensor), phalanx.gemm_fp8(a, b))
+    watched = a.data.as_subclass(Watched)
+    with pytest.raises(ValueError, match=r"out_dtype: torch\.bfloat16; expected that of out, torch\.float32"):
+        phalanx.gemm_fp8((watched, a.scales), b, out=torch.empty(33, 260)[:, :257], out_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"^dtype: torch\.bfloat16; expected that of out, torch\.float32"):
+        phalanx.dequantize((watched, a.scales), out=torch.empty(33, 300), dtype=torch.bfloat16)
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------

@@ -13,10 +13,32 @@ def num_blocks(n: int) -> int:
     return -(-n // 128)
 
 
+# Of arguments after the first, which may be no arrays at all.
+
+
+def no_array(name: str, value: Any) -> TypeError:
+    return TypeError(f"{name}: expected an array, got {type(value).__name__}")
+
+
+def shape_of(name: str, array: Any) -> tuple[int, ...]:
+    try:
+        return tuple(array.shape)
+    except AttributeError:
+        raise no_array(name, array) from None
+
+
+def dtype_of(name: str, array: Any) -> Any:
+    try:
+        return array.dtype
+    except AttributeError:
+        raise no_array(name, array) from None
+
+
 def matrix_shape(name: str, array: Any) -> tuple[int, int]:
-    if len(array.shape) != 2:
-        raise ValueError(f"{name}: shape {tuple(array.shape)}; expected a matrix")
-    return tuple(array.shape)
+    shape = shape_of(name, array)
+    if len(shape) != 2:
+        raise ValueError(f"{name}: shape {shape}; expected a matrix")
+    return shape
 
 
 def check_untraced(out: Any) -> None:
@@ -49,16 +71,16 @@ class Framework:
         return None
 
     def itemsize(self, dtype: Any) -> int:
-        return dtype.itemsize
+        raise NotImplementedError
 
     def device_of(self, like: Any) -> tuple[bool, int]:
         """Whether it is CUDA, and its ordinal."""
         return False, 0
 
-    def check_out(self, out: Any, out_dtype: Any) -> None:
-        """`out` may be written, and nothing else was asked for."""
-        if out_dtype is not None and out.dtype != out_dtype:
-            raise ValueError(f"out_dtype: {out_dtype}; expected that of out, {out.dtype}, or none")
+    def check_out(self, out: Any, dtype: Any, name: str = "out_dtype") -> None:
+        """`out` may be written, and nothing else was asked for by the argument `name`."""
+        if dtype is not None and dtype_of("out", out) != dtype:
+            raise ValueError(f"{name}: {dtype}; expected that of out, {out.dtype}, or none")
 
     def is_traced(self, array: Any) -> bool:
         """Whether calls on this array go to `traced`."""
@@ -98,7 +120,7 @@ class Framework:
     def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant, constant_b):
         if out is None:
             if out_dtype is None:
-                out_dtype = self.bf16 if c is None else c.dtype
+                out_dtype = self.bf16 if c is None else dtype_of("c", c)
             out = self.empty_rows(matrix_shape("a.data", a)[0], matrix_shape("b.data", b)[0], out_dtype, a)
         else:
             self.check_out(out, out_dtype)
@@ -142,8 +164,8 @@ class Framework:
     def dequantize(self, data, scales, out, dtype):
         if out is None:
             out = self.empty_rows(*matrix_shape("q.data", data), self.f32 if dtype is None else dtype, data)
-        elif dtype is not None and out.dtype != dtype:
-            raise ValueError(f"dtype: {dtype}; expected that of out, {out.dtype}, or none")
+        else:
+            self.check_out(out, dtype, "dtype")
         _native.dequantize(self.view(data), self.view(scales), self.writable_view(out), self.stream(data))
         self.finish(data)
         return out

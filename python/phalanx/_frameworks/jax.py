@@ -56,16 +56,12 @@ class Jax(Framework):
         device = _device(like)
         return device.platform == "gpu", device.local_hardware_id or 0
 
-    def check_out(self, out, out_dtype):
+    def check_out(self, out, dtype, name="out_dtype"):
         _check_no_out(out)
 
     def quantize(self, x, blocks, pow2_scales, out):
         _check_no_out(out)
         return super().quantize(x, blocks, pow2_scales, out)
-
-    def dequantize(self, data, scales, out, dtype):
-        _check_no_out(out)
-        return super().dequantize(data, scales, out, dtype)
 
 
 def _check_no_out(out) -> None:

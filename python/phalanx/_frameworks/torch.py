@@ -3,7 +3,7 @@
 import torch
 
 from phalanx import _native
-from phalanx._frameworks.base import Framework
+from phalanx._frameworks.base import Framework, no_array
 
 _BF16 = torch.bfloat16
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -22,6 +22,11 @@ class Torch(Framework):
     def view(self, array):
         return array
 
+    def itemsize(self, dtype):
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype: {dtype!r}; expected a torch.dtype")
+        return dtype.itemsize
+
     def device_of(self, like):
         return like.device.type == "cuda", like.device.index or 0
 
@@ -32,7 +37,7 @@ class Torch(Framework):
         return _is_traced() or type(array) not in _PLAIN
 
     def needs_gradient(self, *arrays):
-        return torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in arrays)
+        return torch.is_grad_enabled() and any(getattr(array, "requires_grad", False) for array in arrays)
 
     def traced(self, name, operands, out, new, options):
         if out is None:
@@ -44,6 +49,7 @@ class Torch(Framework):
         if _is_traced() or type(a) not in _PLAIN:
             if out is None:
                 return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms, batch_invariant, constant_b)
+            self.check_out(out, out_dtype)
             torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b)
             return out
         if out is None:
@@ -56,9 +62,11 @@ class Torch(Framework):
     def empty_product(self, a, b, c, out_dtype):
         try:
             (m, _), (n, _) = a.shape, b.shape
+            dtype = out_dtype or (_BF16 if c is None else c.dtype)
         except ValueError:
             raise ValueError(f"a.data, b.data: shapes {[*a.shape]}, {[*b.shape]}; expected two matrices") from None
-        dtype = out_dtype or (_BF16 if c is None else c.dtype)
+        except AttributeError:
+            raise (no_array("c", c) if hasattr(b, "shape") else no_array("b.data", b)) from None
         stride = n if n % 8 == 0 else -(-n // 8) * 8  # 16 bytes of BF16, 32 of FP32
         # empty_strided is much quicker than empty, whose arguments take longer to parse.
         return torch.empty_strided((m, n), (stride, 1), dtype=dtype, device=a.device)
@@ -75,6 +83,7 @@ class Torch(Framework):
         if _is_traced() or type(data) not in _PLAIN:
             if out is None:
                 return torch.ops.phalanx.dequantize(data, scales, dtype)
+            self.check_out(out, dtype, "dtype")
             torch.ops.phalanx.dequantize_out(data, scales, out)
             return out
         return super().dequantize(data, scales, out, dtype)
