@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "plan/tuned.h"
+
 namespace phalanx::cli {
 
 struct InfoOptions {
@@ -60,5 +62,9 @@ struct TuneOptions {
 };
 /// Measures every kernel on each shape, with a cold L2, and keeps those that beat the planner's in `jit::tuned_path()`.
 int tune(const TuneOptions& options);
+
+/// The choices in a file of `tune`'s; none if there is no such file.
+/// @throws Error if `tune` did not write it
+plan::TunedGemms read_tuned(const std::filesystem::path& path);
 
 }  // namespace phalanx::cli

@@ -21,16 +21,19 @@ std::string human_bytes(std::uintmax_t bytes) {
   return unit == 0 ? format_text("{} B", bytes) : format_text("{:.1f} {}", value, kUnits[unit]);
 }
 
-void write_json(const std::filesystem::path& path, const Json& value) {
-  const std::string text = value.dump(2) + "\n";
-  if (path == "-") {
-    std::fputs(text.c_str(), stdout);
-    return;
-  }
+void write_file(const std::filesystem::path& path, const std::string& text) {
   std::ofstream file(path);
   file << text;
   file.close();
-  if (!file) throw std::runtime_error(format_text("--json: cannot write {}", path.string()));
+  if (!file) throw std::runtime_error(format_text("cannot write {}", path.string()));
+}
+
+void write_json(const std::filesystem::path& path, const Json& value) {
+  const std::string text = value.dump(2) + "\n";
+  if (path == "-")
+    std::fputs(text.c_str(), stdout);
+  else
+    write_file(path, text);
 }
 
 double median(std::vector<double> values) {

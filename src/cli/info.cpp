@@ -9,6 +9,7 @@
 #include "cli/format.h"
 #include "cuda/cuda.h"
 #include "jit/jit.h"
+#include "phalanx/status.h"
 #include "phalanx/version.h"
 #include "text/text.h"
 
@@ -89,6 +90,17 @@ Json packs() {
   return list;
 }
 
+Json tuned() {
+  const auto path = jit::tuned_path();
+  Json choices{{"file", path.string()}, {"choices", 0}, {"error", ""}};
+  try {
+    choices["choices"] = read_tuned(path).entries().size();
+  } catch (const Error& error) {
+    choices["error"] = error.what();
+  }
+  return choices;
+}
+
 Json collect() {
   const auto driver = cuda::driver_info();
   const auto nvrtc = jit::nvrtc_info();
@@ -110,6 +122,7 @@ Json collect() {
                    {"error", nvrtc.error}};
   info["cache"] = {{"directory", jit::cache_dir().string()}, {"entries", entries.size()}, {"bytes", cache_bytes}};
   info["packs"] = packs();
+  info["tuned"] = tuned();
   info["environment"] = environment();
   return info;
 }
@@ -159,6 +172,10 @@ void print_text(const Json& info) {
   for (const auto& pack : info["packs"]) {
     print_line("pack", pack["directory"].get<std::string>() + (pack["exists"].get<bool>() ? "" : " (missing)"));
   }
+  const auto& tuned = info["tuned"];
+  print_line("tuned", tuned["error"] == "" ? format_text("{}: {} choices", tuned["file"].get<std::string>(),
+                                                         tuned["choices"].get<std::size_t>())
+                                           : tuned["error"].get<std::string>());
   for (const auto& [name, value] : info["environment"].items()) {
     print_line("variable", format_text("{}={}", name, value.get<std::string>()));
   }

@@ -43,7 +43,9 @@ std::unique_ptr<Machine> open_machine(const std::string& device) {
     return std::make_unique<CpuMachine>();
   }
   if (device == "cuda") return open_cuda_machine(0);
-  if (int ordinal = 0; std::sscanf(device.c_str(), "cuda:%d", &ordinal) == 1) return open_cuda_machine(ordinal);
+  int ordinal = 0, length = 0;
+  if (std::sscanf(device.c_str(), "cuda:%d%n", &ordinal, &length) == 1 && length == static_cast<int>(device.size()))
+    return open_cuda_machine(ordinal);
   throw Error(ErrorCode::invalid_device,
               format_text("--device: {}; expected auto, cpu, cuda or cuda:<ordinal>", device));
 }

@@ -21,22 +21,11 @@ constexpr double kWorthwhile = 0.99;  // a choice that is not 1 % faster than th
 constexpr double kHopeless = 1.5;     // times the best, after the first rounds
 constexpr int kFirstRounds = 3;
 
-plan::TunedGemms read_tuned(const std::filesystem::path& path) {
-  std::ifstream file(path);
-  if (!file) return {};
-  try {
-    return plan::TunedGemms::from_json(std::string(std::istreambuf_iterator<char>(file), {}));
-  } catch (const std::exception& error) {
-    throw Error(ErrorCode::invalid_argument,
-                format_text("{}: not what phalanx tune writes ({}); move it away first", path.string(), error.what()));
-  }
-}
-
 // Whole or not at all: other processes may be reading.
 void write_tuned(const std::filesystem::path& path, const plan::TunedGemms& tuned) {
   std::filesystem::create_directories(std::filesystem::absolute(path).parent_path());
   const std::filesystem::path partial = path.string() + ".partial";
-  std::ofstream(partial) << tuned.to_json() << std::flush;
+  write_file(partial, tuned.to_json());
   std::filesystem::rename(partial, path);
 }
 
@@ -84,6 +73,17 @@ std::vector<Candidate> candidates_for(const plan::GemmProblem& problem, int num_
 }
 
 }  // namespace
+
+plan::TunedGemms read_tuned(const std::filesystem::path& path) {
+  std::ifstream file(path);
+  if (!file) return {};
+  try {
+    return plan::TunedGemms::from_json(std::string(std::istreambuf_iterator<char>(file), {}));
+  } catch (const std::exception& error) {
+    throw Error(ErrorCode::invalid_argument,
+                format_text("{}: not what phalanx tune writes ({}); move it away first", path.string(), error.what()));
+  }
+}
 
 int tune(const TuneOptions& options) {
   const auto path = jit::tuned_path();

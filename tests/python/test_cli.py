@@ -39,6 +39,18 @@ def test_info_names_what_a_bug_report_needs(tmp_path):
     assert info["driver"]["available"] or info["driver"]["error"]
 
 
+def test_info_tells_what_was_tuned(tmp_path):
+    file = tmp_path / "tuned.json"
+    row = {"gpu": "NVIDIA H200", "num_sms": 132, "m": 1, "n": 2112, "k": 7168, "out": "bf16", "config": "block_m=64"}
+    file.write_text(json.dumps({"format": 1, "gemm_fp8": [row | {"us": 1.0, "planner_us": 2.0}]}))
+    assert f"{file}: 1 choices" in run("info", PHALANX_TUNED=str(file)).stdout
+    file.write_text("mine")
+    text = run("info", PHALANX_TUNED=str(file))
+    assert text.returncode == 0 and f"{file}: not what phalanx tune writes" in text.stdout
+    none = json.loads(run("info --json", PHALANX_TUNED=str(tmp_path / "none")).stdout)["tuned"]
+    assert none == {"file": str(tmp_path / "none"), "choices": 0, "error": ""}
+
+
 def test_info_says_why_there_is_no_nvrtc():
     text = run("info", **NO_NVRTC).stdout
     assert "/nonexistent/libnvrtc.so.13" in text
@@ -121,6 +133,7 @@ def test_bench_ep_times_ranks_on_the_cpu():
         ("bench --m 4", "--m requires"),
         ("bench --m 0 --n 1 --k 1", "--m"),
         ("bench --device cuda:99", "cuda"),
+        ("bench --device cuda:0x", "--device: cuda:0x"),
         ("warmup --jobs -1", "--jobs"),
         ("cache", "subcommand"),
         ("frobnicate", "subcommand"),
@@ -132,6 +145,7 @@ def test_bad_arguments_are_named(arguments, named):
     assert named in result.stderr + result.stdout
 
 
-def test_unwritable_json_is_an_error():
-    result = run("bench --device cpu --m 1 --n 16 --k 16 --repeats 1 --seconds 0 --json /nonexistent/x.json")
-    assert result.returncode == 1 and "/nonexistent/x.json" in result.stderr
+@pytest.mark.parametrize("path", ["/nonexistent/x.json", "/dev/full"])
+def test_unwritable_json_is_an_error(path):
+    result = run(f"bench --device cpu --m 1 --n 16 --k 16 --repeats 1 --seconds 0 --json {path}")
+    assert result.returncode == 1 and f"cannot write {path}" in result.stderr
