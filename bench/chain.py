@@ -100,6 +100,7 @@ def _figures(m: int, shapes: list[Shape], samples: dict, errors: dict, skipped: 
     }
     if ours := medians.get(OURS):
         row["median_us"] = round(ours, 3)
+        row["tflops"] = round(row["flops"] / ours * 1e-6, 2)
         row["gbps"] = round(weight_bytes / ours * 1e-3, 1)
         row["speedup"] = {name: round(time / ours, 4) for name, time in row["peers"].items()}
         row["share_of_probe"] = round(probe[PROBE] / ours, 4) if probe else None
