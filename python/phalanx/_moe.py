@@ -234,12 +234,16 @@ def _capacity(topk_idx: Any, num_experts: int, capacity: int | None, alignment: 
     tokens, topk = matrix_shape("topk_idx", topk_idx)
     if num_experts < 1:
         raise ValueError(f"num_experts: {num_experts}; expected 1 to 1024")
+    if max_rows < 0:
+        raise ValueError(f"max_rows: {max_rows}; expected 0 (a contiguous target) or more")
     if max_rows:
         if capacity is not None:
             raise ValueError(f"capacity: {capacity} with max_rows {max_rows}; expected one of the two")
         return num_experts * max_rows
-    if capacity is None:  # every expert that is chosen at all pads its rows
-        return tokens * topk + min(num_experts, tokens * topk) * max(alignment - 1, 0)
+    if capacity is None:
+        choices = tokens * topk
+        # Every expert that is chosen at all pads its rows.
+        return choices if alignment <= 1 else choices + min(num_experts, choices) * (alignment - 1)
     if capacity < 0:
         raise ValueError(f"capacity: {capacity}; expected 0 or more")
     return capacity

@@ -47,7 +47,7 @@ def _gemm(a, b, c=None, out_dtype=None, num_sms=0, batch_invariant=False):
 
 
 def _define_grouped(name: str, groups: str) -> None:
-    operands, options = f"Tensor a, Tensor b, Tensor {groups}", "int num_sms=0, int expected_rows=0"
+    operands, options = f"Tensor a, Tensor b, Tensor {groups}", "int num_sms=0, SymInt expected_rows=0"
 
     def empty(a, b, groups, out_dtype=None, num_sms=0, expected_rows=0):
         return empty_grouped(framework, a, b, out_dtype)

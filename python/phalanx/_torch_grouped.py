@@ -20,7 +20,7 @@ _OPERANDS = "Tensor a, Tensor sfa, Tensor b, Tensor sfb"
 
 def _define_grouped(name: str, groups: str) -> None:
     native = name  # looked up at the first call: the module loads then
-    operands, options = f"{_OPERANDS}, Tensor {groups}", "int num_sms=0, int expected_rows=0"
+    operands, options = f"{_OPERANDS}, Tensor {groups}", "int num_sms=0, SymInt expected_rows=0"
 
     def empty(a, sfa, b, sfb, groups, out_dtype=None, num_sms=0, expected_rows=0):
         return empty_grouped(framework, a, b, out_dtype)
@@ -47,7 +47,7 @@ def _empty_swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=
 
 @define_operator(
     f"grouped_gemm_fp8_swiglu({_OPERANDS}, Tensor offsets, Tensor? weights, float limit, bool pow2_scales,"
-    " int num_sms=0, int expected_rows=0) -> (Tensor, Tensor)",
+    " int num_sms=0, SymInt expected_rows=0) -> (Tensor, Tensor)",
     _empty_swiglu,
 )
 def _swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0):

@@ -20,8 +20,9 @@ from phalanx._frameworks.torch import framework
 from phalanx.torch import add_gradient, define_operator
 
 _ROUTING = "Tensor, Tensor, Tensor, Tensor, Tensor"
-_TARGET = "int num_experts, int capacity, int alignment, int max_rows"
-_ROWS = "int max_rows, bool zero_padding"
+# SymInt: what follows from the number of tokens does not tie a trace to it.
+_TARGET = "int num_experts, SymInt capacity, int alignment, SymInt max_rows"
+_ROWS = "SymInt max_rows, bool zero_padding"
 
 
 def _routing(slots, sources, max_rows=0):

@@ -47,6 +47,7 @@ def test_new_arrays():
         ({"alignment": 0}, ValueError, ["alignment", "0"]),
         ({"alignment": 8, "max_rows": 4}, ValueError, ["alignment", "masked"]),
         ({"capacity": -1}, ValueError, ["capacity", "-1"]),
+        ({"max_rows": -1}, ValueError, ["max_rows", "-1"]),
         ({"capacity": 5, "max_rows": 4}, ValueError, ["capacity", "max_rows"]),
     ],
 )

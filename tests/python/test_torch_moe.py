@@ -63,6 +63,24 @@ def test_gradients_in_bf16(tokens, topk_idx):
     assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("target", [{}, {"alignment": 8}, {"max_rows": 5}], ids=str)
+def test_one_trace_for_any_number_of_tokens(topk_idx, fused, target):
+    def there(x, topk_idx):
+        if fused:
+            return phalanx.route_and_permute(x, topk_idx, 4, **target)[0]
+        return phalanx.permute(x, phalanx.route(topk_idx, 4, **target))
+
+    class There(torch.nn.Module):
+        def forward(self, x, topk_idx):
+            return there(x, topk_idx)
+
+    x, tokens = torch.randn(5, 8), torch.export.Dim("tokens", min=2, max=4096)
+    exported = torch.export.export(There(), (x, topk_idx), dynamic_shapes=({0: tokens}, {0: tokens})).module()
+    for count in (5, 3, 2):
+        assert torch.equal(exported(x[:count], topk_idx[:count]), there(x[:count], topk_idx[:count]))
+
+
 def test_fake_kernels_tell_the_truth(topk_idx):
     x = torch.randn(5, 128).bfloat16()
     routing = phalanx.route(topk_idx, 4, max_rows=2)
