@@ -1,5 +1,7 @@
 // The experts of a layer, forward, in one call: what phalanx.nn runs where nothing is recorded. Six operations and one
 // piece of memory, so that the host's share is the launches'.
+#include <string>
+
 #include "bindings/convert.h"
 
 namespace phalanx::python {
@@ -62,6 +64,16 @@ std::int64_t expert_mlp_bytes(std::int64_t tokens, std::int64_t topk, std::int64
   return Buffers({tokens, topk, experts, hidden, intermediate}, nullptr, {}).num_bytes();
 }
 
+/// A shape that the workspace was sized for.
+void check_shape(const char* name, const Tensor& x, std::int64_t rows, std::int64_t cols, const char* meaning) {
+  if (x.ndim == 2 && x.rows() == rows && x.cols() == cols) return;
+  std::string shape;
+  for (int i = 0; i < x.ndim; ++i) shape += (i == 0 ? "" : ", ") + std::to_string(x.shape[i]);
+  throw Error(ErrorCode::invalid_argument, std::string(name) + ": shape [" + shape + "]; expected [" +
+                                               std::to_string(rows) + ", " + std::to_string(cols) + "], that is " +
+                                               meaning);
+}
+
 // `workspace`: int32, at least expert_mlp_bytes.
 void expert_mlp(AnyView x_array, AnyView topk_idx_array, AnyView weights, AnyView gate_up_data, AnyView gate_up_scales,
                 AnyView down_data, AnyView down_scales, AnyView out_array, AnyView workspace,
@@ -70,9 +82,13 @@ void expert_mlp(AnyView x_array, AnyView topk_idx_array, AnyView weights, AnyVie
     const Tensor x = to_tensor("x", x_array), topk_idx = to_tensor("topk_idx", topk_idx_array);
     const ScaledTensor gate_up{to_tensor("gate_up", gate_up_data), to_tensor("gate_up.scales", gate_up_scales)};
     const ScaledTensor down{to_tensor("down", down_data), to_tensor("down.scales", down_scales)};
+    const Tensor topk_weights = to_tensor("topk_weights", weights);
+    const Buffers::Sizes sizes{topk_idx.rows(), topk_idx.cols(), down.data.shape[0], down.data.shape[1],
+                               down.data.shape[2]};
+    check_shape("x", x, sizes.tokens, sizes.hidden, "[T, hidden] with the T of topk_idx");
+    check_shape("topk_weights", topk_weights, sizes.tokens, sizes.topk, "that of topk_idx");
     const Stream stream = to_stream(x.device, stream_handle);
-    const Buffers b({x.rows(), topk_idx.cols(), down.data.shape[0], x.cols(), down.data.shape[2]},
-                    to_tensor("workspace", workspace).data, x.device);
+    const Buffers b(sizes, to_tensor("workspace", workspace).data, x.device);
     quantize_route_and_permute(x, b.x, topk_idx, b.routing, b.rows, true, {.stream = stream});
     GroupedSwigluOptions swiglu;
     swiglu.gates_and_ups = b.gates_and_ups;
@@ -80,7 +96,7 @@ void expert_mlp(AnyView x_array, AnyView topk_idx_array, AnyView weights, AnyVie
     grouped_gemm_fp8_swiglu(b.rows, gate_up, b.routing.offsets, b.act, swiglu);
     grouped_gemm_fp8(b.act, down, b.routing.offsets, b.out_rows, {.stream = stream});
     UnpermuteOptions options;
-    options.weights = to_tensor("topk_weights", weights);
+    options.weights = topk_weights;
     options.stream = stream;
     unpermute(b.out_rows, b.routing, to_tensor("out", out_array), options);
   });

@@ -66,8 +66,12 @@ def test_in_one_call_where_nothing_is_recorded(layer):
         assert not mlp(x, torch.full_like(topk_idx, -1), topk_weights).any()
         with pytest.raises(TypeError, match="weights"):
             mlp(x, topk_idx, topk_weights.double())
-        with pytest.raises(ValueError, match="slots|topk|weights"):
+        with pytest.raises(ValueError, match=r"topk_weights: shape \[70, 2\]; expected \[70, 3\]"):
             mlp(x, topk_idx, topk_weights[:, :2])
+        with pytest.raises(ValueError, match=r"x: shape \[69, 256\]; expected \[70, 256\]"):
+            mlp(x[1:], topk_idx, topk_weights)
+        with pytest.raises(ValueError, match=r"x: shape \[70, 512\]; expected \[70, 256\]"):
+            mlp(torch.cat((x, x), 1), topk_idx, topk_weights)
         assert torch.equal(y, _forward(x, topk_idx, topk_weights, mlp.quantized_weights())[0])
     assert not y.requires_grad and torch.equal(y, mlp(x, topk_idx, topk_weights))
 
@@ -90,6 +94,17 @@ def test_compiled_without_a_break(layer):
     inputs = x, topk_weights, mlp.gate_up, mlp.down
     for one, other in zip(torch.autograd.grad(y, inputs, grad), torch.autograd.grad(z, inputs, grad), strict=True):
         assert torch.equal(one, other)
+
+
+def test_one_trace_for_any_number_of_tokens(layer):
+    mlp, *inputs = layer
+    inputs = tuple(t.detach() for t in inputs)
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    with torch.no_grad():
+        exported = torch.export.export(mlp, inputs, dynamic_shapes=({0: tokens},) * 3).module()
+        for count in (70, 33, 2):
+            some = [t[:count] for t in inputs]
+            assert torch.equal(exported(*some), mlp(*some))
 
 
 def test_a_step_learns(layer):
