@@ -132,14 +132,15 @@ void group_release(std::int64_t id) { groups().release(id); }
 
 // --- expert parallelism ---------------------------------------------------------------------------------------------
 
+int narrow(const char* name, std::int64_t value) {
+  if (value < INT32_MIN || value > INT32_MAX)
+    throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + std::to_string(value) + " is out of range");
+  return static_cast<int>(value);
+}
+
 ExpertParallelConfig to_config(std::int64_t hidden, std::int64_t num_experts, std::int64_t topk,
                                std::int64_t max_tokens, bool bf16, bool latency, std::int64_t num_sms,
                                std::int64_t alignment, const ffi::Shape& experts_per_rank) {
-  const auto narrow = [](const char* name, std::int64_t value) {
-    if (value < INT32_MIN || value > INT32_MAX)
-      throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + std::to_string(value) + " is out of range");
-    return static_cast<int>(value);
-  };
   return {.hidden = narrow("hidden", hidden),
           .num_experts = narrow("num_experts", num_experts),
           .topk = narrow("topk", topk),
@@ -157,7 +158,7 @@ std::int64_t ep_bytes(std::int64_t num_ranks, std::int64_t hidden, std::int64_t 
   return translated([&] {
     return std::int64_t(expert_parallel_bytes(
         to_config(hidden, num_experts, topk, max_tokens, bf16, latency, num_sms, alignment, experts_per_rank),
-        int(num_ranks)));
+        narrow("num_ranks", num_ranks)));
   });
 }
 

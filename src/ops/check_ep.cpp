@@ -109,6 +109,9 @@ void check_copy(const EpDispatch& args, const ExpertParallelConfig& config, cons
 }  // namespace
 
 void check_ep_config(const ExpertParallelConfig& config, int num_ranks) {
+  if (num_ranks < 1 || num_ranks > kEpMaxRanks)
+    throw Error(ErrorCode::invalid_argument,
+                format_text("ExpertParallel: num_ranks is {}, expected 1 to {}", num_ranks, kEpMaxRanks));
   check_range("hidden", config.hidden, 1, 1 << 20);
   if (config.dtype != DType::e4m3 && config.dtype != DType::bf16)
     throw Error(ErrorCode::invalid_dtype,

@@ -253,6 +253,9 @@ TEST(ExpertParallelConfig, BytesFollowTheFormula) {
   config.hidden = 100;
   expect_error(ErrorCode::invalid_argument, {"hidden is 100", "multiple of 16"},
                [&] { expert_parallel_bytes(config, 2); });
+  for (const int ranks : {-1, 0, 65})
+    expect_error(ErrorCode::invalid_argument, {"num_ranks is", "expected 1 to 64"},
+                 [&] { expert_parallel_bytes({.hidden = 128, .num_experts = 4, .topk = 2}, ranks); });
   config.hidden = 128, config.topk = 33;
   expect_error(ErrorCode::invalid_argument, {"topk is 33", "1 to 32"}, [&] { expert_parallel_bytes(config, 2); });
 }
