@@ -6,6 +6,7 @@
 
 #include "cpu/convert.h"
 #include "cpu/ep_protocol.h"
+#include "cpu/fma.h"
 
 namespace phalanx::cpu {
 namespace {
@@ -14,8 +15,8 @@ u8* sum_slot(const EpOperation& op, const EpCommon& c, int at, int source, i64 t
   return ep_slot(op, c, at, source, token, c.layout.sums, c.layout.sum_slot);
 }
 
-// FMA on machines that have it; the library's, with the same bits, elsewhere.
-[[gnu::target_clones("arch=haswell", "default")]] void add_row(const Bf16* row, float weight, float* sum, int count) {
+PHALANX_FMA_CLONES
+void add_row(const Bf16* row, float weight, float* sum, int count) {
   for (int i = 0; i < count; ++i) sum[i] = __builtin_fmaf(weight, std::bit_cast<float>(u32(row[i].bits) << 16), sum[i]);
 }
 

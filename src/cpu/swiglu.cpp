@@ -9,14 +9,8 @@
 
 #include "cpu/cpu.h"
 #include "cpu/encode.h"
+#include "cpu/fma.h"
 #include "cpu/parallel.h"
-
-// std::fma is an instruction where the CPU has one: these functions exist once for such CPUs, once for others.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PHALANX_FMA_CLONES [[gnu::target_clones("default", "arch=haswell")]]
-#else
-#define PHALANX_FMA_CLONES
-#endif
 
 namespace phalanx::cpu {
 namespace {
