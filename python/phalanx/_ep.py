@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from phalanx import _api, _frameworks, _native
 from phalanx._api import Quantized
-from phalanx._frameworks.base import Framework
+from phalanx._frameworks.base import Framework, shape_of
 
 _BOTH, _SEND, _RECV = range(3)
 
@@ -209,10 +209,13 @@ class ExpertParallel:
         return _api.quantize(x, pow2_scales=pow2_scales) if x.dtype == _frameworks.of(x, "x").bf16 else x
 
     def _dispatch(self, x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, part):
-        data, scales = x if isinstance(x, (tuple, list)) else (x, None)
+        quantized = isinstance(x, (tuple, list))
+        data, scales = _api.as_pair(x=x) if quantized else (x, None)
         framework = _frameworks.of(data, "x")
         if (topk_idx is None) == (handle is None):
             raise ValueError("topk_idx, handle: expected one of the two")
+        if capacity is not None and capacity < 0:
+            raise ValueError(f"capacity: {capacity}; expected 0 or more")
         view, writable = framework.view, framework.writable_view
         optional = lambda array: None if array is None else view(array)  # noqa: E731
         routing = optional(topk_idx), optional(topk_weights)
@@ -222,7 +225,9 @@ class ExpertParallel:
             counts = _vector(framework, self.num_local_experts, framework.i32, data)
             if handle is None:
                 handle = _vector(framework, self.handle_words, framework.i32, data)
-                if capacity is None:
+                if capacity is None:  # the routing goes ahead of x
+                    if shape_of("topk_idx", topk_idx)[:1] != shape_of("x", data)[:1]:
+                        raise ValueError(f"topk_idx: {len(topk_idx)} tokens; expected {len(data)}, those of x")
                     nothing = None, None, None
                     _native.ep_dispatch(
                         self._number, None, None, *routing, writable(handle), *nothing, None, None, False, _BOTH, stream
@@ -231,7 +236,7 @@ class ExpertParallel:
             if capacity is None:
                 capacity = _native.ep_num_rows(self._number, view(handle), stream)
             weights = _vector(framework, capacity, framework.f32, data)
-            rows = self._empty_rows(framework, capacity, quantize or scales is not None, data)
+            rows = self._empty_rows(framework, capacity, quantize or quantized, data)
             out = Dispatched(rows, offsets, counts, weights, handle)
         rows, row_scales = out.rows if isinstance(out.rows, (tuple, list)) else (out.rows, None)
         _native.ep_dispatch(
@@ -286,6 +291,8 @@ class ExpertParallel:
 
     def _combine(self, rows, handle, tokens, residual, weighted, row_values, out, part):
         framework = _frameworks.of(rows, "rows")
+        if tokens < 0:
+            raise ValueError(f"tokens: {tokens}; expected 0 or more")
         if out is None:
             out = framework.empty_rows(tokens, self.hidden, framework.bf16, rows)
         values = None
@@ -312,22 +319,18 @@ class ExpertParallel:
         _native.ep_check(self._number)
 
     def close(self) -> None:
-        """Frees the symmetric memory, of local groups with the last rank's."""
-        number, self._number = self._number, None
-        if number is not None:
-            _native.ep_release(number)
+        """Frees the symmetric memory, of local groups with the last rank's; further calls raise AbortedError."""
+        _native.ep_release(self._number)
 
     def __del__(self):
-        if getattr(self, "_number", None) is not None:
+        if hasattr(self, "_number"):
             self.close()
 
 
 def _ordinal(device: Any) -> int:
     """Of a CUDA device; -1 for the CPU."""
-    if isinstance(device, int):
-        return device
-    kind, _, ordinal = str(device).partition(":")
-    if kind not in ("cpu", "cuda"):
+    kind, _, ordinal = f"cuda:{device}".partition(":") if isinstance(device, int) else str(device).partition(":")
+    if kind not in ("cpu", "cuda") or not (ordinal or "0").isdecimal():
         raise ValueError(f"device: {device!r}; expected cpu, cuda, cuda:<ordinal> or an ordinal")
     return -1 if kind == "cpu" else int(ordinal or 0)
 

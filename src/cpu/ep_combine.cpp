@@ -95,6 +95,7 @@ bool receive_sums(const EpCombineParams& p, const EpOperation& op, const EpHandl
 void ep_combine(const EpCombineParams& p) {
   if (const EpStandIn* other = ep_stand_in) return other->combine(p);
   const EpHandle handle(p.c);
+  handle.check_tokens("combine: out");
   if (p.c.send) {
     EpOperation op(p.c, kEpCombineSend);
     if (!op.wait_for_credits(kEpPhaseCombineCredit, p.c.layout.combine_credit)) return;

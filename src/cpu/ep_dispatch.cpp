@@ -202,6 +202,7 @@ bool dispatch_receive(const EpDispatchParams& p, const EpHandle& handle, const S
 void ep_dispatch(const EpDispatchParams& p) {
   if (const EpStandIn* other = ep_stand_in) return other->dispatch(p);
   const EpHandle handle(p.c);
+  if (!p.route) handle.check_tokens("dispatch: x");
   const Source source(p);  // once, for the peers and for this rank's own experts
   if (p.c.send) {
     EpOperation op(p.c, kEpDispatchSend);

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <string>
 
 #include "cpu/ep.h"
+#include "phalanx/status.h"
 
 namespace phalanx::cpu {
 
@@ -58,6 +60,14 @@ class EpOperation {
 
 struct EpHandle {
   explicit EpHandle(const EpCommon& common) : c(common), l(common.handle_layout) {}
+
+  /// Where the handle is given, this rank's tokens are those that it was made of.
+  void check_tokens(const char* argument) const {
+    if (num_tokens(c.rank) == c.num_tokens) return;
+    throw Error(ErrorCode::invalid_argument, std::string(argument) + " has " + std::to_string(c.num_tokens) +
+                                                 " tokens, expected " + std::to_string(num_tokens(c.rank)) +
+                                                 ", those of the dispatch that made the handle");
+  }
 
   i64 choice(int source, i64 token) const { return (i64(source) * c.shape.max_tokens + token) * c.shape.topk; }
   int& num_tokens(int source) const { return c.handle[l.num_tokens + source]; }

@@ -132,7 +132,25 @@ def test_gradients(seed):
         torch.testing.assert_close(grad_weights, weights.grad, rtol=0.03, atol=0.15)
 
 
+def test_another_number_of_tokens_is_refused():
+    (group,) = phalanx.Group.local(1)
+    ep = cases.Config(1, 32, 4, 2, 8).make(group, dtype="bf16")
+    x, idx = torch.zeros(4, 32, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="topk_idx: 3 tokens; expected 4, those of x"):
+        ep.dispatch(x, idx[:3])
+    result = ep.dispatch(x, idx)
+    with pytest.raises(ValueError, match="x has 3 tokens, expected 4"):
+        ep.dispatch(x[:3], handle=result.handle)
+    for tokens in (0, 3, 5):
+        with pytest.raises(ValueError, match=f"out has {tokens} tokens, expected 4"):
+            ep.combine(result.rows, result.handle, tokens=tokens)
+    assert ep.combine(result.rows, result.handle, tokens=4).shape == (4, 32)
+
+
 def test_wrong_arguments_are_named():
+    for device in ("tpu", "cuda:x", -5):
+        with pytest.raises(ValueError, match="device:.*expected cpu, cuda"):
+            phalanx.Group.local([device])
     (group,) = phalanx.Group.local(1)
     ep = cases.Config(1, 32, 4, 2, 8).make(group)
     x = torch.zeros(4, 32, dtype=torch.bfloat16)
@@ -143,8 +161,19 @@ def test_wrong_arguments_are_named():
         ep.dispatch(x)
     with pytest.raises(ValueError, match="max_tokens"):
         ep.dispatch(torch.zeros(9, 32, dtype=torch.bfloat16), torch.zeros(9, 2, dtype=torch.int64), quantize=True)
+    with pytest.raises(ValueError, match="capacity: -1"):
+        ep.dispatch(x, idx, quantize=True, capacity=-1)
+    with pytest.raises(TypeError, match="x: expected a Quantized or a pair"):
+        ep.dispatch((x, x, x), idx)
+    with pytest.raises(ValueError, match="num_ranks is 0"):
+        ep.buffer_bytes(0, hidden=32, topk=2, max_tokens=8)
     with pytest.raises(ValueError, match="topk is 40"):
         cases.Config(1, 32, 4, 40, 8).make(group)
+    ep.close()
+    ep.close()
+    for call in (ep.check, lambda: ep.dispatch(x, idx, quantize=True)):
+        with pytest.raises(phalanx.AbortedError, match="closed"):
+            call()
     with pytest.raises(phalanx.AbortedError):
         group.close()
         group.barrier()
