@@ -111,6 +111,7 @@ def grouped_wgrad_fp8(a, b, offsets, out=None, accumulate=False, num_sms=0):
               columns count from column 0, whatever the groups
     out:      FP32 [G, M, N]; D[g] of an empty group becomes zero, or stays with `accumulate`
     """
+    shape_of("offsets", offsets)  # None would be the product of all columns
     return _wgrad(a, b, offsets, out, accumulate, num_sms)
 
 

@@ -191,6 +191,11 @@ def test_wrong_arguments(operands):
         phalanx.wgrad_fp8((a, sfa), (a, sfa[:1]))
     with pytest.raises(ValueError, match=r"d is.*G is 0, expected 1 to 512"):
         phalanx.grouped_wgrad_fp8((a, sfa), (a, sfa), offsets[:1], out=np.empty((0, 7, 8), np.float32)[:, :, :7])
+    for wrong in (None, [0, 7]):
+        with pytest.raises(TypeError, match="offsets: expected an array"):
+            grouped((a, sfa), (b, sfb), wrong)
+        with pytest.raises(TypeError, match="offsets: expected an array"):
+            phalanx.grouped_wgrad_fp8((a, sfa), (a, sfa), wrong)
     phalanx.check_groups(a)
 
 
