@@ -5,7 +5,7 @@ torchrun --nproc-per-node 2 examples/expert_parallel.py        # two GPUs
 """
 
 import os
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import phalanx
 import torch
@@ -41,11 +41,9 @@ def main() -> None:
         layer(phalanx.Group.from_torch())
         torch.distributed.destroy_process_group()
         return
-    threads = [threading.Thread(target=layer, args=(group,)) for group in phalanx.Group.local(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    groups = phalanx.Group.local(4)
+    with ThreadPoolExecutor(len(groups)) as threads:
+        list(threads.map(layer, groups))  # raises what a rank has raised
 
 
 if __name__ == "__main__":
