@@ -75,12 +75,18 @@ Stream to_stream(const Device& device, const Optional<std::int64_t>& stream) {
   return device.type == DeviceType::cpu ? Stream{} : Stream{TVMFFIEnvGetStream(kDLCUDA, device.index)};
 }
 
-int to_num_sms(std::int64_t num_sms) {
-  if (num_sms < 0 || num_sms > INT32_MAX) {
-    throw Error(ErrorCode::invalid_argument,
-                "num_sms: " + std::to_string(num_sms) + "; expected the number of SMs to use, or 0 for all");
-  }
-  return static_cast<int>(num_sms);
+int to_int(const char* name, const AnyView& argument) {
+  const auto number = argument.try_cast<std::int64_t>();
+  if (!number)
+    throw Error(ErrorCode::invalid_dtype, std::string(name) + ": expected an integer, got " + argument.GetTypeKey());
+  if (*number < INT32_MIN || *number > INT32_MAX)
+    throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + std::to_string(*number) + " is out of range");
+  return static_cast<int>(*number);
+}
+
+bool to_bool(const char* name, const AnyView& argument) {
+  if (const auto flag = argument.try_cast<bool>()) return *flag;
+  throw Error(ErrorCode::invalid_dtype, std::string(name) + ": expected True or False, got " + argument.GetTypeKey());
 }
 
 const char* exception_name(ErrorCode code) {

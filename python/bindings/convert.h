@@ -24,8 +24,9 @@ std::optional<Tensor> to_optional(const char* name, const AnyView& argument);
 /// `stream` is given by frameworks that tvm-ffi does not ask by itself; torch's it has put in its environment.
 Stream to_stream(const Device& device, const Optional<std::int64_t>& stream);
 
-/// A number of SMs to use, 0 for all.
-int to_num_sms(std::int64_t num_sms);
+// Options come as AnyView too, so that one of the wrong kind, or a number that does not fit, is an error that names it.
+int to_int(const char* name, const AnyView& argument);
+bool to_bool(const char* name, const AnyView& argument);
 
 /// Names under which `phalanx._native` registers the exceptions.
 const char* exception_name(ErrorCode code);

@@ -132,23 +132,17 @@ void group_release(std::int64_t id) { groups().release(id); }
 
 // --- expert parallelism ---------------------------------------------------------------------------------------------
 
-int narrow(const char* name, std::int64_t value) {
-  if (value < INT32_MIN || value > INT32_MAX)
-    throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + std::to_string(value) + " is out of range");
-  return static_cast<int>(value);
-}
-
 ExpertParallelConfig to_config(std::int64_t hidden, std::int64_t num_experts, std::int64_t topk,
                                std::int64_t max_tokens, bool bf16, bool latency, std::int64_t num_sms,
                                std::int64_t alignment, const ffi::Shape& experts_per_rank) {
-  return {.hidden = narrow("hidden", hidden),
-          .num_experts = narrow("num_experts", num_experts),
-          .topk = narrow("topk", topk),
-          .max_tokens = narrow("max_tokens", max_tokens),
+  return {.hidden = to_int("hidden", hidden),
+          .num_experts = to_int("num_experts", num_experts),
+          .topk = to_int("topk", topk),
+          .max_tokens = to_int("max_tokens", max_tokens),
           .dtype = bf16 ? DType::bf16 : DType::e4m3,
           .latency = latency,
-          .num_sms = to_num_sms(num_sms),
-          .alignment = narrow("alignment", alignment),
+          .num_sms = to_int("num_sms", num_sms),
+          .alignment = to_int("alignment", alignment),
           .experts_per_rank = {experts_per_rank.begin(), experts_per_rank.end()}};
 }
 
@@ -158,7 +152,7 @@ std::int64_t ep_bytes(std::int64_t num_ranks, std::int64_t hidden, std::int64_t 
   return translated([&] {
     return std::int64_t(expert_parallel_bytes(
         to_config(hidden, num_experts, topk, max_tokens, bf16, latency, num_sms, alignment, experts_per_rank),
-        narrow("num_ranks", num_ranks)));
+        to_int("num_ranks", num_ranks)));
   });
 }
 

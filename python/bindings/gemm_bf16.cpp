@@ -3,14 +3,14 @@
 namespace phalanx::python {
 namespace {
 
-void gemm_bf16(AnyView a, AnyView b, AnyView d, AnyView c, std::int64_t num_sms, bool batch_invariant,
+void gemm_bf16(AnyView a, AnyView b, AnyView d, AnyView c, AnyView num_sms, AnyView batch_invariant,
                Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Tensor of_a = to_tensor("a", a);
     const GemmOptions options{.c = to_optional("c", c),
                               .stream = to_stream(of_a.device, stream),
-                              .num_sms = to_num_sms(num_sms),
-                              .batch_invariant = batch_invariant};
+                              .num_sms = to_int("num_sms", num_sms),
+                              .batch_invariant = to_bool("batch_invariant", batch_invariant)};
     phalanx::gemm_bf16(of_a, to_tensor("b", b), to_tensor("d", d), options);
   });
 }
@@ -18,37 +18,38 @@ void gemm_bf16(AnyView a, AnyView b, AnyView d, AnyView c, std::int64_t num_sms,
 // `groups` are offsets, row groups or counts: `Call` is the C++ function that takes them.
 template <auto Call>
 void grouped(const char* groups_name, const AnyView& a, const AnyView& b, const AnyView& groups, const AnyView& d,
-             std::int64_t num_sms, std::int64_t expected_rows, const Optional<std::int64_t>& stream) {
+             const AnyView& num_sms, const AnyView& expected_rows, const Optional<std::int64_t>& stream) {
   translating_errors([&] {
     const Tensor of_a = to_tensor("a", a);
     const GroupedGemmOptions options{.stream = to_stream(of_a.device, stream),
-                                     .num_sms = to_num_sms(num_sms),
-                                     .expected_rows = static_cast<int>(expected_rows)};
+                                     .num_sms = to_int("num_sms", num_sms),
+                                     .expected_rows = to_int("expected_rows", expected_rows)};
     Call(of_a, to_tensor("b", b), to_tensor(groups_name, groups), to_tensor("d", d), options);
   });
 }
 
-void grouped_gemm_bf16(AnyView a, AnyView b, AnyView offsets, AnyView d, std::int64_t num_sms,
-                       std::int64_t expected_rows, Optional<std::int64_t> stream) {
+void grouped_gemm_bf16(AnyView a, AnyView b, AnyView offsets, AnyView d, AnyView num_sms, AnyView expected_rows,
+                       Optional<std::int64_t> stream) {
   grouped<phalanx::grouped_gemm_bf16>("offsets", a, b, offsets, d, num_sms, expected_rows, stream);
 }
 
-void grouped_gemm_bf16_indexed(AnyView a, AnyView b, AnyView row_groups, AnyView d, std::int64_t num_sms,
-                               std::int64_t expected_rows, Optional<std::int64_t> stream) {
+void grouped_gemm_bf16_indexed(AnyView a, AnyView b, AnyView row_groups, AnyView d, AnyView num_sms,
+                               AnyView expected_rows, Optional<std::int64_t> stream) {
   grouped<phalanx::grouped_gemm_bf16_indexed>("row_groups", a, b, row_groups, d, num_sms, expected_rows, stream);
 }
 
-void grouped_gemm_bf16_masked(AnyView a, AnyView b, AnyView counts, AnyView d, std::int64_t num_sms,
-                              std::int64_t expected_rows, Optional<std::int64_t> stream) {
+void grouped_gemm_bf16_masked(AnyView a, AnyView b, AnyView counts, AnyView d, AnyView num_sms, AnyView expected_rows,
+                              Optional<std::int64_t> stream) {
   grouped<phalanx::grouped_gemm_bf16_masked>("counts", a, b, counts, d, num_sms, expected_rows, stream);
 }
 
-void grouped_wgrad_bf16(AnyView a, AnyView b, AnyView offsets, AnyView d, bool accumulate, std::int64_t num_sms,
+void grouped_wgrad_bf16(AnyView a, AnyView b, AnyView offsets, AnyView d, AnyView accumulate, AnyView num_sms,
                         Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Tensor of_a = to_tensor("a", a);
-    const WgradOptions options{
-        .accumulate = accumulate, .stream = to_stream(of_a.device, stream), .num_sms = to_num_sms(num_sms)};
+    const WgradOptions options{.accumulate = to_bool("accumulate", accumulate),
+                               .stream = to_stream(of_a.device, stream),
+                               .num_sms = to_int("num_sms", num_sms)};
     phalanx::grouped_wgrad_bf16(of_a, to_tensor("b", b), to_tensor("offsets", offsets), to_tensor("d", d), options);
   });
 }

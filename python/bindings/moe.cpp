@@ -17,12 +17,6 @@ Routing to_routing(const AnyView& slots, const AnyView& sources) {
   return routing;
 }
 
-int to_int(const char* name, std::int64_t value) {
-  if (value < INT32_MIN || value > INT32_MAX)
-    throw Error(ErrorCode::invalid_argument, std::string(name) + ": " + std::to_string(value) + " is out of range");
-  return static_cast<int>(value);
-}
-
 RouteOptions route_options(std::int64_t alignment, std::int64_t max_rows, const Stream& stream) {
   return {.alignment = to_int("alignment", alignment), .max_rows = to_int("max_rows", max_rows), .stream = stream};
 }

@@ -3,17 +3,17 @@
 namespace phalanx::python {
 namespace {
 
-SwigluOptions to_options(const Tensor& x, const AnyView& weights, double limit, bool interleaved, bool pow2_scales,
-                         const Optional<std::int64_t>& stream) {
-  return {.interleaved = interleaved,
+SwigluOptions to_options(const Tensor& x, const AnyView& weights, double limit, const AnyView& interleaved,
+                         const AnyView& pow2_scales, const Optional<std::int64_t>& stream) {
+  return {.interleaved = to_bool("interleaved", interleaved),
           .limit = float(limit),
           .weights = to_optional("weights", weights),
-          .pow2_scales = pow2_scales,
+          .pow2_scales = to_bool("pow2_scales", pow2_scales),
           .stream = to_stream(x.device, stream)};
 }
 
-void swiglu_quantize(AnyView x_data, AnyView weights, AnyView q_data, AnyView q_scales, double limit, bool interleaved,
-                     bool pow2_scales, Optional<std::int64_t> stream) {
+void swiglu_quantize(AnyView x_data, AnyView weights, AnyView q_data, AnyView q_scales, double limit,
+                     AnyView interleaved, AnyView pow2_scales, Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Tensor x = to_tensor("x", x_data);
     const ScaledTensor q{to_tensor("q.data", q_data), to_tensor("q.scales", q_scales)};
@@ -22,7 +22,7 @@ void swiglu_quantize(AnyView x_data, AnyView weights, AnyView q_data, AnyView q_
 }
 
 void swiglu_backward(AnyView x_data, AnyView grad_data, AnyView weights, AnyView grad_x, AnyView grad_weights,
-                     double limit, bool interleaved, Optional<std::int64_t> stream) {
+                     double limit, AnyView interleaved, Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Tensor x = to_tensor("x", x_data), grad = to_tensor("grad", grad_data);
     phalanx::swiglu_backward(x, grad, to_tensor("grad_x", grad_x), to_optional("grad_weights", grad_weights),
@@ -31,7 +31,7 @@ void swiglu_backward(AnyView x_data, AnyView grad_data, AnyView weights, AnyView
 }
 
 void swiglu_quantize_both(AnyView x_data, AnyView weights, AnyView q_data, AnyView q_scales, AnyView q_t_data,
-                          AnyView q_t_scales, double limit, bool interleaved, bool pow2_scales,
+                          AnyView q_t_scales, double limit, AnyView interleaved, AnyView pow2_scales,
                           Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Tensor x = to_tensor("x", x_data);
@@ -42,7 +42,7 @@ void swiglu_quantize_both(AnyView x_data, AnyView weights, AnyView q_data, AnyVi
 }
 
 void swiglu_backward_both(AnyView x_data, AnyView grad, AnyView weights, AnyView q_data, AnyView q_scales,
-                          AnyView q_t_data, AnyView q_t_scales, double limit, bool interleaved, bool pow2_scales,
+                          AnyView q_t_data, AnyView q_t_scales, double limit, AnyView interleaved, AnyView pow2_scales,
                           Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Tensor x = to_tensor("x", x_data);

@@ -38,7 +38,8 @@ def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=
     jax.jit; JAX has no padded rows, so N and K must fit the 16-byte rule; no `out`.
 
     Raises, before anything is written: ValueError (shape, stride, alignment, device, aliasing), TypeError (dtype, or no
-    array at all), UnsupportedError (no such GPU, driver or NVRTC), CompilationError, CudaError.
+    array at all), UnsupportedError (no such GPU, driver or NVRTC), CompilationError, CudaError. Messages speak of `out`
+    as `d`, the result.
     """
     try:
         (a_data, a_scales), (b_data, b_scales) = a, b
@@ -102,7 +103,8 @@ def dequantize(q, out=None, dtype=None):
     out:    [M, K] BF16, FP16 or FP32, written and returned; without it a new array
     dtype:  of the new array, as the array library names it; FP32 by default
 
-    Raises ValueError or TypeError that names the argument, before anything is written; else as `gemm_fp8`.
+    Raises ValueError or TypeError that names the argument (`x`: the result), before anything is written; else as
+    `gemm_fp8`.
     """
     data, scales = as_pair(q=q)
     return _frameworks.of(data, "q").dequantize(data, scales, out, dtype)

@@ -259,6 +259,30 @@ def test_lists_are_no_arrays(good):
 
 def test_num_sms(good):
     fails({**good, "num_sms": -1}, ValueError, "num_sms", -1, "expected")
+    fails({**good, "num_sms": 2**40}, ValueError, "num_sms", 2**40, "out of range")
+
+
+@pytest.mark.parametrize("name, kind", [("num_sms", "an integer"), ("batch_invariant", "True or False")])
+@pytest.mark.parametrize("value", [None, "many", 1.5, [1]])
+def test_options_of_the_wrong_kind(good, name, kind, value):
+    fails({**good, name: value}, TypeError, f"{name}: expected {kind}")
+    x = np.ones((4, 256), BF16)
+    with pytest.raises(TypeError, match=f"{name}: expected {kind}"):
+        phalanx.gemm_bf16(x, x, **{name: value})
+
+
+@pytest.mark.parametrize("quantize", [phalanx.quantize, phalanx.quantize_transposed, phalanx.quantize_both])
+def test_pow2_scales_of_the_wrong_kind(quantize):
+    with pytest.raises(TypeError, match="pow2_scales: expected True or False"):
+        quantize(np.ones((4, 256), np.float32), pow2_scales="no")
+
+
+def test_rows_expected_beyond_int32():
+    a = phalanx.quantize(np.ones((4, 256), np.float32))
+    b = phalanx.quantize(np.ones((128, 256), np.float32), (128, 128))
+    stack, offsets = (b.data[None], b.scales[None]), np.array([0, 4], np.int32)
+    with pytest.raises(ValueError, match=f"expected_rows: {2**32 + 1} is out of range"):
+        phalanx.grouped_gemm_fp8(a, stack, offsets, expected_rows=2**32 + 1)
 
 
 # --- quantize and dequantize ------------------------------------------------------------------------------------------
