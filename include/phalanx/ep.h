@@ -32,9 +32,10 @@ struct ExpertParallelConfig {
 /// Bytes of symmetric memory on each rank, to within 2 KB (with more than 400 experts a rank, 4 bytes for each) per SM
 /// and rank
 ///
-///     B * ((R - 1) * T * (slot + 2 H + 4 K) + 16 R T K)
+///     B * ((R - 1) * T * (slot + 2 H + 4 K) + 16 R T K) + 8 R T P
 ///
-/// where B = 2 for latency, else 1; slot = H + 4 ceil(H / 128) for e4m3, 2 H for bf16; and T = max_tokens.
+/// where B = 2 for latency, else 1; slot = H + 4 ceil(H / 128) for e4m3, 2 H for bf16; P, the pieces of a token, 8 at
+/// most for latency, else 1; and T = max_tokens.
 PHALANX_API std::size_t expert_parallel_bytes(const ExpertParallelConfig& config, int num_ranks);
 
 /// Both halves of an operation, or one of them: send returns at once, recv waits for the peers. Up to two sends may be

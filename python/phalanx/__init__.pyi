@@ -314,6 +314,7 @@ class ExpertParallel:
         dtype: str = "e4m3",
         latency: bool = False,
         num_sms: int = 0,
+        experts_per_rank: Sequence[int] | None = None,
     ) -> int: ...
     def dispatch(
         self,

@@ -159,9 +159,10 @@ class ExpertParallel:
         dtype: str = "e4m3",
         latency: bool = False,
         num_sms: int = 0,
+        experts_per_rank: Sequence[int] | None = None,
     ) -> int:
         """Bytes of symmetric memory that an ExpertParallel takes on each rank; include/phalanx/ep.h has the formula."""
-        config = _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, 1, None)
+        config = _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, 1, experts_per_rank)
         return _native.ep_bytes(num_ranks, *config)
 
     # --- dispatch -----------------------------------------------------------------------------------------------------

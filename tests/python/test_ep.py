@@ -132,6 +132,16 @@ def test_gradients(seed):
         torch.testing.assert_close(grad_weights, weights.grad, rtol=0.03, atol=0.15)
 
 
+def test_buffer_bytes_of_uneven_experts():
+    """The tables are as long as the fullest rank's."""
+    sizes = {"hidden": 256, "topk": 4, "max_tokens": 8192, "num_experts": 256}
+    even, uneven, padded = (
+        phalanx.ExpertParallel.buffer_bytes(2, **sizes | {"num_experts": sum(experts)}, experts_per_rank=experts)
+        for experts in ((128, 128), (200, 56), (200, 200))
+    )
+    assert phalanx.ExpertParallel.buffer_bytes(2, **sizes) == even < uneven == padded
+
+
 def test_another_number_of_tokens_is_refused():
     (group,) = phalanx.Group.local(1)
     ep = cases.Config(1, 32, 4, 2, 8).make(group, dtype="bf16")
