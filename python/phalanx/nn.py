@@ -23,7 +23,8 @@ class ExpertMLP(torch.nn.Module):
 
     hidden and intermediate are multiples of 128. The weights are parameters: `gate_up` [E, 2 * intermediate, hidden],
     gate first, and `down` [E, hidden, intermediate]. They are quantised once, and again after they have changed; under
-    torch.compile in every call that records gradients, else as they were at the last eager call.
+    torch.compile in every call that records gradients, else as they were at the last eager call. What torch does not
+    count as a change is not seen: through `.data`, or in place where they were made in inference mode.
     """
 
     def __init__(self, num_experts: int, hidden: int, intermediate: int, device=None, dtype=torch.bfloat16):
@@ -62,7 +63,10 @@ class ExpertMLP(torch.nn.Module):
         return self._quantized_from(self.gate_up, self.down)
 
     def _quantized_from(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        versions = gate_up.data_ptr(), gate_up._version, down.data_ptr(), down._version
+        try:
+            versions = gate_up.data_ptr(), gate_up._version, down.data_ptr(), down._version
+        except RuntimeError:  # made in inference mode: they count no changes
+            versions = gate_up.data_ptr(), down.data_ptr()
         if self._quantized is None or self._quantized[0] != versions:
             self._quantized = versions, _quantize(gate_up, down)
         return self._quantized[1]

@@ -85,6 +85,14 @@ def test_new_weights_are_quantised_again(layer):
     assert relative_error(mlp(x, topk_idx, topk_weights), 2 * before) < 0.01
 
 
+def test_weights_made_in_inference_mode(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    with torch.inference_mode():
+        twin = ExpertMLP(5, 256, 128, device=x.device)
+        twin.load_state_dict(mlp.state_dict())
+        assert torch.equal(twin(x, topk_idx, topk_weights), mlp(x, topk_idx, topk_weights))
+
+
 def test_compiled_without_a_break(layer):
     mlp, x, topk_idx, topk_weights = layer
     compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
