@@ -52,12 +52,18 @@ def grouped_gemm_bf16(a, b, offsets, out=None, out_dtype=None, num_sms=0, expect
 
 
 def grouped_gemm_bf16_indexed(a, b, row_groups, out=None, out_dtype=None, num_sms=0, expected_rows=0):
-    """The same, where row i belongs to group row_groups[i], or to none if it is -1; see `grouped_gemm_fp8_indexed`."""
+    """The same, where row i belongs to group row_groups[i], or to none if it is -1; see `grouped_gemm_fp8_indexed`.
+
+    Not differentiable.
+    """
     return _grouped("_indexed", a, b, row_groups, out, out_dtype, num_sms, expected_rows)
 
 
 def grouped_gemm_bf16_masked(a, b, counts, out=None, out_dtype=None, num_sms=0, expected_rows=0):
-    """D[g] = A[g] · B[g]ᵀ, the first counts[g] rows of A [G, R, K] and D [G, R, N]; see `grouped_gemm_fp8_masked`."""
+    """D[g] = A[g] · B[g]ᵀ, the first counts[g] rows of A [G, R, K] and D [G, R, N]; see `grouped_gemm_fp8_masked`.
+
+    Not differentiable.
+    """
     return _grouped("_masked", a, b, counts, out, out_dtype, num_sms, expected_rows)
 
 

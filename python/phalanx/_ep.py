@@ -45,7 +45,10 @@ class Group:
 
     @staticmethod
     def from_torch(process_group: Any = None, device: Any = None, timeout: float = 30.0) -> "Group":
-        """Over a torch.distributed group, by default the whole world; `device`: by default the current CUDA device."""
+        """Over a torch.distributed group, by default the whole world; `device`: by default the current CUDA device.
+
+        Between the hosts' programs (here, in `barrier`, and where an ExpertParallel is made) that group's timeout holds.
+        """
         import torch
         import torch.distributed as dist
 
@@ -78,7 +81,10 @@ class Group:
         _native.group_barrier(self._number)
 
     def abort(self) -> None:
-        """Whoever waits, or will wait, in this group gives up with AbortedError. Callable from any thread."""
+        """Whoever waits, or will wait, in this group gives up with AbortedError. Callable from any thread.
+
+        Other processes hear of it in dispatch and combine; what they wait for on the host ends by its timeout.
+        """
         _native.group_abort(self._number)
 
     def close(self) -> None:
@@ -181,7 +187,7 @@ class ExpertParallel:
     ) -> Dispatched:
         """Tokens to the rows of their experts.
 
-        x:             [T, H] BF16, or Quantized or (data, scales) of E4M3
+        x:             [T, H] BF16, or Quantized or (data, scales) of E4M3 (not JAX, which has no MN-major scales)
         topk_idx:      int32 or int64 [T, K]; outside [0, num_experts), -1 say: no expert
         topk_weights:  FP32 [T, K], for `combine`; by default 1
         handle:        instead of topk_idx and topk_weights: the routing of an earlier dispatch

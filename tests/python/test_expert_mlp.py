@@ -115,6 +115,23 @@ def test_one_trace_for_any_number_of_tokens(layer):
             assert torch.equal(exported(*some), mlp(*some))
 
 
+def test_a_graph_replays_with_other_routings(layer):
+    mlp, *inputs = layer
+    x, topk_idx, topk_weights = (t.detach() for t in inputs)
+    if not x.is_cuda:
+        pytest.skip("graphs are CUDA's")
+    with torch.no_grad():
+        mlp(x, topk_idx, topk_weights)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = mlp(x, topk_idx, topk_weights)
+        for _ in range(3):
+            x.normal_()
+            topk_idx.random_(-1, 5)
+            graph.replay()
+            assert torch.equal(y, mlp(x, topk_idx, topk_weights))
+
+
 def test_a_step_learns(layer):
     mlp, x, topk_idx, topk_weights = layer
     target = torch.randn_like(x)
