@@ -47,7 +47,7 @@ class Group:
     def from_torch(process_group: Any = None, device: Any = None, timeout: float = 30.0) -> "Group":
         """Over a torch.distributed group, by default the whole world; `device`: by default the current CUDA device.
 
-        Between the hosts' programs (here, in `barrier`, and where an ExpertParallel is made) that group's timeout holds.
+        Here, in `barrier`, and where an ExpertParallel is made, ranks wait as long as that group's own timeout.
         """
         import torch
         import torch.distributed as dist
