@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(os.environ.get("PHALANX_LIBRARY_DIR", "build/python")).parent / "src/cli/phalanx"
+DRIVER = PROGRAM.parents[2] / "tests/driver/libcuda.so.1"
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not built")
 
 NO_NVRTC = {"PHALANX_NVRTC": "/nonexistent/libnvrtc.so.13"}
@@ -76,6 +77,30 @@ def test_tune_says_what_it_lacks(tmp_path):
     result = run("tune 64x128x128", PHALANX_TUNED=str(tmp_path / "tuned.json"))
     assert result.returncode == 1 and "not what phalanx tune writes" in result.stderr
     assert (tmp_path / "tuned.json").read_text() == "mine"
+
+
+@pytest.mark.skipif(not DRIVER.exists(), reason=f"{DRIVER} is not built")
+def test_tune_keeps_what_is_faster_and_products_use_it(tmp_path):
+    """Over the driver that pretends, where a kernel takes a microsecond for each of its CTAs."""
+    there = {"LD_LIBRARY_PATH": str(DRIVER.parent), "PHALANX_TUNED": str(tmp_path / "tuned.json")}
+    result = run("tune 64x2112x7168 --rounds 3", **there)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "tuned.json").read_text())["gemm_fp8"]
+    assert (row["gpu"], row["num_sms"], row["m"], row["n"], row["k"]) == ("Pretended H200", 132, 64, 2112, 7168)
+    assert row["us"] < row["planner_us"]
+    line = next(line for line in result.stdout.splitlines() if "2112" in line)
+    assert float(line.split()[3]) == pytest.approx(row["planner_us"], abs=0.01)
+    kernel = line.split()[-1]
+
+    def kernels_used(shape: str, cache: str, **environment: str) -> str:
+        """What a process compiles whose cache is empty."""
+        own = {"PHALANX_CACHE_DIR": str(tmp_path / cache), "PHALANX_LOG_LEVEL": "info"}
+        result = run(f"bench --device cuda {shape} --repeats 1 --seconds 0", **there, **own, **environment)
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    assert f"compiled {kernel} " in kernels_used("--m 64 --n 2112 --k 7168", "tuned")
+    assert f"compiled {kernel} " not in kernels_used("--m 64 --n 2112 --k 7040", "another")
 
 
 def test_pack_serves_where_there_is_no_nvrtc(pack, tmp_path):

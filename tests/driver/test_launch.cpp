@@ -1,0 +1,133 @@
+// The host's side of a CUDA product, from checks to the launch, over the pretended driver.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cuda/driver.h"
+#include "phalanx/gemm.h"
+#include "tests/driver/driver.h"
+
+namespace phalanx::test {
+namespace {
+
+// Operands of any shape at places of their own. Nobody reads them.
+class Product {
+ public:
+  Product(std::int64_t m, std::int64_t n, std::int64_t k, int ordinal = 0, int pad = 0, DType out = DType::bf16)
+      : device_{DeviceType::cuda, ordinal} {
+    const std::int64_t k_blocks = (k + 127) / 128, n_blocks = (n + 127) / 128, units = 16 / size_of(out);
+    const auto padded = [](std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; };
+    const std::int64_t row = padded(k, 16) + 16 * pad, out_row = padded(n, units) + units * pad;
+    a = {row_major(place(m * row), DType::e4m3, m, k, device_, row),
+         col_major(place(4 * (m + 4) * k_blocks), DType::f32, m, k_blocks, device_, padded(m, 4))};
+    b = {row_major(place(n * row), DType::e4m3, n, k, device_, row),
+         row_major(place(4 * n_blocks * k_blocks), DType::f32, n_blocks, k_blocks, device_)};
+    d = row_major(place(m * out_row * size_of(out)), out, m, n, device_, out_row);
+  }
+
+  void run(const GemmOptions& options = {}) const { gemm_fp8(a, b, d, options); }
+
+  ScaledTensor a, b;
+  Tensor d;
+
+ private:
+  void* place(std::int64_t bytes) {
+    return reinterpret_cast<void*>(std::exchange(next_, next_ + (bytes + 511) / 256 * 256));
+  }
+
+  Device device_;
+  std::int64_t next_ = 1ll << 40;
+};
+
+class Launch : public testing::Test {
+ protected:
+  PretendedDriver& driver = pretended_driver();
+};
+
+TEST_F(Launch, RandomShapesMakeSoundMapsAndLaunches) {
+  std::mt19937 rng(7);
+  const auto size = [&] { return 1 + std::int64_t(rng() % (rng() % 3 == 0 ? 9000 : 300)); };
+  for (int i = 0; i < 500; ++i) {
+    Product product(size(), size(), size(), 0, int(rng() % 3), rng() % 2 ? DType::bf16 : DType::f32);
+    if (rng() % 4 == 0) {  // scales that TMA cannot read
+      const auto k_blocks = product.a.scales.cols();
+      product.a.scales.strides = {k_blocks, 1};
+    }
+    GemmOptions options;
+    if (rng() % 2) options.num_sms = 1 + int(rng() % (kSms - 1));
+    options.batch_invariant = rng() % 4 == 0, options.constant_b = rng() % 2;
+    if (rng() % 3 == 0) options.c = product.d;
+    const int before = driver.launches;
+    ASSERT_NO_THROW(product.run(options)) << to_string(product.a.data) << " " << to_string(product.d);
+    ASSERT_EQ(driver.launches, before + 1);
+    EXPECT_TRUE(driver.programmatic);
+    if (options.num_sms > 0) {
+      EXPECT_LE(driver.num_ctas, unsigned(options.num_sms)) << to_string(product.a.data);
+    }
+  }
+}
+
+TEST_F(Launch, GoesToTheCallersStreamOnTheTensorsDevice) {
+  for (int ordinal = 0; ordinal < kHoppers; ++ordinal) {
+    int stream;
+    GemmOptions options;
+    options.stream.handle = &stream;
+    Product(64, 256, 512, ordinal).run(options);
+    EXPECT_EQ(driver.device, ordinal);
+    EXPECT_EQ(driver.stream, &stream);
+    cuda::CUcontext current = nullptr;
+    cuda::driver().cuCtxGetCurrent(&current);
+    EXPECT_EQ(current, nullptr) << "the caller's context is current again";
+  }
+}
+
+TEST_F(Launch, NothingIsLaunchedForNoRowsOrWrongArguments) {
+  const int before = driver.launches;
+  Product(0, 256, 512).run();
+  Product wrong(64, 256, 512);
+  wrong.d.device.index = 1;
+  EXPECT_THROW(wrong.run(), Error);
+  EXPECT_EQ(driver.launches, before);
+}
+
+void expect_error(ErrorCode code, const std::vector<std::string>& words, const Product& product) {
+  try {
+    product.run();
+    ADD_FAILURE() << "no error; expected one about " << words.front();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), code);
+    for (const std::string& word : words)
+      EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << error.what();
+  }
+}
+
+TEST_F(Launch, DevicesThatCannotServeAreNamed) {
+  expect_error(ErrorCode::unsupported, {"cuda:2", "Pretended L4", "8.9", "9.0"}, Product(64, 256, 512, kHoppers));
+  expect_error(ErrorCode::invalid_device, {"cuda:3", "there are 3"}, Product(64, 256, 512, kDevices));
+}
+
+TEST_F(Launch, ErrorsOfTheDriverNameTheCall) {
+  driver.launch_error = 719;
+  expect_error(ErrorCode::cuda_error, {"cuLaunchKernelEx"}, Product(64, 256, 512));
+  driver.launch_error = 0;
+  EXPECT_NO_THROW(Product(64, 256, 512).run());
+}
+
+TEST_F(Launch, ThreadsLoadAKernelOnceForEachDevice) {
+  const int before = driver.loads;
+  {
+    std::vector<std::jthread> threads;
+    for (int i = 0; i < 8; ++i)
+      threads.emplace_back([i] {
+        for (int call = 0; call < 100; ++call) Product(5, 72, 16, i % kHoppers, 0, DType::f32).run();
+      });
+  }
+  EXPECT_LE(driver.loads - before, kHoppers);
+}
+
+}  // namespace
+}  // namespace phalanx::test
