@@ -64,13 +64,12 @@ __device__ __noinline__ bool ep_await_piece(const EpCommon& c, int source, const
   return __all_sync(0xffffffffu, fine);
 }
 
-// The routing warps say whether rows are known, and the others wait for that: the first warp at a barrier of its own, as it
+// The routing warps have written shared.known, and the others wait for that: the first warp at a barrier of its own, as it
 // comes later where it raises flags for all.
 constexpr int kEpFirstAndRouters = 32 * (1 + kEpRouteWarps),
               kEpOthersAndRouters = 32 * (kEpSendWarps - 1 + kEpRouteWarps);
 
-__device__ __forceinline__ void ep_say_routing(EpShared& shared, bool known) {
-  if (known) shared.known = 1;
+__device__ __forceinline__ void ep_say_routing() {
   ptx::named_barrier_arrive(kEpKnownToFirst, kEpFirstAndRouters);
   ptx::named_barrier_arrive(kEpKnownToOthers, kEpOthersAndRouters);
 }
@@ -225,7 +224,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (routes) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
     if (receives) {
       known = ep_receive_routing<kCounted>(p, recv, router, state, shared);
-      ep_say_routing(shared, known);
+      ep_say_routing();
       if (known && p.copy) ep_write_padding(p, router, state);
     }
   }

@@ -231,7 +231,8 @@ __device__ __forceinline__ void ep_recall_routing(const EpCommon& c, const EpRol
   }
 }
 
-// By the whole role: until the rows of this CTA's tokens are known. False if a peer did not come.
+// By the whole role: until the rows of this CTA's tokens are known, as `shared.known` then says. False if a peer did not
+// come.
 template <bool kCounted>
 __device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                    const EpRouteState& state, EpShared& shared) {
@@ -244,6 +245,7 @@ __device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, co
     else
       ep_number_rows(role, state);
   }
+  if (role.thread() == 0) shared.known = 1;
   role.sync();
   return true;
 }

@@ -31,13 +31,14 @@ __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
 __device__ __forceinline__ void barrier_sync(int id, int num_threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
-// The same; true for all threads if it is for each.
+// As named_barrier_sync; true for all threads if it is for each. Lanes that have waited for different words must meet first.
 __device__ __forceinline__ bool named_barrier_all(int id, int num_threads, bool mine) {
   u32 all;
+  __syncwarp();
   asm volatile(
       "{ .reg .pred mine, all;\n"
       "setp.ne.u32 mine, %3, 0;\n"
-      "barrier.cta.red.and.pred all, %1, %2, mine;\n"
+      "bar.red.and.pred all, %1, %2, mine;\n"
       "selp.u32 %0, 1, 0, all; }"
       : "=r"(all)
       : "r"(id), "r"(num_threads), "r"(u32(mine))

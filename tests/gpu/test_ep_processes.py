@@ -95,9 +95,9 @@ def graphs(group: phalanx.Group, rng: np.random.Generator) -> None:
             for _ in range(50):
                 ep.dispatch(x, idx, weights, capacity=capacity, out=result)
                 ep.combine(result.rows, result.handle, tokens=len(x), out=out)
-        captured.append((ep, graph, out, first))
+        captured.append((ep, graph, out, first, x, idx, weights, result))  # graphs keep no tensor alive
     for turn in range(40):
-        ep, graph, out, first = captured[turn % 2]
+        ep, graph, out, first, *_ = captured[turn % 2]
         out.zero_()
         graph.replay()
         torch.cuda.synchronize()  # a rank without tokens compares nothing, and must not leave before the others
