@@ -12,11 +12,12 @@
 //   signalling warp   sums sent --> sum flags, one a CTA
 //   at the end        all read --> credits
 //
+// Where tokens are few, summing warps read slots as they come, and flags say at the beginning what will.
+//
 // Sums are sent token by token, to all ranks in turn, so that each home can begin early. A CTA's two halves go their own
 // ways: one loading warp alone would need more time to say what is to be done than is needed to do it.
 #pragma once
 #include "device/ep/combine_ring.cuh"
-#include "device/ep/signal.cuh"
 
 namespace phalanx {
 
@@ -53,10 +54,21 @@ __device__ __forceinline__ u8* ep_sum_slot(const EpOperation& op, int at, int fr
   const EpCommon& c = op.c;
   return op.buffer(at, c.layout.sums) + (i64(ep_peer_idx(at, from)) * c.shape.max_tokens + token) * c.layout.sum_slot;
 }
+// This lane's choice's value in it.
+__device__ __forceinline__ u32* ep_value_word(u8* slot, int hidden) {
+  return reinterpret_cast<u32*>(slot + ep_bf16_bytes(hidden)) + threadIdx.x % 32;
+}
 __device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int from, int half) {
   const EpShape& shape = op.c.shape;
   const int cta = from * shape.num_ctas + int(blockIdx.x);
-  return op.word(at, op.c.layout.sum_flags, cta * kEpHalves + (ep_halves_columns(shape) ? 0 : half));
+  return op.word(at, op.c.layout.sum_flags, cta * kEpHalves + (ep_sums_are_few(shape) ? 0 : half));
+}
+
+// This CTA's slots at the homes have been read.
+__device__ __forceinline__ bool ep_may_send_sums(const EpOperation& op) {
+  const EpRange mine{int(blockIdx.x), int(blockIdx.x) + 1};
+  return __all_sync(0xffffffffu, ep_wait_for_credits(op, kEpPhaseCombineCredit, op.c.layout.combine_credit, mine,
+                                                     threadIdx.x % 32, 32));
 }
 
 // --- loading --------------------------------------------------------------------------------------------------------
@@ -192,21 +204,34 @@ struct EpNews {
   }
 };
 
-// Lane k: what the rank that holds its choice says of its row.
-__device__ __forceinline__ void ep_write_values(const EpCombineParams& p, const EpOperation& op, const EpWork& work) {
+// Lane k: what the rank that holds its choice says of its row. False if that did not come.
+template <bool kFew>
+__device__ __forceinline__ bool ep_write_values(const EpCombineParams& p, const EpOperation& op, const EpWork& work) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32;
-  if (lane >= c.shape.topk) return;
-  const int r = work.expert < 0 ? -1 : ep_rank_of(c.first_expert, c.shape.num_ranks, work.expert);
-  float value = 0;
-  if (r == c.rank) value = ep_row_value(p, work.terms);
-  if (r >= 0 && r != c.rank)
-    value =
-        reinterpret_cast<const float*>(ep_sum_slot(op, c.rank, r, work.token) + ep_bf16_bytes(c.shape.hidden))[lane];
-  p.topk_values[work.token * c.shape.topk + lane] = value;
+  bool fine = true;
+  if (lane < c.shape.topk) {
+    const int r = work.expert < 0 ? -1 : ep_rank_of(c.first_expert, c.shape.num_ranks, work.expert);
+    float value = 0;
+    if (r == c.rank) value = ep_row_value(p, work.terms);
+    if (r >= 0 && r != c.rank) {
+      u32* word = ep_value_word(ep_sum_slot(op, c.rank, r, work.token), c.shape.hidden);
+      u32 bits = ptx::load_relaxed_sys(word);
+      if (kFew) {
+        EpPatience patience(c, kEpPhaseSums, r, ep_flag(op.epoch, kEpSumsAndValues, 1));
+#pragma unroll 1
+        for (; bits == kEpNothing && fine; bits = ptx::load_relaxed_sys(word)) fine = patience.lasts(bits);
+        *word = kEpNothing;
+      }
+      value = __uint_as_float(bits);
+    }
+    p.topk_values[work.token * c.shape.topk + lane] = value;
+  }
+  return __all_sync(0xffffffffu, fine);
 }
 
 // A sum of this rank's rows to its slot at the token's home.
+template <bool kFew>
 __device__ __forceinline__ void ep_load_send(const EpCombineParams& p, const EpOperation& op, EpFeeder& feeder,
                                              const EpWork& work, EpRange bytes, int steps) {
   const u32 rows = __ballot_sync(0xffffffffu, work.terms.has_row(p));
@@ -214,8 +239,8 @@ __device__ __forceinline__ void ep_load_send(const EpCombineParams& p, const EpO
   u8* slot = ep_sum_slot(op, work.source, p.c.rank, work.token);
   const int count = __popc(rows);
 #pragma unroll 1
-  for (int begin = bytes.begin; begin < bytes.end; begin += kEpStageBytes) {
-    const EpStage sum{slot + begin, nullptr, min_of(bytes.end - begin, kEpStageBytes), count, steps, 0};
+  for (int begin = bytes.begin; begin < bytes.end; begin += kEpStageBytes<kFew>) {
+    const EpStage sum{slot + begin, nullptr, min_of(bytes.end - begin, kEpStageBytes<kFew>), count, steps, 0};
     if (count > 0)
       ep_load_rows(p, feeder, work.terms, rows, begin, sum);
     else
@@ -224,6 +249,7 @@ __device__ __forceinline__ void ep_load_send(const EpCombineParams& p, const EpO
 }
 
 // The sum of a token of this rank: its own rows first, which need no waiting, then the other ranks' sums.
+template <bool kFew>
 __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpOperation& op, EpFeeder& feeder,
                                              EpNews& news, const EpWork& work, EpRange bytes, int number, int steps) {
   const EpCommon& c = p.c;
@@ -233,17 +259,20 @@ __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpO
   const int own = __popc(rows), num_others = __popcll(others);
   const u8* residual = static_cast<const u8*>(p.residual);
   // Whoever waits for what this rank has sent must not have to wait for what it waits for.
-  if (own == 0 && others != 0) feeder.push_nothing(steps, 0);
+  if (!kFew && own == 0 && others != 0) feeder.push_nothing(steps, 0);
 #pragma unroll 1
-  for (int begin = bytes.begin; begin < bytes.end; begin += kEpStageBytes) {
+  for (int begin = bytes.begin; begin < bytes.end; begin += kEpStageBytes<kFew>) {
     const EpStage sum{static_cast<u8*>(p.out) + work.token * p.out_stride * 2 + begin,
                       residual ? residual + work.token * p.residual_stride * 2 + begin : nullptr,
-                      min_of(bytes.end - begin, kEpStageBytes),
-                      own + num_others,
+                      min_of(bytes.end - begin, kEpStageBytes<kFew>),
+                      own + (kFew ? 0 : num_others),
                       steps,
-                      0};
-    if (own + num_others == 0) feeder.push(1, nullptr, 0, sum, true);
+                      0,
+                      kFew ? others : 0,
+                      ep_sum_slot(op, c.rank, c.rank == 0 ? 1 : 0, work.token) + begin};
+    if (sum.terms == 0) feeder.push(1, nullptr, 0, sum, true);
     ep_load_rows(p, feeder, work.terms, rows, begin, sum);
+    if constexpr (kFew) continue;
     if (begin == bytes.begin && !news.wait(p, op, others, u32(number))) {
       // What has been said to come must come, be it anything.
 #pragma unroll 1
@@ -260,24 +289,21 @@ __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpO
       is_first = false;
     }
   }
-  if (p.values && bytes.begin == 0) ep_write_values(p, op, work);
-  return true;
+  if (kFew && !news.wait(p, op, others, u32(number))) return false;
+  return !p.values || bytes.begin != 0 || ep_write_values<kFew>(p, op, work);
 }
 
+template <bool kFew>
 __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOperation& send, const EpOperation& recv,
                                             EpFeeder& feeder, int half) {
   const EpCommon& c = p.c;
   const EpRange* tokens = feeder.smem.tokens;
   const EpRange bytes = ep_bytes_of_half(c.shape, half);
-  const int num_ranks = c.shape.num_ranks, lane = threadIdx.x % 32;
+  const int num_ranks = c.shape.num_ranks;
   EpUnit unit(p, tokens);
   EpOutlook outlook(p, feeder.smem, unit);
   EpNews news{half};
-  if (c.send) {
-    const EpRange mine{int(blockIdx.x), int(blockIdx.x) + 1};
-    const bool fine = ep_wait_for_credits(send, kEpPhaseCombineCredit, c.layout.combine_credit, mine, lane, 32);
-    if (!__all_sync(0xffffffffu, fine)) return false;
-  }
+  if (c.send && !ep_may_send_sums(send)) return false;
 #pragma unroll 1
   while (!unit.is_over()) {
     const EpWork present = outlook.take(unit);
@@ -286,8 +312,8 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
     unit.next(num_ranks);
     if (present.source < 0) continue;
     if (!is_home) {
-      ep_load_send(p, send, feeder, present, bytes, steps);
-    } else if (!ep_load_home(p, recv, feeder, news, present, bytes, number, steps)) {
+      ep_load_send<kFew>(p, send, feeder, present, bytes, steps);
+    } else if (!ep_load_home<kFew>(p, recv, feeder, news, present, bytes, number, steps)) {
       return false;
     }
   }
@@ -300,39 +326,51 @@ __device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOp
 __device__ __forceinline__ void ep_send_values(const EpCombineParams& p, const EpOperation& op, const EpRange* tokens,
                                                int begin, int end) {
   const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int s = 0; s < c.shape.num_ranks; ++s) {
 #pragma unroll 1
     for (int i = begin; s != c.rank && i < min_of(end, tokens[s].size()); ++i) {
       const i64 token = tokens[s].begin + i;
-      const float value = ep_row_value(p, ep_terms(p, s, token));
-      if (lane < c.shape.topk)
-        reinterpret_cast<float*>(ep_sum_slot(op, s, c.rank, token) + ep_bf16_bytes(c.shape.hidden))[lane] = value;
+      const EpTerms terms = ep_terms(p, s, token);
+      if (terms.row != kEpNotHere)
+        ptx::store_relaxed_sys(ep_value_word(ep_sum_slot(op, s, c.rank, token), c.shape.hidden),
+                               ep_something(__float_as_uint(ep_row_value(p, terms))));
     }
   }
 }
 
-// Tells every home how many tokens' sums of each half have been sent, or where each has half of the columns, of both: as
-// many as all summing warps have stored.
+// Few tokens: what will come, before it does; and values.
+__device__ __forceinline__ bool ep_announce_sums(const EpCombineParams& p, const EpOperation& op, EpCombineSmem& smem) {
+  const EpCommon& c = p.c;
+  const EpRange* tokens = smem.halves[0].tokens;
+  const int sends = EpUnit(p, tokens).sends;
+  if (sends == 0) return true;
+  if (!ep_may_send_sums(op)) return false;
+#pragma unroll 1
+  for (int r = threadIdx.x % 32; r < c.shape.num_ranks; r += 32)
+    if (r != c.rank)
+      ptx::store_relaxed_sys(ep_sum_flag(op, r, c.rank, 0), ep_flag(op.epoch, ep_sums_format(p), sends));
+  if (p.values) ep_send_values(p, op, tokens, 0, sends);
+  return true;
+}
+
+// Many: tells every home how many tokens' sums of each half have been sent, as many as all summing warps have stored.
 __device__ __forceinline__ void ep_signal_sums(const EpCombineParams& p, const EpOperation& op, EpCombineSmem& smem) {
   const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32, num_flags = ep_halves_columns(c.shape) ? 1 : kEpHalves;
+  const int lane = threadIdx.x % 32;
   int told[kEpHalves] = {}, left = 0;
 #pragma unroll
-  for (int h = 0; h < kEpHalves; ++h)
-    if (h < num_flags) left += EpUnit(p, smem.halves[h].tokens).sends;
+  for (int h = 0; h < kEpHalves; ++h) left += EpUnit(p, smem.halves[h].tokens).sends;
 #pragma unroll 1
   while (left > 0 && ep_look(smem.failed) == 0) {
     ptx::nanosleep(50);
 #pragma unroll
     for (int h = 0; h < kEpHalves; ++h) {
-      if (h >= num_flags) continue;
-      const bool counts = lane < kEpHalves * kEpSumWarps && (num_flags == 1 || lane / kEpSumWarps == h);
+      const bool counts = lane < kEpHalves * kEpSumWarps && lane / kEpSumWarps == h;
       const int stored = int(__reduce_min_sync(0xffffffffu, counts ? u32(ep_look(smem.steps[lane])) : ~0u));
       if (stored == told[h]) continue;
       ptx::fence_acq_rel_cta();
-      if (p.values && ep_bytes_of_half(c.shape, h).begin == 0)
+      if (p.values)
         ep_send_values(p, op, smem.halves[h].tokens, told[h], stored);
       left -= stored - told[h];
       told[h] = stored;
@@ -345,6 +383,8 @@ __device__ __forceinline__ void ep_signal_sums(const EpCombineParams& p, const E
   }
 }
 
+// kFew: what the shape says.
+template <bool kFew>
 __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   extern __shared__ __align__(128) u8 smem_base[];
   EpCombineSmem& smem = *reinterpret_cast<EpCombineSmem*>(smem_base);
@@ -369,17 +409,22 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
     smem.halves[h].tokens[r] = ep_tokens_of_half(c.shape, count, blockIdx.x, h);
   }
   const EpOperation send(c, kEpCombineSend), recv(c, kEpCombineRecv);
+  if (threadIdx.x == 0) smem.expected = ep_flag(recv.epoch, ep_sums_format(p), 1);
   __syncthreads();
   if (warp < kEpHalves * kEpSumWarps) {
-    ep_sum_stages(smem);
+    ep_sum_stages<kFew>(c, smem);
   } else if (warp < kEpHalves * (kEpSumWarps + 1)) {
     const int half = warp - kEpHalves * kEpSumWarps;
     EpFeeder feeder{smem.halves[half]};
-    if (!ep_load_all(p, send, recv, feeder, half)) *static_cast<volatile int*>(&smem.failed) = 1;
+    if (!ep_load_all<kFew>(p, send, recv, feeder, half)) *static_cast<volatile int*>(&smem.failed) = 1;
     feeder.push_nothing(EpUnit(p, feeder.smem.tokens).sends, 1);
   } else {
     ep_give_late_credits(recv, c.layout.combine_credit);
-    if (c.send) ep_signal_sums(p, send, smem);
+    if constexpr (!kFew) {
+      if (c.send) ep_signal_sums(p, send, smem);
+    } else if (c.send && !ep_announce_sums(p, send, smem)) {
+      *static_cast<volatile int*>(&smem.failed) = 1;
+    }
   }
   __syncthreads();
   if (ep_look(smem.failed) != 0) return;

@@ -5,10 +5,9 @@
 //   empty[s]   the summing warps, when each has the row in registers
 //   steps[w]   summing warp w has stored all sums of so many tokens; the signalling warp waits for it
 #pragma once
-#include "device/ep/layout.h"
+#include "device/ep/signal.cuh"
 #include "device/ptx/convert.cuh"
 #include "device/ptx/mbarrier.cuh"
-#include "device/ptx/system.cuh"
 #include "device/ptx/tma.cuh"
 
 namespace phalanx {
@@ -21,10 +20,12 @@ struct alignas(16) EpStage {
   int terms;
   int steps;  // of so many tokens of every source all sums have been asked for before this one
   int stop;
+  u64 others = 0;  // ranks whose sums tell by themselves that they have come; they are added last
+  u8* slots = nullptr;  // the first of theirs, if all sent
 };
 
 struct EpCombineHalf {
-  u8 rows[kEpStages][kEpStageBytes];
+  u8 rows[kEpStages][kEpStageBytes<false>];
   EpStage stage[kEpStages];
   float weight[kEpStages];
   u64 full[kEpStages], empty[kEpStages];
@@ -37,6 +38,7 @@ struct EpCombineSmem {
   EpCombineHalf halves[kEpHalves];
   int steps[kEpHalves * kEpSumWarps];  // finished by each summing warp
   int failed;
+  u64 expected;  // what a failed wait for other ranks' sums will say
 };
 static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
 
@@ -107,7 +109,8 @@ struct EpSum {
 };
 
 // Adds the next `count` stages.
-__device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpCombineHalf& smem, EpRing& ring, int first,
+template <int kPieces>
+__device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHalf& smem, EpRing& ring, int first,
                                               int count) {
   const int lane = threadIdx.x % 32;
   // Some at once: one after the other, each would wait for its barrier and for shared memory.
@@ -115,7 +118,7 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpComb
 #pragma unroll 1
   for (int done = 0; done < count; done += kAtOnce) {
     const int now = min_of(count - done, kAtOnce);
-    EpVector x[kAtOnce][kEpSumPieces];
+    EpVector x[kAtOnce][kPieces];
     float weight[kAtOnce];
     EpRing at = ring;
 #pragma unroll
@@ -124,7 +127,7 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpComb
       ptx::mbarrier_wait(&smem.full[at.stage], at.phase);
       weight[j] = smem.weight[at.stage];
 #pragma unroll
-      for (int i = 0; i < kEpSumPieces; ++i)
+      for (int i = 0; i < kPieces; ++i)
         x[j][i] = *reinterpret_cast<const EpVector*>(smem.rows[at.stage] + first + i * (kEpSumWarps * kEpPitch));
       at.advance(1);
     }
@@ -139,13 +142,46 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kEpSumPieces], EpComb
     for (int j = 0; j < kAtOnce; ++j) {
       if (j >= now) continue;
 #pragma unroll
-      for (int i = 0; i < kEpSumPieces; ++i) sum[i].add(x[j][i], weight[j]);
+      for (int i = 0; i < kPieces; ++i) sum[i].add(x[j][i], weight[j]);
     }
   }
 }
 
+// Adds the sums of other ranks, in their order, as they come, and empties their slots. By a warp.
+template <int kPieces>
+__device__ __forceinline__ bool ep_add_slots(EpSum (&sum)[kPieces], const EpCommon& c, EpCombineSmem& smem,
+                                             const EpStage& todo, int first) {
+#pragma unroll 1
+  for (u64 others = todo.others; others != 0;) {
+    const int rank = ep_pop(others);
+    u8* slot = todo.slots + ep_peer_idx(c.rank, rank) * i64(c.shape.max_tokens) * c.layout.sum_slot + first;
+    EpVector x[kPieces];
+    const auto each = [&](auto use) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (first + i * (kEpSumWarps * kEpPitch) < todo.bytes) use(i, slot + i * (kEpSumWarps * kEpPitch));
+    };
+    const auto look = [&] {
+      bool is_here = true;
+      each([&](int i, const u8* at) {
+        x[i] = ep_look_at_slot(at);
+        is_here = is_here && ep_is_here(x[i]);
+      });
+      return is_here;
+    };
+    if (!ep_look_until(c, kEpPhaseSums, rank, smem.expected, look)) return false;
+    each([&](int i, u8* at) {
+      sum[i].add(x[i], 1.0f);
+      ep_empty_slot(at);
+    });
+  }
+  return true;
+}
+
 // By a summing warp.
-__device__ __forceinline__ void ep_sum_stages(EpCombineSmem& all) {
+template <bool kFew>
+__device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& all) {
+  constexpr int kPieces = kEpSumPieces<kFew>;
   const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32;
   const int first = warp % kEpSumWarps * kEpPitch + lane * 16;  // this thread's bytes of a stage
   EpCombineHalf& smem = all.halves[warp / kEpSumWarps];
@@ -155,7 +191,7 @@ __device__ __forceinline__ void ep_sum_stages(EpCombineSmem& all) {
   for (;;) {
     ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
     const EpStage todo = smem.stage[ring.stage];
-    if (todo.steps > steps) {
+    if (!kFew && todo.steps > steps) {
       steps = todo.steps;
       __syncwarp();
       if (lane == 0) {
@@ -163,7 +199,7 @@ __device__ __forceinline__ void ep_sum_stages(EpCombineSmem& all) {
         *static_cast<volatile int*>(&all.steps[warp]) = steps;
       }
     }
-    EpSum sum[kEpSumPieces] = {};
+    EpSum sum[kPieces] = {};
     ep_add_stages(sum, smem, ring, first, todo.terms);
     if (todo.terms == 0) {
       __syncwarp();
@@ -171,12 +207,20 @@ __device__ __forceinline__ void ep_sum_stages(EpCombineSmem& all) {
       ring.advance(1);
       if (todo.stop) return;
     }
+    if (kFew && !ep_add_slots(sum, c, all, todo, first)) {
+      *static_cast<volatile int*>(&all.failed) = 1;
+      continue;  // whoever loads must find empty stages
+    }
 #pragma unroll
-    for (int i = 0; i < kEpSumPieces; ++i) {
+    for (int i = 0; i < kPieces; ++i) {
       const int at = first + i * (kEpSumWarps * kEpPitch);
       if (at >= todo.bytes) continue;
       if (todo.residual) sum[i].add(*reinterpret_cast<const EpVector*>(todo.residual + at), 1.0f);
-      *reinterpret_cast<EpVector*>(todo.out + at) = sum[i].to_bf16();
+      const EpVector out = sum[i].to_bf16();  // never kEpNothing: NaN is 0x7fff
+      if constexpr (kFew)
+        ptx::store_relaxed_sys_16(todo.out + at, {out.word[0], out.word[1], out.word[2], out.word[3]});
+      else
+        *reinterpret_cast<EpVector*>(todo.out + at) = out;
     }
   }
 }

@@ -2,11 +2,11 @@
 //
 //   rows[row(s, t, k)] = x_s[t], for every source s, token t and choice k of an expert of this rank
 //
-//   sending warps   x[t], quantised if wanted ----------------> peers' token slots;        token flags, one a piece
+//   sending warps   x[t], quantised if wanted ----------------> peers' token slots; with many tokens token flags
 //                   rows, weights ----------------------------> the handle, row_weights
 //   routing warps   topk_idx ---------------------------------> peers' choices, weights;   route flags
 //                   choices --> rows of all tokens (route.cuh)
-//   all warps       x[t] of this rank, then slots behind their flags --> rows; those that have sent: scales, MN-major
+//   all warps       x[t] of this rank, then slots as they come --> rows; those that have sent: scales, MN-major
 //                   all read --> credits, behind which peers may send again into the same buffer
 //
 // With many tokens, x[t] is sent by CTAs that do nothing else, to one peer after the other: rank r to r + 1, r + 2, ...,
@@ -64,20 +64,12 @@ __device__ __noinline__ bool ep_await_piece(const EpCommon& c, int source, const
   return __all_sync(0xffffffffu, fine);
 }
 
-// The routing warps have written shared.known, and the others wait for that: the first warp at a barrier of its own, as it
-// comes later where it raises flags for all.
-constexpr int kEpFirstAndRouters = 32 * (1 + kEpRouteWarps),
-              kEpOthersAndRouters = 32 * (kEpSendWarps - 1 + kEpRouteWarps);
-
+// The routing warps have written shared.known, and the others wait for that.
 __device__ __forceinline__ void ep_say_routing() {
-  ptx::named_barrier_arrive(kEpKnownToFirst, kEpFirstAndRouters);
-  ptx::named_barrier_arrive(kEpKnownToOthers, kEpOthersAndRouters);
+  ptx::named_barrier_arrive(kEpKnown, 32 * kEpDispatchWarps);
 }
-__device__ __forceinline__ bool ep_await_routing(const EpShared& shared, const EpRole& role) {
-  if (role.warp() == 0)
-    ptx::named_barrier_sync(kEpKnownToFirst, kEpFirstAndRouters);
-  else
-    ptx::named_barrier_sync(kEpKnownToOthers, kEpOthersAndRouters);
+__device__ __forceinline__ bool ep_await_routing(const EpShared& shared) {
+  ptx::named_barrier_sync(kEpKnown, 32 * kEpDispatchWarps);
   return ep_look(shared.known) != 0;
 }
 
@@ -92,19 +84,24 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   const EpRange cols = ep_cols(c.shape, pieces.part(i));
   const int row = lane < c.shape.topk ? state.rows(source)[number * c.shape.topk + lane] : kEpNotHere;
   const EpTargets to = ep_rows(p, row, kCounted && c.shape.staged ? state.stage(turn, number) : nullptr);
-  if (to.lanes == 0) return true;
   if (source == c.rank) {
-    ep_move_own<kCounted>(p, token, cols, to);
+    if (to.lanes != 0) ep_move_own<kCounted>(p, token, cols, to);
     return true;
   }
-  const u64* flags = ep_piece_flag(op, c.rank, source, pieces.tokens.begin, 0);
-  if (!ep_await_piece(c, source, flags, pieces.count(), i, ep_flag(op.epoch, p.format, 1), state.seen(source)))
-    return false;
   const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
-  const u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
-  const float* scales = size == 1 ? reinterpret_cast<const float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
-  ep_copy<kEpDispatchPieces<kCounted>>(slot, scales, 1, cols, size, to);
-  return true;
+  u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
+  float* scales = size == 1 ? reinterpret_cast<float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
+  const u64 is_here = ep_flag(op.epoch, p.format, 1);
+  if constexpr (kCounted) {
+    if (to.lanes == 0) return true;
+    const u64* flags = ep_piece_flag(op, c.rank, source, pieces.tokens.begin, 0);
+    return ep_await_piece(c, source, flags, pieces.count(), i, is_here, state.seen(source)) &&
+           ep_copy<kCounted>(EpRow{slot, scales, 1}, cols, size, to);
+  } else {
+    // What has no room is read as well: the slot must be empty.
+    return !__any_sync(0xffffffffu, row != kEpNotHere) ||
+           ep_copy<kCounted>(EpAwaitedRow{c, source, is_here, slot, scales}, cols, size, to);
+  }
 }
 
 // Staged scales to their rows, in the order of rows: neighbouring lanes write neighbouring words, one block at a time.
@@ -190,21 +187,23 @@ template <bool kCounted>
 __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   extern __shared__ __align__(128) u8 smem_base[];  // EpRouteSmem
   __shared__ EpShared shared;
-  __shared__ EpLastFlags last_flags;
   const EpCommon& c = p.c;
   const EpRouteState state{p, reinterpret_cast<int*>(smem_base)};
-  if (threadIdx.x == 0) shared = {}, last_flags.count = 0;
+  if (threadIdx.x == 0) shared = {};
+  if constexpr (kCounted) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < c.shape.num_ranks * ep_seen_words(c.shape); i += 32 * kEpDispatchWarps) {
-    state.seen(0)[i] = 0;
-    if (kCounted && c.shape.staged && i < c.shape.num_ranks) state.done(i) = 0;
+    for (int i = threadIdx.x; i < c.shape.num_ranks * ep_seen_words(c.shape); i += 32 * kEpDispatchWarps) {
+      state.seen(0)[i] = 0;
+      if (c.shape.staged && i < c.shape.num_ranks) state.done(i) = 0;
+    }
+  } else {
+    ep_clear_counts(state);
   }
-  if constexpr (!kCounted) ep_clear_counts(state);
   __syncthreads();
   ptx::grid_wait_dependencies();
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
   const bool only_sends = kCounted && int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
-  const bool routes = c.send && p.route && !only_sends;
+  const bool routes = c.send && (p.route || !kCounted) && !only_sends;  // there is a header, be it only that
   const EpRole sender{kEpSenders, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
   const EpRole router{kEpRouters, kEpSendWarps, kEpRouteWarps}, first_half{kEpSenders, 0, kEpSendWarps};
   bool known = false;  // the same in all threads
@@ -213,10 +212,10 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     const bool sends = c.send && p.copy && (only_sends || ep_all_send(p));
     const bool may_send = (sends || routes) && ep_may_send(send, sender, &shared.failed);
     if (routes) ptx::named_barrier_arrive(kEpMaySend, 32 * kEpDispatchWarps);
-    if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends, last_flags);
+    if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends);
     if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if (receives) {
-      known = ep_await_routing(shared, first_half);
+      known = ep_await_routing(shared);
       if (known && !ep_keep_rows<kCounted>(p, recv, first_half, state)) shared.failed = 1;
       if (known && blockIdx.x == 0) ep_publish_routing(p, first_half, state);
     }

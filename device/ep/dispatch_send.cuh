@@ -41,7 +41,17 @@ __device__ __forceinline__ EpTargets ep_rows(const EpDispatchParams& p, int row,
   return to;
 }
 
+// 16 bytes of a token; where they tell by themselves that they have come, they go to rows as they go to slots.
+template <bool kCounted>
+__device__ __forceinline__ void ep_put_16(u8* to, const EpVector& v) {
+  if constexpr (kCounted)
+    *reinterpret_cast<EpVector*>(to) = v;
+  else
+    ep_put_into_slot(to, v);
+}
+
 // The scales of up to 32 blocks, one a lane.
+template <bool kCounted>
 __device__ __forceinline__ void ep_put_scales(const EpTargets& to, int block, bool inside, float scale) {
   if (to.stage) {
     if (inside) to.stage[block] = scale;
@@ -49,28 +59,82 @@ __device__ __forceinline__ void ep_put_scales(const EpTargets& to, int block, bo
   }
 #pragma unroll 1
   for (u32 left = to.lanes; left != 0;) {
-    const u64 scales = __shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.scales), ep_pop(left));
-    if (inside) reinterpret_cast<float*>(scales)[block * to.scale_stride] = scale;
+    float* scales =
+        reinterpret_cast<float*>(__shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.scales), ep_pop(left)));
+    if (!inside) continue;
+    if constexpr (kCounted)
+      scales[block * to.scale_stride] = scale;
+    else
+      ptx::store_relaxed_sys(ep_word_of(scales + block * to.scale_stride), ep_something(__float_as_uint(scale)));
   }
 }
 
 // kCount pieces a lane, the first one at byte `at`, those behind `end` left out.
-template <int kCount>
+template <bool kCounted, int kCount>
 __device__ __forceinline__ void ep_put(const EpTargets& to, const EpVector (&pieces)[kCount], i64 at, i64 end) {
 #pragma unroll 1
   for (u32 left = to.lanes; left != 0;) {
     u8* target = reinterpret_cast<u8*>(__shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.data), ep_pop(left))) + at;
 #pragma unroll
     for (int i = 0; i < kCount; ++i)
-      if (at + i * kEpPitch < end) *reinterpret_cast<EpVector*>(target + i * kEpPitch) = pieces[i];
+      if (at + i * kEpPitch < end) ep_put_16<kCounted>(target + i * kEpPitch, pieces[i]);
   }
 }
 
+// Where a row's columns come from: memory of this rank.
+struct EpRow {
+  const u8* data;
+  const float* scales;  // null: none
+  i64 scale_stride;
+
+  // False if it did not come.
+  template <int kCount>
+  __device__ __forceinline__ bool load(EpVector (&pieces)[kCount], i64 at, i64 end, float& scale, int block,
+                                       bool has_scale) const {
+    if (has_scale) scale = scales[block * scale_stride];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (at + i * kEpPitch < end) pieces[i] = ep_load(data + at + i * kEpPitch);
+    return true;
+  }
+};
+
+// Or a slot that tells by itself that it has come, and is empty afterwards.
+struct EpAwaitedRow {
+  const EpCommon& c;
+  int source;
+  u64 expected;
+  u8* data;
+  float* scales;
+
+  template <int kCount>
+  __device__ __forceinline__ bool load(EpVector (&pieces)[kCount], i64 at, i64 end, float& scale, int block,
+                                       bool has_scale) const {
+    const auto look = [&] {
+      const u32 bits = has_scale ? ptx::load_relaxed_sys(ep_word_of(scales + block)) : 0;
+      bool is_here = bits != kEpNothing;
+      scale = __uint_as_float(bits);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (at + i * kEpPitch >= end) continue;
+        pieces[i] = ep_look_at_slot(data + at + i * kEpPitch);
+        is_here = is_here && ep_is_here(pieces[i]);
+      }
+      return is_here;
+    };
+    if (!ep_look_until(c, kEpPhaseTokens, source, expected, look)) return false;
+    if (has_scale) *ep_word_of(scales + block) = kEpNothing;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      if (at + i * kEpPitch < end) ep_empty_slot(data + at + i * kEpPitch);
+    return true;
+  }
+};
+
 // Columns of a row as they are, with scales if there are any.
-template <int kPieces>
-__device__ __noinline__ void ep_copy(const u8* from, const float* scales, i64 scale_stride, EpRange cols, int size,
-                                     const EpTargets to) {
-  constexpr int kBlocks = kPieces * kEpPitch / kQuantizeBlock;
+template <bool kCounted, class Row>
+__device__ __noinline__ bool ep_copy(const Row from, EpRange cols, int size, const EpTargets to) {
+  constexpr int kPieces = kEpDispatchPieces<kCounted>, kBlocks = kPieces * kEpPitch / kQuantizeBlock;
   static_assert(kBlocks <= 32);  // so that the scales of a round are one a lane
   const int lane = threadIdx.x % 32;
   const i64 end = i64(cols.end) * size;
@@ -78,21 +142,21 @@ __device__ __noinline__ void ep_copy(const u8* from, const float* scales, i64 sc
   for (i64 first = i64(cols.begin) * size; first < end; first += kPieces * kEpPitch) {
     const i64 at = first + lane * 16;
     const int block = int(first / kQuantizeBlock) + lane;
-    const bool has_scale = scales && lane < kBlocks && block * kQuantizeBlock < cols.end;
-    const float scale = has_scale ? scales[block * scale_stride] : 0.0f;
+    const bool has_scale = from.scales && lane < kBlocks && block * kQuantizeBlock < cols.end;
+    float scale = 0;
     EpVector pieces[kPieces];
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      if (at + i * kEpPitch < end) pieces[i] = ep_load(from + at + i * kEpPitch);
-    ep_put(to, pieces, at, end);
-    if (scales) ep_put_scales(to, block, has_scale, scale);
+    if (!from.load(pieces, at, end, scale, block, has_scale)) return false;
+    ep_put<kCounted>(to, pieces, at, end);
+    if (from.scales) ep_put_scales<kCounted>(to, block, has_scale, scale);
   }
+  return true;
 }
 
 // Columns of a BF16 row as E4M3.
-template <int kPieces>
+template <bool kCounted>
 __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, bool pow2, const EpTargets to) {
   using Columns = Piece<FloatType::bf16, 16>;    // they become one of ours
+  constexpr int kPieces = kEpDispatchPieces<kCounted> / 2;
   constexpr int kBlocks = 32 / Columns::kLanes;  // of a warp's piece
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -120,9 +184,9 @@ __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, boo
       const float mine = __shfl_sync(0xffffffffu, of_piece, lane % kBlocks * Columns::kLanes);
       if (lane / kBlocks == i) scale = mine;
     }
-    ep_put(to, pieces, col, cols.end);
+    ep_put<kCounted>(to, pieces, col, cols.end);
     const int block = first / kQuantizeBlock + lane;
-    ep_put_scales(to, block, lane < kPieces * kBlocks && block * kQuantizeBlock < cols.end, scale);
+    ep_put_scales<kCounted>(to, block, lane < kPieces * kBlocks && block * kQuantizeBlock < cols.end, scale);
   }
 }
 
@@ -134,10 +198,10 @@ __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token
   const int size = p.x_format == kEpE4m3 ? 1 : 2;
   const u8* data = static_cast<const u8*>(p.x) + token * p.x_stride * size;
   if (ep_quantizes(p))
-    ep_copy_quantized<kEpDispatchPieces<kCounted> / 2>(data, cols, p.pow2_scales, to);
+    ep_copy_quantized<kCounted>(data, cols, p.pow2_scales, to);
   else
-    ep_copy<kEpDispatchPieces<kCounted>>(data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr,
-                                         p.x_scale_stride_col, cols, size, to);
+    ep_copy<kCounted>(EpRow{data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col},
+                      cols, size, to);
 }
 
 // --- sending --------------------------------------------------------------------------------------------------------
@@ -161,26 +225,6 @@ struct EpFlags {
     __syncwarp();
     if (int(threadIdx.x) % 32 < count) ptx::store_release_sys(mine, value);
     count = 0;
-  }
-};
-
-// Few tokens: the last flags of all sending warps, which one of them raises: it takes 3 us until all has been stored, and the
-// others have rows to write.
-struct EpLastFlags {
-  int count;
-  u64* flags[kEpSendWarps * kEpMaxTopk];
-
-  // By the role.
-  __device__ __forceinline__ void raise(const EpRole& role, const EpFlags& of_warp, u64 value) {
-    const int lane = threadIdx.x % 32;
-    int first = 0;
-    if (lane == 0 && of_warp.count > 0) first = atomicAdd(&count, of_warp.count);
-    first = __shfl_sync(0xffffffffu, first, 0);
-    if (lane < of_warp.count) flags[first + lane] = of_warp.mine;
-    if (role.warp() != 0) return ptx::named_barrier_arrive(kEpAllHaveSent, role.num_threads());
-    ptx::named_barrier_sync(kEpAllHaveSent, role.num_threads());
-#pragma unroll 1
-    for (int i = lane; i < count; i += 32) ptx::store_release_sys(flags[i], value);
   }
 };
 
@@ -212,9 +256,11 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
     const EpTargets to = ep_slots(op, token, r);
     next = rank_of(i + step);
     if (to.lanes == 0) continue;
-    const bool is_full = flags.count >= kEpPiecesPerFlag || flags.count + __popc(to.lanes) > 32;
-    if (is_full || shape.log2_parts != 0) flags.raise(ep_flag(op.epoch, p.format, 1));
-    flags.add(to.lanes, ep_piece_flag(op, r, c.rank, token, part));
+    if constexpr (kCounted) {
+      const bool is_full = flags.count >= kEpPiecesPerFlag || flags.count + __popc(to.lanes) > 32;
+      if (is_full || shape.log2_parts != 0) flags.raise(ep_flag(op.epoch, p.format, 1));
+      flags.add(to.lanes, ep_piece_flag(op, r, c.rank, token, part));
+    }
     ep_move_own<kCounted>(p, token, ep_cols(shape, part), to);
   }
 }
@@ -227,7 +273,7 @@ __device__ __forceinline__ bool ep_all_send(const EpDispatchParams& p) {
 // By all warps that send.
 template <bool kCounted>
 __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
-                                               bool only_sends, EpLastFlags& last_flags) {
+                                               bool only_sends) {
   const EpShape& shape = p.c.shape;
   const int receivers = ep_num_receivers(shape), senders = shape.num_senders * kEpDispatchWarps;
   const int first = role.warp() + (only_sends ? (int(blockIdx.x) - receivers) * kEpDispatchWarps
@@ -235,14 +281,12 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   const int step = senders + (ep_all_send(p) ? receivers * kEpSendWarps : 0);
   // Not where the pieces of a token are little; and a token is quantised once, not once for each peer.
   const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);
-  const u64 is_here = ep_flag(op.epoch, p.format, 1);
   EpFlags flags;
 #pragma unroll 1
   for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn) {
     ep_send_pieces<kCounted>(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1, flags);
-    if constexpr (kCounted) flags.raise(is_here);
+    if constexpr (kCounted) flags.raise(ep_flag(op.epoch, p.format, 1));
   }
-  if constexpr (!kCounted) last_flags.raise(role, flags, is_here);
 }
 
 // This CTA's tokens into the L2, while credits are waited for. By a role.

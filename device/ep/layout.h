@@ -12,9 +12,12 @@
 //
 // A slot's number is the token's number at home, in both directions: a slot needs no agreement, only a credit.
 //
+// With many tokens a flag tells that slots have come: it costs 3 us, until all that was stored before it is there. With few
+// nothing does but the slots themselves: each of their words is kEpNothing before it comes, and again when it was read.
+//
 // Work is cut the same way on every rank. CTA c of G owns the tokens [c * n, (c + 1) * n) of each source s, n =
 // ceil(tokens_s / G): all CTAs in combine, in dispatch those that receive. A token may be cut into 2^log2_parts pieces of
-// columns; every piece of dispatch has a flag of its own at the destination.
+// columns; where "counted", every piece of dispatch has a flag of its own at the destination.
 //
 // With many tokens, some CTAs of dispatch only send. Where one CTA does both, its stores to peers, of which a link takes
 // 360 GB/s, stand in the way of those to its own memory.
@@ -30,8 +33,7 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 // Roles of a CTA's warps in dispatch: the first ones send tokens, the others see to routing, and then all write rows.
 constexpr int kEpSendWarps = 8, kEpRouteWarps = 8, kEpDispatchWarps = kEpSendWarps + kEpRouteWarps;
 
-// Flags are raised for so many pieces of a warp together, as a release waits for all of the SM's stores; with few tokens
-// for each, but that one warp raises the last ones of its CTA.
+// Flags are raised for so many pieces of a warp together, as a release waits for all of the SM's stores.
 constexpr int kEpPiecesPerFlag = 8;
 
 // Pieces of 16 bytes that a thread of dispatch has on their way, in registers. With few tokens a warp moves a single part of one,
@@ -44,12 +46,17 @@ struct alignas(16) EpVector {
 constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a thread's pieces to its next
 
 // Combine: a CTA has two halves, which share nothing but their end: warps that sum, one that loads, and a ring of stages.
-// One more warp signals for both. A stage holds a row, or so many columns of one.
+// One more warp signals for both. A stage holds a row, or so many columns of one: as many as its warps sum, kEpSumPieces of 16
+// bytes a thread. With few tokens half of it stays empty, as it would be with half of the columns of 7168.
 constexpr int kEpHalves = 2, kEpSumWarps = 7, kEpCombineWarps = kEpHalves * (kEpSumWarps + 1) + 1;
-constexpr int kEpSumPieces = 4, kEpStageBytes = kEpSumPieces * kEpSumWarps * kEpPitch, kEpStages = 7;
+constexpr int kEpStages = 7;
+template <bool kFew>
+constexpr int kEpSumPieces = kFew ? 2 : 4;
+template <bool kFew>
+constexpr int kEpStageBytes = kEpSumPieces<kFew>* kEpSumWarps* kEpPitch;
 constexpr int kEpUnitsAhead = 8;  // sums whose rows' numbers are on their way to a loading warp
 constexpr int kEpCombineSmemBytes =
-    kEpHalves * (kEpStages * (kEpStageBytes + 72) + kEpUnitsAhead * 32 * 12 + 8 * 64) + 1024;
+    kEpHalves * (kEpStages * (kEpStageBytes<false> + 72) + kEpUnitsAhead * 32 * 12 + 8 * 64) + 1024;
 
 // What is agreed upon by all ranks.
 struct EpShape {
@@ -88,7 +95,7 @@ struct EpLayout {
   i64 epochs;                           // u64 [sequences][G]: operations that a CTA of this rank has finished
   i64 dispatch_credit, combine_credit;  // u64 [R][G]: epoch that a CTA of rank d has finished to read
   i64 route_flags;                      // u64 [R][G]
-  i64 token_flags;                      // u64 [R][T][parts]
+  i64 token_flags;                      // u64 [R][T][parts], where "counted"; else [R], and only the CPU backend's
   i64 sum_flags;                        // u64 [R][G][halves]; where they halve columns, the first is both's
   i64 buffers, buffer_stride;
   i64 headers, choices, weights, counts, tokens, sums;  // within a buffer
@@ -96,7 +103,9 @@ struct EpLayout {
   i64 bytes;                                            // of it all
 };
 
-constexpr i64 ep_pieces_per_rank(const EpShape& s) { return i64(s.max_tokens > 0 ? s.max_tokens : 1) << s.log2_parts; }
+constexpr i64 ep_flags_per_rank(const EpShape& s) {
+  return s.counted ? i64(s.max_tokens > 0 ? s.max_tokens : 1) << s.log2_parts : 1;
+}
 
 constexpr EpLayout ep_layout(const EpShape& s) {
   const i64 ranks = s.num_ranks, peers = ranks - 1, tokens = s.max_tokens;
@@ -109,7 +118,7 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   l.combine_credit = l.dispatch_credit + ep_align_region(ranks * s.num_ctas * 8);
   l.route_flags = l.combine_credit + ep_align_region(ranks * s.num_ctas * 8);
   l.token_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
-  l.sum_flags = l.token_flags + ep_align_region(ranks * ep_pieces_per_rank(s) * 8);
+  l.sum_flags = l.token_flags + ep_align_region(ranks * ep_flags_per_rank(s) * 8);
   l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpHalves * 8);
   l.headers = 0;
   l.choices = ep_align_region(ranks * 8);
@@ -124,6 +133,10 @@ constexpr EpLayout ep_layout(const EpShape& s) {
 
 // Of rank `peer` among all but `rank`.
 constexpr int ep_peer_idx(int rank, int peer) { return peer < rank ? peer : peer - 1; }
+
+// A slot's word that has not come. Nobody sends one: four E4M3 or two BF16, all NaN, of which the last loses its sign.
+constexpr u32 kEpNothing = 0xffffffffu;
+constexpr u32 ep_something(u32 word) { return word == kEpNothing ? word >> 1 : word; }
 
 // --- flags ----------------------------------------------------------------------------------------------------------
 
@@ -189,7 +202,7 @@ struct EpRouteSmem {
   // Of senders.
   i64 own;   // [choices of a CTA]
   i64 sent;  // [2][E], or where "counted" [routing warps][E]
-  i64 seen;  // [R][words]: bits of this CTA's pieces whose flags have been seen
+  i64 seen;  // [R][words] where "counted": bits of this CTA's pieces whose flags have been seen
   // Where scales are staged.
   i64 places;                      // [R][local experts + 1]: of this CTA's rows of a source
   i64 done;                        // [R]: pieces of a source that have been written
@@ -216,7 +229,7 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.own = l.rows + (ranks * choices <= kMaxRows ? ranks * choices : 0);
   l.sent = l.own + choices;
   l.seen = l.sent + (s.counted ? kEpRouteWarps : 2) * s.num_experts;
-  l.places = l.seen + ranks * ep_seen_words(s);
+  l.places = l.seen + (s.counted ? ranks * ep_seen_words(s) : 0);
   l.done = l.places + (s.staged ? ranks * (local_experts + 1) : 0);
   l.staged_rows = l.done + (s.staged ? ranks : 0);
   l.staged_tokens = l.staged_rows + (s.staged ? choices : 0);
@@ -239,19 +252,20 @@ constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, int num_ctas) {
   const i64 begin = i64(piece) * cta;
   return {int(min_of<i64>(begin, num_tokens)), int(min_of<i64>(begin + piece, num_tokens))};
 }
-// What a half of a CTA of combine does: half of the tokens, or where they are few, half of each one's columns.
-constexpr bool ep_halves_columns(const EpShape& s) { return s.max_tokens <= 2 * s.num_ctas; }
+// What a half of a CTA of combine does: half of the tokens, or where they are few, half of each one's columns. There sums
+// tell by themselves that they have come.
+constexpr bool ep_sums_are_few(const EpShape& s) { return s.max_tokens <= 2 * s.num_ctas; }
 constexpr EpRange ep_half(EpRange all, int half, int unit) {
   const int middle = all.begin + ceil_div(all.size(), 2 * unit) * unit;
   return half == 0 ? EpRange{all.begin, min_of(middle, all.end)} : EpRange{min_of(middle, all.end), all.end};
 }
 constexpr EpRange ep_tokens_of_half(const EpShape& s, int num_tokens, int cta, int half) {
   const EpRange tokens = ep_tokens_of_cta(num_tokens, cta, s.num_ctas);
-  return ep_halves_columns(s) ? tokens : ep_half(tokens, half, 1);
+  return ep_sums_are_few(s) ? tokens : ep_half(tokens, half, 1);
 }
 constexpr EpRange ep_bytes_of_half(const EpShape& s, int half) {
   const EpRange row{0, 2 * s.hidden};
-  return ep_halves_columns(s) ? ep_half(row, half, 16) : row;
+  return ep_sums_are_few(s) ? ep_half(row, half, 16) : row;
 }
 // Some tokens, cut into pieces: a token's parts are neighbours.
 struct EpPieces {

@@ -53,11 +53,21 @@ __device__ __noinline__ u64 ep_wait_for_word(const EpCommon& c, u64 epoch, int p
   }
 }
 
+// By one thread: how many tokens the source has, which sends of them what this rank expects. Below 0 if that did not come.
+__device__ __forceinline__ int ep_wait_for_header(const EpDispatchParams& p, const EpOperation& op, int source) {
+  const EpCommon& c = p.c;
+  const u64 seen = ep_wait_for_word(c, op.epoch, source, ep_words_at(op, c.rank, c.layout.headers, source));
+  if (ep_flag_epoch(seen) != op.epoch) return -1;
+  if (ep_flag_format(seen) == ep_sent_format(p)) return ep_flag_count(seen);
+  ep_record(c, kEpMismatch, kEpPhaseRouting, source, ep_flag(op.epoch, ep_sent_format(p), 0), seen, 0);
+  return -1;
+}
+
 // Few tokens: how many choices of each expert every source has, and the choices of this CTA's tokens, into the place of
 // their rows.
-__device__ __forceinline__ bool ep_wait_for_choices(const EpOperation& op, const EpRole& role,
-                                                    const EpRouteState& state) {
-  const EpCommon& c = op.c;
+__device__ __forceinline__ bool ep_wait_for_choices(const EpDispatchParams& p, const EpOperation& op,
+                                                    const EpRole& role, const EpRouteState& state) {
+  const EpCommon& c = p.c;
   const int num_ranks = c.shape.num_ranks, num_local = ep_num_local_experts(c), half = role.num_threads() / 2;
   bool fine = true;
   if (role.thread() < half) {
@@ -76,15 +86,15 @@ __device__ __forceinline__ bool ep_wait_for_choices(const EpOperation& op, const
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int s = (role.thread() - half) / 32; fine && s < num_ranks; s += half / 32) {
-    u64 seen = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.headers, s));
-    fine = __all_sync(0xffffffffu, ep_flag_epoch(seen) == op.epoch);
-    if (lane == 0) state.set_num_tokens(s, fine ? ep_flag_count(seen) : 0);
+    const int num_tokens = ep_wait_for_header(p, op, s);
+    fine = __all_sync(0xffffffffu, num_tokens >= 0);
+    if (lane == 0) state.set_num_tokens(s, fine ? num_tokens : 0);
     __syncwarp();
     const EpRange tokens = state.range(s);
 #pragma unroll 1
     for (int i = lane; fine && i < tokens.size() * c.shape.topk; i += 32) {
       const i64 at = ep_choice(c, s, tokens.begin) + i;
-      seen = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.choices, at));
+      const u64 seen = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.choices, at));
       fine = ep_flag_epoch(seen) == op.epoch;
       state.rows(s)[i] = int(u32(seen));
     }
@@ -137,7 +147,7 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
   if constexpr (kCounted)
     fine = ep_add_counts(op, role, state, shared);
   else
-    fine = ep_wait_for_choices(op, role, state);
+    fine = ep_wait_for_choices(p, op, role, state);
   if (!role.all(fine, &shared.failed)) return false;
   const auto count = [&](int e) {
     int sum = 0;
@@ -238,6 +248,11 @@ __device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, co
                                                    const EpRouteState& state, EpShared& shared) {
   if (!p.route) {
     ep_recall_routing(p.c, role, state);
+    if constexpr (!kCounted) {
+      const int source = role.thread();
+      const bool fine = source >= p.c.shape.num_ranks || ep_wait_for_header(p, op, source) >= 0;
+      if (!role.all(fine, &shared.failed)) return false;
+    }
   } else {
     if (!ep_place_experts<kCounted>(p, op, role, state, shared)) return false;
     if constexpr (kCounted)

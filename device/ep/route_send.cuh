@@ -18,11 +18,12 @@ __device__ __forceinline__ float ep_own_weight(const EpDispatchParams& p, int be
   return p.topk_weights ? p.topk_weights[(begin + token) * p.weights_stride + i - token * topk] : 1.0f;
 }
 
-__device__ __forceinline__ void ep_send_header(const EpOperation& op, const EpRole& role) {
+// How many tokens this rank has, and what it sends of them.
+__device__ __forceinline__ void ep_send_header(const EpDispatchParams& p, const EpOperation& op, const EpRole& role) {
   const int rank = role.thread();
   if (blockIdx.x == 0 && rank < op.c.shape.num_ranks)
     ptx::store_relaxed_sys(ep_words_at(op, rank, op.c.layout.headers, op.c.rank),
-                           ep_flag(op.epoch, kEpRouting, op.c.num_tokens));
+                           ep_flag(op.epoch, ep_sent_format(p), op.c.num_tokens));
 }
 
 // Numbers choices, experts or below 0, in order: next[e] is the next choice's number of e; `put` gets place, expert and
@@ -173,14 +174,14 @@ __device__ __forceinline__ void ep_send_routing(const EpDispatchParams& p, const
   const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, ep_num_receivers(p.c.shape));
   if constexpr (kCounted)
     ep_load_choices(p, role, state, tokens);
-  else
+  else if (p.route)
     ep_count_choices(p, role, state, tokens);
   ptx::named_barrier_sync(kEpMaySend, 32 * kEpDispatchWarps);
   if (ep_look(*failed) != 0) return;
-  ep_send_header(op, role);
+  ep_send_header(p, op, role);
   if constexpr (kCounted)
     ep_send_counted(p, op, role, state, tokens);
-  else
+  else if (p.route)
     ep_send_choices(p, op, role, state, tokens);
 }
 

@@ -46,10 +46,8 @@ enum EpBarrier : int {
   kEpAllWarps,
   kEpSenders,
   kEpRouters,
-  kEpAllHaveSent,    // the first sending warp, for the others
-  kEpMaySend,        // those that route, until the others know that all may send
-  kEpKnownToFirst,   // the first sending warp, until rows are known
-  kEpKnownToOthers,  // the other ones
+  kEpMaySend,  // those that route, until the others know that all may send
+  kEpKnown,    // the others, until rows are known
 };
 
 // What a CTA's warps share beside it. All 0 at the start.
@@ -81,6 +79,8 @@ __device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 toke
   const i64 expert = p.idx_is_64 ? static_cast<const i64*>(p.topk_idx)[at] : static_cast<const int*>(p.topk_idx)[at];
   return expert < 0 || expert >= p.c.first_expert[p.c.shape.num_ranks] ? -1 : int(expert);
 }
+
+__device__ __forceinline__ EpFormat ep_sent_format(const EpDispatchParams& p) { return p.copy ? p.format : kEpRouting; }
 
 // By the whole role: until all peers have read what was sent before.
 __device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {

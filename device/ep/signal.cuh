@@ -4,6 +4,7 @@
 // takes 0.6 us less than a fence before a plain store.
 // Who waits: lane 0 loads the flag with ld.acquire.sys until it is there, and the warp meets at __syncwarp. So all that
 // the sending warp stored before is visible to all of the waiting warp. A CTA does the same with a barrier instead.
+// Where few tokens are sent, slots are waited for word by word (layout.h), and nothing is released.
 //
 // A wait ends when the flag comes, when the time is over, or when somebody has set the rank's stop word: the first wait
 // that fails sets it, so that all others of the kernel leave at once. Nothing traps: the kernel ends, and the host
@@ -176,7 +177,7 @@ __device__ __forceinline__ void ep_load_ahead(int first, int step, int count, Lo
 __device__ __forceinline__ u64* ep_piece_flag(const EpOperation& op, int at, int source, i64 token, int part) {
   const EpShape& shape = op.c.shape;
   return op.word(at, op.c.layout.token_flags,
-                 int(source * ep_pieces_per_rank(shape) + (token << shape.log2_parts) + part));
+                 int(source * ep_flags_per_rank(shape) + (token << shape.log2_parts) + part));
 }
 
 // Pieces that all warps of a CTA share: each takes the next one when it has done with the last. `next` is shared memory,
@@ -191,6 +192,36 @@ __device__ __forceinline__ int ep_take(int* next) {
 __device__ __forceinline__ EpVector ep_load(const u8* from) {
   const uint4 v = ptx::load_cg_16(from);
   return {{v.x, v.y, v.z, v.w}};
+}
+
+// --- slots that tell by themselves that they have come --------------------------------------------------------------
+
+// 16 bytes of a slot, of which any word may be missing.
+__device__ __forceinline__ EpVector ep_look_at_slot(const u8* from) {
+  const uint4 v = ptx::load_relaxed_sys_16(from);
+  return {{v.x, v.y, v.z, v.w}};
+}
+__device__ __forceinline__ bool ep_is_here(const EpVector& v) {
+  return v.word[0] != kEpNothing && v.word[1] != kEpNothing && v.word[2] != kEpNothing && v.word[3] != kEpNothing;
+}
+// What was read; the credit that follows lets the peer send again.
+__device__ __forceinline__ void ep_empty_slot(u8* at) {
+  *reinterpret_cast<EpVector*>(at) = {{kEpNothing, kEpNothing, kEpNothing, kEpNothing}};
+}
+__device__ __forceinline__ void ep_put_into_slot(u8* at, const EpVector& v) {
+  ptx::store_relaxed_sys_16(
+      at, {ep_something(v.word[0]), ep_something(v.word[1]), ep_something(v.word[2]), ep_something(v.word[3])});
+}
+__device__ __forceinline__ u32* ep_word_of(float* p) { return reinterpret_cast<u32*>(p); }
+
+// look() until it is true in all lanes. By a warp; false if the peer's data did not come in time.
+template <class Look>
+__device__ __forceinline__ bool ep_look_until(const EpCommon& c, EpPhase phase, int peer, u64 expected, Look look) {
+  EpPatience patience(c, phase, peer, expected);
+#pragma unroll 1
+  while (!__all_sync(0xffffffffu, look()))
+    if (!__all_sync(0xffffffffu, patience.lasts(kEpNothing))) return false;
+  return true;
 }
 
 // --- the choices of a token, one a lane -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ u8* token_slot(const EpOperation& op, const EpCommon& c, int at, int source, i64
 }
 
 /// One for all of a source's tokens: it counts them.
-int token_flag_idx(const EpCommon& c, int source) { return int(source * ep_pieces_per_rank(c.shape)); }
+int token_flag_idx(const EpCommon& c, int source) { return int(source * ep_flags_per_rank(c.shape)); }
 
 i64 element_size(EpFormat format) { return format == kEpE4m3 ? 1 : 2; }
 

@@ -89,13 +89,21 @@ Block import_block(const std::string& description, Device device) {
           }};
 }
 
+void fill(const Block& block, Device device, std::size_t begin, std::size_t bytes, int value) {
+  if (device.type == DeviceType::cpu) {
+    std::memset(static_cast<u8*>(block.get()) + begin, value, bytes);
+    return;
+  }
+  const cuda::ContextGuard context(device.index);
+  PrivateStream().set(address(block) + begin, value, bytes);
+}
+
 void set_stop_word(const Block& block, Device device, int value) {
   if (device.type == DeviceType::cpu) {
     std::atomic_ref(static_cast<EpWords*>(block.get())->stop).store(value, std::memory_order_release);
     return;
   }
-  const cuda::ContextGuard context(device.index);
-  PrivateStream().set(address(block), value, 1);
+  fill(block, device, 0, 1, value);
 }
 
 }  // namespace phalanx::ep

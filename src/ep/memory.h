@@ -18,6 +18,9 @@ void enable_peer_access(int from, int to);
 std::string export_block(const Block& block, Device device);
 Block import_block(const std::string& description, Device device);
 
+/// Makes so many bytes from `begin` on `value`, and waits until they are.
+void fill(const Block& block, Device device, std::size_t begin, std::size_t bytes, int value);
+
 /// Writes the first byte, past all kernels that are running.
 void set_stop_word(const Block& block, Device device, int value);
 

@@ -20,8 +20,9 @@ KernelSource ep_dispatch_source(bool counted) {
   return ep_source(counted ? "ep_dispatch_counted" : "ep_dispatch", "dispatch",
                    counted ? "ep_dispatch<true>" : "ep_dispatch<false>", "EpDispatchParams", "kEpDispatchWarps");
 }
-KernelSource ep_combine_source() {
-  return ep_source("ep_combine", "combine", "ep_combine", "EpCombineParams", "kEpCombineWarps");
+KernelSource ep_combine_source(bool few) {
+  return ep_source(few ? "ep_combine_few" : "ep_combine", "combine", few ? "ep_combine<true>" : "ep_combine<false>",
+                   "EpCombineParams", "kEpCombineWarps");
 }
 
 }  // namespace phalanx::jit

@@ -23,7 +23,7 @@ KernelSource route_and_permute_source(bool quantize);
 KernelSource unpermute_source(const UnpermuteConfig& config);
 KernelSource unpermute_backward_source(const UnpermuteConfig& config);
 KernelSource ep_dispatch_source(bool counted);
-KernelSource ep_combine_source();
+KernelSource ep_combine_source(bool few);
 
 /// Everything that any planner can return, each once.
 std::vector<KernelSource> all_kernels();

@@ -9,6 +9,7 @@
 #include "cuda/driver.h"
 #include "device/ep/params.h"
 #include "ep/group.h"
+#include "ep/memory.h"
 #include "jit/kernels.h"
 #include "ops/check.h"
 #include "ops/check_ep.h"
@@ -185,8 +186,14 @@ struct ExpertParallel::Impl {
       const cuda::ContextGuard context(g.device.index);
       dispatch_kernel =
           &load_kernel(g.device.index, jit::ep_dispatch_source(shape.counted), static_cast<int>(kEpMaxSmemBytes));
-      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(), kEpCombineSmemBytes);
+      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(ep_sums_are_few(shape)),
+                                    kEpCombineSmemBytes);
     }
+    const EpLayout& l = common.layout;
+    for (int i = 0; i < shape.num_buffers; ++i)  // slots, byte for byte of kEpNothing
+      ep::fill(memory->blocks[g.rank], g.device, l.buffers + i * l.buffer_stride + l.tokens, l.buffer_stride - l.tokens,
+               int(kEpNothing & 0xff));
+    g.barrier();  // nobody sends before
   }
 
   int num_local_experts() const { return ep_num_local_experts(common); }
