@@ -7,6 +7,7 @@
 //   routing warps   topk_idx ---------------------------------> peers' choices, weights;   route flags
 //                   choices --> rows of all tokens (route.cuh)
 //   all warps       x[t] of this rank, then slots as they come --> rows; those that have sent: scales, MN-major
+//                   (few tokens: this rank's by slots as well, which are faster to read than x is to quantise again)
 //                   all read --> credits, behind which peers may send again into the same buffer
 //
 // With many tokens, x[t] is sent by CTAs that do nothing else, to one peer after the other: rank r to r + 1, r + 2, ...,
@@ -84,12 +85,11 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   const EpRange cols = ep_cols(c.shape, pieces.part(i));
   const int row = lane < c.shape.topk ? state.rows(source)[number * c.shape.topk + lane] : kEpNotHere;
   const EpTargets to = ep_rows(p, row, kCounted && c.shape.staged ? state.stage(turn, number) : nullptr);
-  if (source == c.rank) {
+  if (kCounted && source == c.rank) {
     if (to.lanes != 0) ep_move_own<kCounted>(p, token, cols, to);
     return true;
   }
-  const i64 at = i64(ep_peer_idx(c.rank, source)) * c.shape.max_tokens + token;
-  u8* slot = op.buffer(c.rank, c.layout.tokens) + at * c.layout.token_slot;
+  u8* slot = ep_dispatch_slot<kCounted>(op, c.rank, source, token);
   float* scales = size == 1 ? reinterpret_cast<float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
   const u64 is_here = ep_flag(op.epoch, p.format, 1);
   if constexpr (kCounted) {
@@ -206,6 +206,10 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   const bool routes = c.send && (p.route || !kCounted) && !only_sends;  // there is a header, be it only that
   const EpRole sender{kEpSenders, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
   const EpRole router{kEpRouters, kEpSendWarps, kEpRouteWarps}, first_half{kEpSenders, 0, kEpSendWarps};
+  const auto keep = [&](const EpRole& keeper, const EpRole& publisher) {
+    if (keeper.has_this_warp() && !ep_keep_rows<kCounted>(p, recv, keeper, state)) shared.failed = 1;
+    if (publisher.has_this_warp() && blockIdx.x == 0) ep_publish_routing(p, publisher, state);
+  };
   bool known = false;  // the same in all threads
   if (int(threadIdx.x) < sender.num_threads()) {
     if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);
@@ -216,8 +220,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if (receives) {
       known = ep_await_routing(shared);
-      if (known && !ep_keep_rows<kCounted>(p, recv, first_half, state)) shared.failed = 1;
-      if (known && blockIdx.x == 0) ep_publish_routing(p, first_half, state);
+      if (kCounted && known) keep(first_half, first_half);
     }
   } else {
     if (routes) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
@@ -225,6 +228,8 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
       known = ep_receive_routing<kCounted>(p, recv, router, state, shared);
       ep_say_routing();
       if (known && p.copy) ep_write_padding(p, router, state);
+      // With few tokens it takes as long to keep a token's rows as to write them: one warp does, one publishes.
+      if (!kCounted && known) keep({kEpRouters, kEpSendWarps, 1}, {kEpRouters, kEpSendWarps + 1, 1});
     }
   }
   if (known && p.copy) ep_receive_tokens<kCounted>(p, recv, state, shared, first_half);

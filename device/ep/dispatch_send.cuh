@@ -18,16 +18,15 @@ struct EpTargets {
   float* stage;
 };
 
-// The slots at rank `r`, one a lane; where it is this rank, none.
+// The slots at rank `r`, one a lane; below 0 none.
+template <bool kCounted>
 __device__ __forceinline__ EpTargets ep_slots(const EpOperation& op, i64 token, int r) {
-  const EpCommon& c = op.c;
   const int lane = threadIdx.x % 32;
   const bool is_first = __ffs(__match_any_sync(0xffffffffu, r)) - 1 == lane;  // of those with the same rank
-  EpTargets to{__ballot_sync(0xffffffffu, is_first && r != c.rank), nullptr, nullptr, 1, nullptr};
-  if (r == c.rank) return to;
-  to.data =
-      op.buffer(r, c.layout.tokens) + (i64(ep_peer_idx(r, c.rank)) * c.shape.max_tokens + token) * c.layout.token_slot;
-  to.scales = reinterpret_cast<float*>(to.data + ep_scales_offset(c.shape.hidden));
+  EpTargets to{__ballot_sync(0xffffffffu, is_first && r >= 0), nullptr, nullptr, 1, nullptr};
+  if (r < 0) return to;
+  to.data = ep_dispatch_slot<kCounted>(op, r, op.c.rank, token);
+  to.scales = reinterpret_cast<float*>(to.data + ep_scales_offset(op.c.shape.hidden));
   return to;
 }
 
@@ -244,16 +243,15 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
   };
   const auto rank_of = [&](int i) {  // of this lane's choice, if the piece goes there
     const int token = token_of(i);
-    if (i >= count || lane >= shape.topk || token >= c.num_tokens) return c.rank;
-    const int expert = ep_own_expert(p, token, lane);
-    const int r = expert < 0 ? c.rank : ep_rank_of(c.first_expert, shape.num_ranks, expert);
-    return only < 0 || r == only ? r : c.rank;
+    if (i >= count || lane >= shape.topk || token >= c.num_tokens) return -1;
+    const int r = ep_rank_of(c.first_expert, shape.num_ranks, ep_own_expert(p, token, lane));
+    return (kCounted && r == c.rank) || (only >= 0 && r != only) ? -1 : r;
   };
   int next = rank_of(first);
 #pragma unroll 1
   for (int i = first; i < count; i += step) {
     const int r = next, token = token_of(i), part = i & ((1 << shape.log2_parts) - 1);
-    const EpTargets to = ep_slots(op, token, r);
+    const EpTargets to = ep_slots<kCounted>(op, token, r);
     next = rank_of(i + step);
     if (to.lanes == 0) continue;
     if constexpr (kCounted) {

@@ -7,7 +7,8 @@
 //                     weights  [R][T][K]      s's topk_weights, each with the epoch; not where "counted"
 //                     counts   [R][E]         s's choices of this rank's experts, with the epoch
 //                              [R][G][E]      where "counted": by the tokens of s's CTA
-//                     tokens   [R - 1][T]     dispatch slots: s's token t, if it has an expert on d
+//                     tokens   [R][T]         dispatch slots: s's token t, if it has an expert on d
+//                              [R - 1][T]     where "counted": d's own tokens need none
 //                     sums     [R - 1][T]     combine slots: what rank s has summed for d's token t
 //
 // A slot's number is the token's number at home, in both directions: a slot needs no agreement, only a credit.
@@ -125,7 +126,7 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   l.weights = l.choices + choices;
   l.counts = l.weights + choices;
   l.tokens = l.counts + ep_align_region(ranks * s.max_local_experts * (s.counted ? 4 * s.num_ctas : 8));
-  l.sums = l.tokens + ep_align_region(peers * tokens * l.token_slot);
+  l.sums = l.tokens + ep_align_region((s.counted ? peers : ranks) * tokens * l.token_slot);
   l.buffer_stride = l.sums + ep_align_region(peers * tokens * l.sum_slot);
   l.bytes = l.buffers + s.num_buffers * l.buffer_stride;
   return l;

@@ -272,35 +272,33 @@ template <bool kCounted>
 __device__ __forceinline__ bool ep_keep_rows(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                              const EpRouteState& state) {
   const EpCommon& c = p.c;
-  const EpShare share(role, c.shape.num_ranks);
+  const int per_source = ep_choices_per_cta(c.shape);
   bool fine = true;
 #pragma unroll 1
-  for (int s = share.source; s < c.shape.num_ranks; s += share.num_groups) {
+  for (int n = role.thread(); fine && n < c.shape.num_ranks * per_source; n += role.num_threads()) {
+    const int s = n / per_source, i = n - s * per_source;
     const EpRange tokens = state.range(s);
-    const int* rows = state.rows(s);
-    const i64 base = ep_choice(c, s, tokens.begin);
-    int* handle_rows = c.handle + c.handle_layout.rows + base;
-    float* weights = reinterpret_cast<float*>(c.handle + c.handle_layout.weights) + base;
-#pragma unroll 1
-    for (int i = share.first; fine && i < tokens.size() * c.shape.topk; i += share.step) {
-      float weight;
-      if (!p.route) {
-        weight = weights[i];
+    if (i >= tokens.size() * c.shape.topk) continue;
+    const i64 at = ep_choice(c, s, tokens.begin) + i;
+    const int row = state.rows(s)[i];
+    float& kept = reinterpret_cast<float*>(c.handle + c.handle_layout.weights)[at];
+    float weight;
+    if (!p.route) {
+      weight = kept;
+    } else {
+      u64 word;
+      if constexpr (kCounted) {
+        word = ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, at));
+        weight = __uint_as_float(u32(word >> 32));
       } else {
-        u64 word;
-        if constexpr (kCounted) {
-          word = ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, base + i));
-          weight = __uint_as_float(u32(word >> 32));
-        } else {
-          word = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.weights, base + i));
-          fine = ep_flag_epoch(word) == op.epoch;
-          weight = __uint_as_float(u32(word));
-        }
-        handle_rows[i] = rows[i];
-        weights[i] = weight;
+        word = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.weights, at));
+        fine = ep_flag_epoch(word) == op.epoch;
+        weight = __uint_as_float(u32(word));
       }
-      if (p.row_weights && rows[i] >= 0 && rows[i] < p.capacity) p.row_weights[rows[i]] = weight;
+      c.handle[c.handle_layout.rows + at] = row;
+      kept = weight;
     }
+    if (p.row_weights && row >= 0 && row < p.capacity) p.row_weights[row] = weight;
   }
   return fine;
 }

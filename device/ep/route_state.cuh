@@ -82,6 +82,14 @@ __device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 toke
 
 __device__ __forceinline__ EpFormat ep_sent_format(const EpDispatchParams& p) { return p.copy ? p.format : kEpRouting; }
 
+// The slot at rank `at` for the token of rank `from`.
+template <bool kCounted>
+__device__ __forceinline__ u8* ep_dispatch_slot(const EpOperation& op, int at, int from, i64 token) {
+  const EpCommon& c = op.c;
+  const i64 source = kCounted ? ep_peer_idx(at, from) : from;
+  return op.buffer(at, c.layout.tokens) + (source * c.shape.max_tokens + token) * c.layout.token_slot;
+}
+
 // By the whole role: until all peers have read what was sent before.
 __device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
   const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit,

@@ -108,6 +108,7 @@ struct EpRole {
   __device__ __forceinline__ int warp() const { return int(threadIdx.x) / 32 - first_warp; }
   __device__ __forceinline__ int thread() const { return int(threadIdx.x) - first_warp * 32; }
   __device__ __forceinline__ int num_threads() const { return num_warps * 32; }
+  __device__ __forceinline__ bool has_this_warp() const { return warp() >= 0 && warp() < num_warps; }
   __device__ __forceinline__ void sync() const { ptx::named_barrier_sync(barrier, num_threads()); }
 
   // True in all threads if it is in each; else `failed`, shared memory, becomes 1.
