@@ -277,8 +277,8 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   const int first = role.warp() + (only_sends ? (int(blockIdx.x) - receivers) * kEpDispatchWarps
                                               : senders + int(blockIdx.x) * kEpSendWarps);
   const int step = senders + (ep_all_send(p) ? receivers * kEpSendWarps : 0);
-  // Not where the pieces of a token are little; and a token is quantised once, not once for each peer.
-  const bool in_turns = shape.log2_parts == 0 && !ep_quantizes(p);
+  // Not where tokens are few or their pieces little; and a token is quantised once, not once for each peer.
+  const bool in_turns = kCounted && shape.log2_parts == 0 && !ep_quantizes(p);
   EpFlags flags;
 #pragma unroll 1
   for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn) {

@@ -36,11 +36,11 @@ class Simulated : public ::testing::TestWithParam<Ctas> {
 TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
   std::mt19937 rng(kSeed + GetParam().all);
   for (const int n : {1, 3}) {
-    for (const bool latency : {false, true}) {
+    for (const auto [max_tokens, latency] : {std::pair{24, false}, {5, true}, {2, false}}) {
       const ExpertParallelConfig config{.hidden = int(1 + rng() % 40) * 16,
                                         .num_experts = int(1 + rng() % 20),
                                         .topk = int(1 + rng() % 8),
-                                        .max_tokens = latency ? 5 : 24,
+                                        .max_tokens = max_tokens,
                                         .dtype = DType::bf16,
                                         .latency = latency,
                                         .alignment = int(1 + rng() % 8)};
