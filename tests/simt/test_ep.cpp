@@ -36,7 +36,7 @@ class Simulated : public ::testing::TestWithParam<Ctas> {
 TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
   std::mt19937 rng(kSeed + GetParam().all);
   for (const int n : {1, 3}) {
-    for (const auto [max_tokens, latency] : {std::pair{24, false}, {5, true}, {2, false}}) {
+    for (const auto& [max_tokens, latency] : {std::pair{24, false}, {5, true}, {2, false}}) {
       const ExpertParallelConfig config{.hidden = int(1 + rng() % 40) * 16,
                                         .num_experts = int(1 + rng() % 20),
                                         .topk = int(1 + rng() % 8),
