@@ -114,19 +114,22 @@ __device__ __forceinline__ void ep_write_staged_scales(const EpDispatchParams& p
   const i64 base = ep_choice(c, source, tokens.begin);
   const int* rows = state.rows(source);
   const int* places = c.handle + c.handle_layout.places + base;
+  struct Placed {
+    int row, place;
+  };
   if (role.thread() == 0) {
     ep_wait_in_cta(&state.done(source), ep_pieces(c.shape, tokens).count(), &shared.failed);
     shared.num_staged = 0;
   }
   role.sync();
-#pragma unroll 4
-  for (int i = role.thread(); i < tokens.size() * c.shape.topk; i += role.num_threads()) {
-    const int row = rows[i];
-    if (row == kEpNotHere) continue;
-    state.staged_rows()[places[i]] = row;
-    state.staged_tokens()[places[i]] = i / c.shape.topk;
-    atomicAdd(&shared.num_staged, 1);
-  }
+  ep_load_ahead(
+      role.thread(), role.num_threads(), tokens.size() * c.shape.topk, [&](int i) { return Placed{rows[i], places[i]}; },
+      [&](int i, Placed choice) {
+        if (choice.row == kEpNotHere) return;
+        state.staged_rows()[choice.place] = choice.row;
+        state.staged_tokens()[choice.place] = i / c.shape.topk;
+        atomicAdd(&shared.num_staged, 1);
+      });
   role.sync();
   const int count = ep_look(shared.num_staged), blocks = ceil_div(c.shape.hidden, kQuantizeBlock);
 #pragma unroll 1
@@ -217,19 +220,20 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     const bool may_send = (sends || routes) && ep_may_send(send, sender, &shared.failed);
     if (routes) ptx::named_barrier_arrive(kEpMaySend, 32 * kEpDispatchWarps);
     if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends);
+    if (receives) known = ep_await_routing(shared);
+    // Not before: a release waits for what has been sent, and all would wait for this warp.
     if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
-    if (receives) {
-      known = ep_await_routing(shared);
-      if (kCounted && known) keep(first_half, first_half);
-    }
+    if (kCounted && known) keep(first_half, first_half);
   } else {
     if (routes) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
     if (receives) {
       known = ep_receive_routing<kCounted>(p, recv, router, state, shared);
       ep_say_routing();
       if (known && p.copy) ep_write_padding(p, router, state);
-      // With few tokens it takes as long to keep a token's rows as to write them: one warp does, one publishes.
-      if (!kCounted && known) keep({kEpRouters, kEpSendWarps, 1}, {kEpRouters, kEpSendWarps + 1, 1});
+      // With few tokens it takes as long to keep a token's rows as to write them: not all warps do.
+      if (!kCounted && known)
+        keep({kEpRouters, kEpSendWarps, min_of(c.shape.num_ranks, kEpRouteWarps)},
+             {kEpRouters, kEpDispatchWarps - 1, 1});
     }
   }
   if (known && p.copy) ep_receive_tokens<kCounted>(p, recv, state, shared, first_half);

@@ -244,7 +244,7 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
   const auto rank_of = [&](int i) {  // of this lane's choice, if the piece goes there
     const int token = token_of(i);
     if (i >= count || lane >= shape.topk || token >= c.num_tokens) return -1;
-    const int r = ep_rank_of(c.first_expert, shape.num_ranks, ep_own_expert(p, token, lane));
+    const int r = ep_rank_of(c.first_expert, shape.num_ranks, ep_expert_of(p, ep_load_choice(p, token, lane)));
     return (kCounted && r == c.rank) || (only >= 0 && r != only) ? -1 : r;
   };
   int next = rank_of(first);

@@ -124,12 +124,12 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
     const int source = i / num_local, e = i - source * num_local;
     const int* column = counts + i64(source) * num_ctas * c.shape.max_local_experts + e;
     int total = 0, before = 0;
-#pragma unroll 16
-    for (int cta = 0; cta < num_receivers; ++cta) {
-      const int count = column[i64(cta) * c.shape.max_local_experts];
-      total += count;
-      before += cta < int(blockIdx.x) ? count : 0;
-    }
+    ep_load_ahead<16>(
+        0, 1, num_receivers, [&](int cta) { return column[i64(cta) * c.shape.max_local_experts]; },
+        [&](int cta, int count) {
+          total += count;
+          before += cta < int(blockIdx.x) ? count : 0;
+        });
     state.total(0)[i] = total;
     state.before(0)[i] = before;
     if (c.shape.staged) state.places(source)[e] = column[i64(blockIdx.x) * c.shape.max_local_experts];
@@ -236,8 +236,9 @@ __device__ __forceinline__ void ep_recall_routing(const EpCommon& c, const EpRol
 #pragma unroll 1
   for (int s = share.source; state.has_rows() && s < c.shape.num_ranks; s += share.num_groups) {
     const int* rows = c.handle + c.handle_layout.rows + ep_choice(c, s, state.range(s).begin);
-#pragma unroll 4
-    for (int i = share.first; i < state.range(s).size() * c.shape.topk; i += share.step) state.rows(s)[i] = rows[i];
+    ep_load_ahead(
+        share.first, share.step, state.range(s).size() * c.shape.topk, [&](int i) { return rows[i]; },
+        [&](int i, int row) { state.rows(s)[i] = row; });
   }
 }
 
@@ -272,33 +273,38 @@ template <bool kCounted>
 __device__ __forceinline__ bool ep_keep_rows(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                              const EpRouteState& state) {
   const EpCommon& c = p.c;
-  const int per_source = ep_choices_per_cta(c.shape);
+  struct Kept {
+    int row;
+    u64 word;
+  };
+  const EpShare share(role, c.shape.num_ranks);
+  const i64 words = kCounted ? c.layout.choices : c.layout.weights;
   bool fine = true;
 #pragma unroll 1
-  for (int n = role.thread(); fine && n < c.shape.num_ranks * per_source; n += role.num_threads()) {
-    const int s = n / per_source, i = n - s * per_source;
+  for (int s = share.source; s < c.shape.num_ranks; s += share.num_groups) {
     const EpRange tokens = state.range(s);
-    if (i >= tokens.size() * c.shape.topk) continue;
-    const i64 at = ep_choice(c, s, tokens.begin) + i;
-    const int row = state.rows(s)[i];
-    float& kept = reinterpret_cast<float*>(c.handle + c.handle_layout.weights)[at];
-    float weight;
-    if (!p.route) {
-      weight = kept;
-    } else {
-      u64 word;
-      if constexpr (kCounted) {
-        word = ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, at));
-        weight = __uint_as_float(u32(word >> 32));
-      } else {
-        word = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.weights, at));
-        fine = ep_flag_epoch(word) == op.epoch;
-        weight = __uint_as_float(u32(word));
-      }
-      c.handle[c.handle_layout.rows + at] = row;
-      kept = weight;
-    }
-    if (p.row_weights && row >= 0 && row < p.capacity) p.row_weights[row] = weight;
+    const int* rows = state.rows(s);
+    const i64 base = ep_choice(c, s, tokens.begin);
+    int* handle_rows = c.handle + c.handle_layout.rows + base;
+    float* weights = reinterpret_cast<float*>(c.handle + c.handle_layout.weights) + base;
+    const u64* sent = ep_words_at(op, c.rank, words, base);
+    ep_load_ahead<kCounted ? 4 : 1>(
+        share.first, share.step, tokens.size() * c.shape.topk,
+        [&](int i) {
+          return Kept{rows[i], p.route ? ptx::load_relaxed_sys(sent + i) : u64(__float_as_uint(weights[i]))};
+        },
+        [&](int i, Kept kept) {
+          if (!kCounted && p.route && ep_flag_epoch(kept.word) != op.epoch) {
+            if (fine) kept.word = ep_wait_for_word(c, op.epoch, s, sent + i);
+            fine = ep_flag_epoch(kept.word) == op.epoch;
+          }
+          const float weight = __uint_as_float(u32(kCounted && p.route ? kept.word >> 32 : kept.word));
+          if (p.route) {
+            handle_rows[i] = kept.row;
+            weights[i] = weight;
+          }
+          if (p.row_weights && kept.row >= 0 && kept.row < p.capacity) p.row_weights[kept.row] = weight;
+        });
   }
   return fine;
 }

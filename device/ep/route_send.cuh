@@ -8,14 +8,17 @@ __device__ __forceinline__ u64* ep_words_at(const EpOperation& op, int rank, i64
   return reinterpret_cast<u64*>(op.buffer(rank, region)) + at;
 }
 
-// Of this rank's choice number i, from token `begin` on.
-__device__ __forceinline__ int ep_own_choice(const EpDispatchParams& p, int begin, int i) {
-  const int topk = p.c.shape.topk, token = i / topk;
-  return ep_own_expert(p, begin + token, i - token * topk);
+// use(i, load(token, k)) for the choices k of these tokens, i = 0 for the first token's first. A warp takes as many tokens at
+// once as it has lanes for: a division takes a while.
+template <class Load, class Use>
+__device__ __forceinline__ void ep_each_choice(const EpRole& role, int topk, EpRange tokens, Load load, Use use) {
+  const int lane = threadIdx.x % 32, at_once = 32 / topk, mine = lane / topk, k = lane - mine * topk;
+  ep_load_ahead(
+      mine < at_once ? role.warp() * at_once + mine : tokens.size(), role.num_warps * at_once, tokens.size(),
+      [&](int t) { return load(tokens.begin + t, k); }, [&](int t, auto value) { use(t * topk + k, value); });
 }
-__device__ __forceinline__ float ep_own_weight(const EpDispatchParams& p, int begin, int i) {
-  const int topk = p.c.shape.topk, token = i / topk;
-  return p.topk_weights ? p.topk_weights[(begin + token) * p.weights_stride + i - token * topk] : 1.0f;
+__device__ __forceinline__ float ep_own_weight(const EpDispatchParams& p, int token, int k) {
+  return p.topk_weights ? p.topk_weights[token * p.weights_stride + k] : 1.0f;
 }
 
 // How many tokens this rank has, and what it sends of them.
@@ -55,11 +58,12 @@ __device__ __forceinline__ void ep_count_choices(const EpDispatchParams& p, cons
                                                  const EpRouteState& state, EpRange tokens) {
   const EpCommon& c = p.c;
   const EpShape& shape = c.shape;
-  const int num_choices = tokens.size() * shape.topk, begin = tokens.begin * shape.topk, step = role.num_threads();
+  const int num_choices = tokens.size() * shape.topk, begin = tokens.begin * shape.topk;
   int *experts = c.handle + c.handle_layout.experts + begin, *total = state.sent(0), *before = state.sent(1);
-  ep_load_ahead(
-      role.thread(), step, c.num_tokens * shape.topk, [&](int i) { return ep_own_choice(p, 0, i); },
-      [&](int i, int expert) {
+  ep_each_choice(
+      role, shape.topk, {0, c.num_tokens}, [&](int token, int k) { return ep_load_choice(p, token, k); },
+      [&](int i, EpChoice choice) {
+        const int expert = ep_expert_of(p, choice);
         if (expert >= 0) atomicAdd(&total[expert], 1);
         if (expert >= 0 && i < begin) atomicAdd(&before[expert], 1);
         if (i >= begin && i < begin + num_choices) state.own()[i - begin] = experts[i - begin] = expert;
@@ -94,13 +98,15 @@ __device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const
         ep_words_at(op, r, c.layout.counts, c.rank * shape.max_local_experts + e - c.first_expert[r]),
         ep_word(op.epoch, u32(total[e])));
   }
+  ep_each_choice(
+      EpRole{kEpRouters, role.first_warp + 1, role.num_warps - 1}, shape.topk, tokens,
+      [&](int token, int k) { return ep_own_weight(p, token, k); },
+      [&](int i, float weight) {
 #pragma unroll 1
-  for (int i = role.thread() - 32; i < num_choices; i += step - 32) {
-    const u64 word = ep_word(op.epoch, __float_as_uint(ep_own_weight(p, tokens.begin, i)));
-#pragma unroll 1
-    for (int r = 0; r < shape.num_ranks; ++r)
-      ptx::store_relaxed_sys(ep_words_at(op, r, c.layout.weights, base + i), word);
-  }
+        for (int r = 0; r < shape.num_ranks; ++r)
+          ptx::store_relaxed_sys(ep_words_at(op, r, c.layout.weights, base + i),
+                                 ep_word(op.epoch, __float_as_uint(weight)));
+      });
 }
 
 // Numbers this CTA's choices of each expert, and sends how many there are. Each warp numbers some; sent(w)[e] becomes how
@@ -138,22 +144,21 @@ __device__ __forceinline__ void ep_load_choices(const EpDispatchParams& p, const
                                                 const EpRouteState& state, EpRange tokens) {
   const EpCommon& c = p.c;
   int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * c.shape.topk;
-  ep_load_ahead(
-      role.thread(), role.num_threads(), tokens.size() * c.shape.topk,
-      [&](int i) { return ep_own_choice(p, tokens.begin, i); },
-      [&](int i, int expert) { state.own()[i] = experts[i] = expert; });
+  ep_each_choice(
+      role, c.shape.topk, tokens, [&](int token, int k) { return ep_load_choice(p, token, k); },
+      [&](int i, EpChoice choice) { state.own()[i] = experts[i] = ep_expert_of(p, choice); });
 }
 
 // They go out numbered, with weights, behind a flag.
 __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, EpRange tokens) {
   const EpCommon& c = p.c;
-  const int num_choices = tokens.size() * c.shape.topk, step = role.num_threads();
+  const int num_choices = tokens.size() * c.shape.topk;
   const i64 base = ep_choice(c, c.rank, tokens.begin);
   const int piece = ceil_div(num_choices, role.num_warps);
   ep_count_own_choices(op, role, state, num_choices, piece);
-  ep_load_ahead(
-      role.thread(), step, num_choices, [&](int i) { return ep_own_weight(p, tokens.begin, i); },
+  ep_each_choice(
+      role, c.shape.topk, tokens, [&](int token, int k) { return ep_own_weight(p, token, k); },
       [&](int i, float weight) {
         int choice = state.own()[i];
         if (choice >= 0) choice += state.sent(i / piece)[ep_choice_expert(choice)] << kEpRankShift;

@@ -72,12 +72,21 @@ struct EpShare {
   }
 };
 
-// This rank's choice, -1 if it is none.
-__device__ __forceinline__ int ep_own_expert(const EpDispatchParams& p, i64 token, int k) {
-  if (!p.route) return p.c.handle[p.c.handle_layout.experts + token * p.c.shape.topk + k];
-  const i64 at = token * p.idx_stride + k;
-  const i64 expert = p.idx_is_64 ? static_cast<const i64*>(p.topk_idx)[at] : static_cast<const int*>(p.topk_idx)[at];
-  return expert < 0 || expert >= p.c.first_expert[p.c.shape.num_ranks] ? -1 : int(expert);
+// This rank's choice as it is stored, both halves of int64, or int32 twice. It is not looked at, and there is no branch, so
+// that several can be on their way.
+struct EpChoice {
+  u32 low, high;
+};
+__device__ __forceinline__ EpChoice ep_load_choice(const EpDispatchParams& p, i64 token, int k) {
+  const int words = p.route && p.idx_is_64 ? 2 : 1;
+  const void* choices = p.route ? p.topk_idx : p.c.handle + p.c.handle_layout.experts;
+  const i64 at = (token * (p.route ? p.idx_stride : p.c.shape.topk) + k) * words;
+  return {static_cast<const u32*>(choices)[at], static_cast<const u32*>(choices)[at + words - 1]};
+}
+// Its expert, -1 if it is none.
+__device__ __forceinline__ int ep_expert_of(const EpDispatchParams& p, EpChoice choice) {
+  const u32 above = p.route && p.idx_is_64 ? choice.high : 0, end = above != 0 ? 0 : p.c.first_expert[p.c.shape.num_ranks];
+  return choice.low < end ? int(choice.low) : -1;
 }
 
 __device__ __forceinline__ EpFormat ep_sent_format(const EpDispatchParams& p) { return p.copy ? p.format : kEpRouting; }

@@ -157,16 +157,15 @@ __device__ __forceinline__ void ep_finish_recv(const EpOperation& op, i64 credit
   if (op.c.shape.num_buffers == 1 && threadIdx.x < 32) ep_give_credits(op, credits, op.epoch);
 }
 
-// use(i, load(i)) for i = first, first + step, ... below `count`; some are loaded before the first of them is used.
-template <class Load, class Use>
+// use(i, load(i)) for i = first, first + step, ... below `count`; some are loaded before the first of them is used. There is
+// no branch between the loads, as what branches meet in would wait for them; instead the last one is loaded again.
+template <int kAhead = 4, class Load, class Use>
 __device__ __forceinline__ void ep_load_ahead(int first, int step, int count, Load load, Use use) {
-  constexpr int kAhead = 4;
 #pragma unroll 1
   for (; first < count; first += kAhead * step) {
-    decltype(load(0)) loaded[kAhead] = {};
+    decltype(load(0)) loaded[kAhead];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j)
-      if (first + j * step < count) loaded[j] = load(first + j * step);
+    for (int j = 0; j < kAhead; ++j) loaded[j] = load(min_of(first + j * step, count - 1));
 #pragma unroll
     for (int j = 0; j < kAhead; ++j)
       if (first + j * step < count) use(first + j * step, loaded[j]);
