@@ -6,7 +6,7 @@
 //
 // in FP32, by FMA; a rank's sum for its own tokens is not rounded.
 //
-//   a loading warp    rows of others' tokens; a few tokens later those of this rank's, and slots behind their flags
+//   loading warps     rows of others' tokens; a few tokens later those of this rank's, and slots behind their flags
 //                     --TMA--> a ring of stages, a row each, with what is to be done with it
 //   summing warps     stages --> sums in registers --> the home's slots, or out
 //   signalling warp   sums sent --> sum flags, one a CTA
@@ -15,7 +15,8 @@
 // Where tokens are few, summing warps read slots as they come, and flags say at the beginning what will.
 //
 // Sums are sent token by token, to all ranks in turn, so that each home can begin early. A CTA's two halves go their own
-// ways: one loading warp alone would need more time to say what is to be done than is needed to do it.
+// ways, and in each two warps take turns to load: one alone would need more time to say what is to be done than is needed to
+// do it. While one says it, the other finds out what comes next.
 #pragma once
 #include "device/ep/combine_ring.cuh"
 
@@ -95,6 +96,14 @@ struct EpUnit {
     turn = turn == num_ranks ? 1 : turn + 1;
     if (turn == 1) ++step;
   }
+  // To the next one of a loading warp. Whether there is one in between.
+  __device__ __forceinline__ bool skip(int num_ranks) {
+    static_assert(kEpLoadWarps == 2);
+    next(num_ranks);
+    const bool is_one = !is_over();
+    next(num_ranks);
+    return is_one;
+  }
 };
 
 // One unit's terms.
@@ -115,15 +124,16 @@ struct EpWork {
   }
 };
 
-// The units that come next, their terms on the way to shared memory: a load takes longer than a unit.
+// A loading warp's units that come next, their terms on the way to shared memory: a load takes longer than a unit.
 struct EpOutlook {
   const EpCombineParams& p;
   EpCombineHalf& smem;
+  int warp;
   EpUnit asked;  // the first whose terms have not been asked for
   int slot = 0;
 
-  __device__ __forceinline__ EpOutlook(const EpCombineParams& params, EpCombineHalf& memory, const EpUnit& first)
-      : p(params), smem(memory), asked(first) {
+  __device__ __forceinline__ EpOutlook(const EpCombineParams& params, const EpFeeder& feeder, const EpUnit& first)
+      : p(params), smem(feeder.smem), warp(feeder.warp), asked(first) {
 #pragma unroll 1
     for (int i = 0; i < kEpUnitsAhead; ++i) ask(i);
   }
@@ -135,13 +145,13 @@ struct EpOutlook {
       const EpWork work(p, asked, smem.tokens);
       if (work.source >= 0 && lane < c.shape.topk) {
         const i64 choice = ep_choice(c, work.source, work.token) + lane;
-        ptx::cp_async_4(&smem.row[to][lane], &c.handle[c.handle_layout.rows + choice]);
-        if (p.weighted) ptx::cp_async_4(&smem.row_weight[to][lane], &c.handle[c.handle_layout.weights + choice]);
+        ptx::cp_async_4(&smem.row[warp][to][lane], &c.handle[c.handle_layout.rows + choice]);
+        if (p.weighted) ptx::cp_async_4(&smem.row_weight[warp][to][lane], &c.handle[c.handle_layout.weights + choice]);
         if (work.source == c.rank)
-          ptx::cp_async_4(&smem.expert[to][lane],
+          ptx::cp_async_4(&smem.expert[warp][to][lane],
                           &c.handle[c.handle_layout.experts + work.token * c.shape.topk + lane]);
       }
-      asked.next(c.shape.num_ranks);
+      asked.skip(c.shape.num_ranks);
     }
     ptx::cp_async_commit_group();
   }
@@ -152,9 +162,9 @@ struct EpOutlook {
     EpWork work(p, unit, smem.tokens);
     ptx::cp_async_wait_group<kEpUnitsAhead - 1>();
     if (work.source >= 0 && lane < p.c.shape.topk) {  // each lane has asked for its own
-      work.terms.row = smem.row[slot][lane];
-      if (p.weighted) work.terms.weight = smem.row_weight[slot][lane];
-      if (work.source == p.c.rank) work.expert = smem.expert[slot][lane];
+      work.terms.row = smem.row[warp][slot][lane];
+      if (p.weighted) work.terms.weight = smem.row_weight[warp][slot][lane];
+      if (work.source == p.c.rank) work.expert = smem.expert[warp][slot][lane];
     }
     ask(slot);
     slot = slot + 1 == kEpUnitsAhead ? 0 : slot + 1;
@@ -293,31 +303,38 @@ __device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpO
   return !p.values || bytes.begin != 0 || ep_write_values<kFew>(p, op, work);
 }
 
+// By a loading warp.
 template <bool kFew>
-__device__ __forceinline__ bool ep_load_all(const EpCombineParams& p, const EpOperation& send, const EpOperation& recv,
+__device__ __forceinline__ void ep_load_all(const EpCombineParams& p, const EpOperation& send, const EpOperation& recv,
                                             EpFeeder& feeder, int half) {
   const EpCommon& c = p.c;
-  const EpRange* tokens = feeder.smem.tokens;
   const EpRange bytes = ep_bytes_of_half(c.shape, half);
   const int num_ranks = c.shape.num_ranks;
-  EpUnit unit(p, tokens);
-  EpOutlook outlook(p, feeder.smem, unit);
+  EpUnit unit(p, feeder.smem.tokens);
+  const int sends = unit.sends;
+  bool stops = !unit.is_over() == (feeder.warp != 0);  // this warp's next turn is the one behind the last unit
+  if (feeder.warp != 0) unit.next(num_ranks);
+  EpOutlook outlook(p, feeder, unit);
   EpNews news{half};
-  if (c.send && !ep_may_send_sums(send)) return false;
+  const bool may_send = feeder.warp != 0 || !c.send || ep_may_send_sums(send);  // the other warp's turn comes later
 #pragma unroll 1
   while (!unit.is_over()) {
     const EpWork present = outlook.take(unit);
     const bool is_home = unit.is_home(num_ranks);
-    const int number = unit.token(), steps = min_of(unit.step + is_home, unit.sends);
-    unit.next(num_ranks);
-    if (present.source < 0) continue;
-    if (!is_home) {
-      ep_load_send<kFew>(p, send, feeder, present, bytes, steps);
-    } else if (!ep_load_home<kFew>(p, recv, feeder, news, present, bytes, number, steps)) {
-      return false;
+    const int number = unit.token(), steps = min_of(unit.step + is_home, sends);
+    stops = unit.skip(num_ranks);
+    bool fine = feeder.await_turn() && may_send;
+    if (fine && present.source >= 0) {
+      if (!is_home)
+        ep_load_send<kFew>(p, send, feeder, present, bytes, steps);
+      else
+        fine = ep_load_home<kFew>(p, recv, feeder, news, present, bytes, number, steps);
     }
+    feeder.pass_turn(fine);
   }
-  return true;
+  if (!stops) return;
+  feeder.await_turn();
+  feeder.push_nothing(sends, 1);
 }
 
 // --- signalling -----------------------------------------------------------------------------------------------------
@@ -398,6 +415,14 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
       ptx::mbarrier_init(&half.full[i % kEpStages], 1);
       ptx::mbarrier_init(&half.empty[i % kEpStages], kEpSumWarps);
     }
+#pragma unroll 1
+    for (int h = 0; h < kEpHalves; ++h) {
+      EpCombineHalf& half = smem.halves[h];
+      half.next = {};
+      half.broken = 0;
+      ptx::mbarrier_init(&half.turn[0], 1);
+      ptx::mbarrier_init(&half.turn[1], 1);
+    }
     ptx::fence_mbarrier_init();
   }
   ptx::grid_wait_dependencies();
@@ -413,11 +438,11 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   __syncthreads();
   if (warp < kEpHalves * kEpSumWarps) {
     ep_sum_stages<kFew>(c, smem);
-  } else if (warp < kEpHalves * (kEpSumWarps + 1)) {
-    const int half = warp - kEpHalves * kEpSumWarps;
-    EpFeeder feeder{smem.halves[half]};
-    if (!ep_load_all<kFew>(p, send, recv, feeder, half)) *static_cast<volatile int*>(&smem.failed) = 1;
-    feeder.push_nothing(EpUnit(p, feeder.smem.tokens).sends, 1);
+  } else if (warp < kEpHalves * (kEpSumWarps + kEpLoadWarps)) {
+    const int loader = warp - kEpHalves * kEpSumWarps, half = loader % kEpHalves;
+    EpFeeder feeder{smem.halves[half], loader / kEpHalves};
+    ep_load_all<kFew>(p, send, recv, feeder, half);
+    if (smem.halves[half].broken != 0) *static_cast<volatile int*>(&smem.failed) = 1;
   } else {
     ep_give_late_credits(recv, c.layout.combine_credit);
     if constexpr (!kFew) {

@@ -1,6 +1,7 @@
-// The rings of combine (combine.cuh), one for each half of a CTA: one warp loads rows into its stages, seven add them up in
-// registers.
+// The rings of combine (combine.cuh), one for each half of a CTA: two warps in turn load rows into its stages, seven add them
+// up in registers.
 //
+//   turn[w]    loading warp w may go on, where the other one has left `next`
 //   full[s]    the loading warp's lane, when it has said what is to be done, and TMA, when the row is there
 //   empty[s]   the summing warps, when each has the row in registers
 //   steps[w]   summing warp w has stored all sums of so many tokens; the signalling warp waits for it
@@ -24,24 +25,6 @@ struct alignas(16) EpStage {
   u8* slots = nullptr;  // the first of theirs, if all sent
 };
 
-struct EpCombineHalf {
-  u8 rows[kEpStages][kEpStageBytes<false>];
-  EpStage stage[kEpStages];
-  float weight[kEpStages];
-  u64 full[kEpStages], empty[kEpStages];
-  int row[kEpUnitsAhead][32];  // the next units' terms, of the loading warp
-  float row_weight[kEpUnitsAhead][32];
-  int expert[kEpUnitsAhead][32];
-  EpRange tokens[kEpMaxRanks];
-};
-struct EpCombineSmem {
-  EpCombineHalf halves[kEpHalves];
-  int steps[kEpHalves * kEpSumWarps];  // finished by each summing warp
-  int failed;
-  u64 expected;  // what a failed wait for other ranks' sums will say
-};
-static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
-
 // A place in the ring.
 struct EpRing {
   int stage = 0;
@@ -56,10 +39,47 @@ struct EpRing {
   }
 };
 
-// The loading warp's side.
+struct EpCombineHalf {
+  u8 rows[kEpStages][kEpStageBytes<false>];
+  EpStage stage[kEpStages];
+  float weight[kEpStages];
+  u64 full[kEpStages], empty[kEpStages], turn[kEpLoadWarps];
+  EpRing next;
+  int broken;                                // a wait of a loading warp has failed
+  int row[kEpLoadWarps][kEpUnitsAhead][32];  // the next units' terms, of each loading warp
+  float row_weight[kEpLoadWarps][kEpUnitsAhead][32];
+  int expert[kEpLoadWarps][kEpUnitsAhead][32];
+  EpRange tokens[kEpMaxRanks];
+};
+struct EpCombineSmem {
+  EpCombineHalf halves[kEpHalves];
+  int steps[kEpHalves * kEpSumWarps];  // finished by each summing warp
+  int failed;
+  u64 expected;  // what a failed wait for other ranks' sums will say
+};
+static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
+
+// A loading warp's side.
 struct EpFeeder {
   EpCombineHalf& smem;
+  int warp;  // of those that load
+  u32 phase = warp == 0;  // the first warp's first turn is now
   EpRing ring = {};
+
+  // False if a wait has failed.
+  __device__ __forceinline__ bool await_turn() {
+    ptx::mbarrier_wait(&smem.turn[warp], phase);
+    phase ^= 1;
+    ring = smem.next;
+    return smem.broken == 0;
+  }
+  __device__ __forceinline__ void pass_turn(bool fine) {
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+    smem.next = ring;
+    if (!fine) smem.broken = 1;
+    ptx::mbarrier_arrive(&smem.turn[1 - warp]);
+  }
 
   // One stage for each lane in `lanes`, at most kEpStages, in their order; empty if there is no row. The first one may be
   // where the sum begins.
