@@ -426,6 +426,7 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
     ptx::fence_mbarrier_init();
   }
   ptx::grid_wait_dependencies();
+  if (!ep_fits_handle(c, kEpPhaseSums)) return;
   if (int(threadIdx.x) < kEpHalves * kEpSumWarps) smem.steps[threadIdx.x] = 0;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kEpHalves * c.shape.num_ranks; i += 32 * kEpCombineWarps) {

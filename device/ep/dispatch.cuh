@@ -204,6 +204,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   }
   __syncthreads();
   ptx::grid_wait_dependencies();
+  if (!p.route && !ep_fits_handle(c, kEpPhaseTokens)) return;
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
   const bool only_sends = kCounted && int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
   const bool routes = c.send && (p.route || !kCounted) && !only_sends;  // there is a header, be it only that

@@ -60,6 +60,14 @@ __device__ __noinline__ void ep_record(const EpCommon& c, EpState state, EpPhase
   ptx::store_relaxed_sys(&words->stop, u64(1 + c.rank));
 }
 
+// Where a handle is given: this rank has as many tokens as it was made of. The same in all threads.
+__device__ __forceinline__ bool ep_fits_handle(const EpCommon& c, EpPhase phase) {
+  const int tokens = c.handle[c.handle_layout.num_tokens + c.rank];
+  if (tokens == c.num_tokens) return true;
+  if (threadIdx.x == 0) ep_record(c, kEpOtherTokens, phase, c.rank, u64(tokens), u64(c.num_tokens), 0);
+  return false;
+}
+
 // Called in every turn of a wait: false when it is time to give up.
 struct EpPatience {
   static constexpr int kTurnsPerLook = 64;

@@ -226,6 +226,12 @@ struct ExpertParallel::Impl {
                             format_text("{}: this rank expected {}, rank {} sent {}", wait, format_name(s.expected),
                                         s.peer, format_name(s.seen)));
         break;
+      case kEpOtherTokens:
+        group.state()->fail(
+            ErrorCode::invalid_argument,
+            format_text("{}: a {} of {} tokens, expected {}, those of the dispatch that made the handle", where(),
+                        s.phase == kEpPhaseSums ? "combine" : "dispatch", s.seen, s.expected));
+        break;
       default:
         group.state()->fail(ErrorCode::aborted, format_text("{}: rank {} has aborted the group", wait, s.aborter));
     }

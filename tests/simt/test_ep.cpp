@@ -139,6 +139,55 @@ TEST_P(Simulated, ARankThatDoesNotCombineIsNamed) {
   }
 }
 
+TEST_P(Simulated, AHandleOfOtherTokensIsRefused) {
+  std::mt19937 rng(kSeed);
+  for (const bool combines : {false, true}) {
+    for (const bool latency : {false, true}) {
+      const ExpertParallelConfig config{
+          .hidden = 272, .num_experts = 4, .topk = 4, .max_tokens = 20, .dtype = DType::bf16, .latency = latency};
+      auto groups = Group::local(cpus(1), kHasty);
+      auto eps = make_all(groups, config);
+      EpProblem p = random_problem(1, config, rng, 9);
+      while (p.tokens[0] < 2) p = random_problem(1, config, rng, 9);
+      Rank mine(p, 0, eps[0], eps[0].max_rows(), false);
+      eps[0].dispatch(mine.args);
+      mine.args.topk_idx.reset();
+      mine.args.topk_weights.reset();
+      --mine.args.x.shape[0];
+      --mine.combine.out.shape[0];
+      const std::string all = std::to_string(p.tokens[0]), fewer = std::to_string(p.tokens[0] - 1);
+      const std::string of = (combines ? "a combine of " : "a dispatch of ") + fewer + " tokens, expected " + all;
+      expect_error(ErrorCode::invalid_argument, {"rank 0 of 1", of.c_str()}, [&] {
+        if (combines)
+          eps[0].combine(mine.combine);
+        else
+          eps[0].dispatch(mine.args);
+      });
+    }
+  }
+}
+
+TEST_P(Simulated, NanThatLooksLikeNothingArrives) {
+  std::mt19937 rng(kSeed);
+  const ExpertParallelConfig config{
+      .hidden = 272, .num_experts = 6, .topk = 3, .max_tokens = 5, .dtype = DType::bf16, .latency = true};
+  auto groups = Group::local(cpus(2), kPatient);
+  auto eps = make_all(groups, config);
+  const EpProblem p = random_problem(2, config, rng);
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int r = 0; r < 2; ++r) ranks.push_back(std::make_unique<Rank>(p, r, eps[r], eps[r].max_rows(), false));
+  for (auto& rank : ranks) rank->x.fill([](auto, auto) { return cpu::Bf16{0xffff}; });
+  on_ranks(2, [&](int r) {
+    for (int again = 0; again < 3; ++again) eps[r].dispatch(ranks[r]->args);
+  });
+  for (int r = 0; r < 2; ++r) {
+    const EpRows expected = reference_rows(p, r);
+    for (std::size_t i = 0; i < expected.rows.size(); ++i)
+      for (int j = 0; j < config.hidden; ++j)
+        ASSERT_EQ(ranks[r]->rows_bf16.at(i, j).bits & 0x7fff, expected.rows[i].source < 0 ? 0 : 0x7fff);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Ctas, Simulated, ::testing::Values(Ctas{1, 0}, Ctas{3, 0}, Ctas{3, 1}));
 
 }  // namespace
