@@ -365,8 +365,7 @@ __device__ __forceinline__ bool ep_announce_sums(const EpCombineParams& p, const
   if (!ep_may_send_sums(op)) return false;
 #pragma unroll 1
   for (int r = threadIdx.x % 32; r < c.shape.num_ranks; r += 32)
-    if (r != c.rank)
-      ptx::store_relaxed_sys(ep_sum_flag(op, r, c.rank, 0), ep_flag(op.epoch, ep_sums_format(p), sends));
+    if (r != c.rank) ptx::store_relaxed_sys(ep_sum_flag(op, r, c.rank, 0), ep_flag(op.epoch, ep_sums_format(p), sends));
   if (p.values) ep_send_values(p, op, tokens, 0, sends);
   return true;
 }
@@ -387,8 +386,7 @@ __device__ __forceinline__ void ep_signal_sums(const EpCombineParams& p, const E
       const int stored = int(__reduce_min_sync(0xffffffffu, counts ? u32(ep_look(smem.steps[lane])) : ~0u));
       if (stored == told[h]) continue;
       ptx::fence_acq_rel_cta();
-      if (p.values)
-        ep_send_values(p, op, smem.halves[h].tokens, told[h], stored);
+      if (p.values) ep_send_values(p, op, smem.halves[h].tokens, told[h], stored);
       left -= stored - told[h];
       told[h] = stored;
       __syncwarp();

@@ -21,7 +21,7 @@ struct alignas(16) EpStage {
   int terms;
   int steps;  // of so many tokens of every source all sums have been asked for before this one
   int stop;
-  u64 others = 0;  // ranks whose sums tell by themselves that they have come; they are added last
+  u64 others = 0;       // ranks whose sums tell by themselves that they have come; they are added last
   u8* slots = nullptr;  // the first of theirs, if all sent
 };
 
@@ -62,7 +62,7 @@ static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
 // A loading warp's side.
 struct EpFeeder {
   EpCombineHalf& smem;
-  int warp;  // of those that load
+  int warp;               // of those that load
   u32 phase = warp == 0;  // the first warp's first turn is now
   EpRing ring = {};
 

@@ -66,9 +66,7 @@ __device__ __noinline__ bool ep_await_piece(const EpCommon& c, int source, const
 }
 
 // The routing warps have written shared.known, and the others wait for that.
-__device__ __forceinline__ void ep_say_routing() {
-  ptx::named_barrier_arrive(kEpKnown, 32 * kEpDispatchWarps);
-}
+__device__ __forceinline__ void ep_say_routing() { ptx::named_barrier_arrive(kEpKnown, 32 * kEpDispatchWarps); }
 __device__ __forceinline__ bool ep_await_routing(const EpShared& shared) {
   ptx::named_barrier_sync(kEpKnown, 32 * kEpDispatchWarps);
   return ep_look(shared.known) != 0;
@@ -123,7 +121,10 @@ __device__ __forceinline__ void ep_write_staged_scales(const EpDispatchParams& p
   }
   role.sync();
   ep_load_ahead(
-      role.thread(), role.num_threads(), tokens.size() * c.shape.topk, [&](int i) { return Placed{rows[i], places[i]}; },
+      role.thread(), role.num_threads(), tokens.size() * c.shape.topk,
+      [&](int i) {
+        return Placed{rows[i], places[i]};
+      },
       [&](int i, Placed choice) {
         if (choice.row == kEpNotHere) return;
         state.staged_rows()[choice.place] = choice.row;

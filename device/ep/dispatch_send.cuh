@@ -58,8 +58,7 @@ __device__ __forceinline__ void ep_put_scales(const EpTargets& to, int block, bo
   }
 #pragma unroll 1
   for (u32 left = to.lanes; left != 0;) {
-    float* scales =
-        reinterpret_cast<float*>(__shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.scales), ep_pop(left)));
+    float* scales = reinterpret_cast<float*>(__shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.scales), ep_pop(left)));
     if (!inside) continue;
     if constexpr (kCounted)
       scales[block * to.scale_stride] = scale;
@@ -154,7 +153,7 @@ __device__ __noinline__ bool ep_copy(const Row from, EpRange cols, int size, con
 // Columns of a BF16 row as E4M3.
 template <bool kCounted>
 __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, bool pow2, const EpTargets to) {
-  using Columns = Piece<FloatType::bf16, 16>;    // they become one of ours
+  using Columns = Piece<FloatType::bf16, 16>;  // they become one of ours
   constexpr int kPieces = kEpDispatchPieces<kCounted> / 2;
   constexpr int kBlocks = 32 / Columns::kLanes;  // of a warp's piece
   const int lane = threadIdx.x % 32;
@@ -199,8 +198,9 @@ __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token
   if (ep_quantizes(p))
     ep_copy_quantized<kCounted>(data, cols, p.pow2_scales, to);
   else
-    ep_copy<kCounted>(EpRow{data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col},
-                      cols, size, to);
+    ep_copy<kCounted>(
+        EpRow{data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col}, cols, size,
+        to);
 }
 
 // --- sending --------------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ __device__ __forceinline__ EpChoice ep_load_choice(const EpDispatchParams& p, i6
 }
 // Its expert, -1 if it is none.
 __device__ __forceinline__ int ep_expert_of(const EpDispatchParams& p, EpChoice choice) {
-  const u32 above = p.route && p.idx_is_64 ? choice.high : 0, end = above != 0 ? 0 : p.c.first_expert[p.c.shape.num_ranks];
+  const u32 above = p.route && p.idx_is_64 ? choice.high : 0,
+            end = above != 0 ? 0 : p.c.first_expert[p.c.shape.num_ranks];
   return choice.low < end ? int(choice.low) : -1;
 }
 

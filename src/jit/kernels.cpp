@@ -72,7 +72,8 @@ std::vector<KernelSource> all_kernels() {
       kernels.push_back(unpermute_backward_source({rows_f32, tokens_f32}));
     }
   }
-  for (const bool many : {false, true}) kernels.insert(kernels.end(), {ep_dispatch_source(many), ep_combine_source(!many)});
+  for (const bool many : {false, true})
+    kernels.insert(kernels.end(), {ep_dispatch_source(many), ep_combine_source(!many)});
   return kernels;
 }
 

@@ -186,8 +186,8 @@ struct ExpertParallel::Impl {
       const cuda::ContextGuard context(g.device.index);
       dispatch_kernel =
           &load_kernel(g.device.index, jit::ep_dispatch_source(shape.counted), static_cast<int>(kEpMaxSmemBytes));
-      combine_kernel = &load_kernel(g.device.index, jit::ep_combine_source(ep_sums_are_few(shape)),
-                                    kEpCombineSmemBytes);
+      combine_kernel =
+          &load_kernel(g.device.index, jit::ep_combine_source(ep_sums_are_few(shape)), kEpCombineSmemBytes);
     }
     const EpLayout& l = common.layout;
     for (int i = 0; i < shape.num_buffers; ++i)  // slots, byte for byte of kEpNothing

@@ -17,7 +17,8 @@ void dispatch(const EpDispatchParams& p) {
                [&] { p.c.shape.counted ? ep_dispatch<true>(p) : ep_dispatch<false>(p); });
 }
 void combine(const EpCombineParams& p) {
-  simt::launch(p.c.shape.num_ctas, 32 * kEpCombineWarps, [&] { ep_sums_are_few(p.c.shape) ? ep_combine<true>(p) : ep_combine<false>(p); });
+  simt::launch(p.c.shape.num_ctas, 32 * kEpCombineWarps,
+               [&] { ep_sums_are_few(p.c.shape) ? ep_combine<true>(p) : ep_combine<false>(p); });
 }
 
 struct Ctas {
