@@ -216,7 +216,10 @@ def check_round(eps, problem: Problem, rng: np.random.Generator, e4m3: bool, exa
         out = function(values, dispatched[rank].handle, tokens=tokens[rank], residual=extra)
         return out() if split else out
 
-    for rank, out in enumerate(on_ranks(groups, combine)):
+    combined = on_ranks(groups, combine)
+    for ep in eps:
+        ep.check()  # says more than wrong sums do
+    for rank, out in enumerate(combined):
         wanted = expected_sums(problem, rank, rows, inputs, residuals[rank] if residual else None)
         assert torch.equal(out.cpu().view(torch.int16), wanted.view(torch.int16)), f"rank {rank}"
 
