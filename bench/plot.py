@@ -124,12 +124,12 @@ def plot_ranks(paths: list[Path]) -> list[Path]:
     """Times and remote-only bandwidth by number of ranks, from `bench.ep`'s JSON of several numbers of GPUs."""
     results = {int(result["gpu"].split()[0]): result for result in (json.loads(path.read_text()) for path in paths)}
     ranks = sorted(results)
-    most = min(max(row["sms"] for row in results[r]["throughput"]) for r in ranks)
+    of_ranks = {r: [row for row in _plain(results[r]) if row["tokens"] == 4096] for r in ranks}
+    most = min(max(row["sms"] for row in rows) for rows in of_ranks.values())
     with plt.rc_context(RC):
         figure, (times, rates, latencies) = plt.subplots(1, 3, figsize=(12.5, 4.2))
         for op, color in EP_COLORS.items():
-            rows = [row for r in ranks for row in _plain(results[r]) if row["op"] == op and row["sms"] == most]
-            rows = [row for row in rows if row["tokens"] == 4096]
+            rows = [row for r in ranks for row in of_ranks[r] if row["op"] == op and row["sms"] == most]
             times.plot(ranks, [row["us"] for row in rows], "o-", color=color, label=op)
             rates.plot(ranks, [row["wire_gbps"] for row in rows], "o-", color=color)
         links = [results[r]["links_gbps"]["store"][str(most)] for r in ranks]

@@ -35,7 +35,8 @@ struct ExpertParallelConfig {
 ///     B * ((R - 1) * T * (slot + 2 H + 4 K) + 16 R T K) + 8 R T P
 ///
 /// where B = 2 for latency, else 1; slot = H + 4 ceil(H / 128) for e4m3, 2 H for bf16; P, the pieces of a token, 8 at
-/// most for latency, else 1; and T = max_tokens.
+/// most for latency, else 1; and T = max_tokens. Where T K is at most the SMs times the experts of a rank, P is 0 and
+/// B T slot come on top.
 PHALANX_API std::size_t expert_parallel_bytes(const ExpertParallelConfig& config, int num_ranks);
 
 /// Both halves of an operation, or one of them: send returns at once, recv waits for the peers. Up to two sends may be
@@ -105,7 +106,8 @@ class PHALANX_API ExpertParallel {
 
   /// Tokens to their experts' rows. Rows that exceed the capacity are not written; the handle knows how many were
   /// needed, and on the CPU, or at the next call on CUDA, Error capacity_exceeded says so. Padding rows are zeros with
-  /// scale 1; rows from offsets[local experts] on are left as they were.
+  /// scale 1; rows from offsets[local experts] on are left as they were. Rows are x to the bit, but that with few tokens on
+  /// CUDA a NaN may lose its sign.
   ///
   /// @throws Error of earlier operations (timeout, aborted, capacity_exceeded); of arguments, before anything is
   /// enqueued

@@ -195,6 +195,8 @@ class ExpertParallel:
                        as CapacityError. By default exactly as many as there are, which on CUDA one read waits for
         quantize:      send BF16 x as E4M3, quantised on the way with `latency`, else before, by `phalanx.quantize`
         out:           where to write; its handle, offsets, counts and row_weights too
+
+        Rows are x to the bit, but that with few tokens on CUDA a NaN may lose its sign.
         """
         x = self._as_sent(x, quantize, pow2_scales, out)
         return self._dispatch(x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, _BOTH)
