@@ -42,7 +42,8 @@ class PHALANX_API Group {
   /// @throws Error unsupported (no NCCL)
   static Group nccl(void* comm, const GroupOptions& options = {});
 
-  /// The same over a communicator of its own, made from an id that one rank got from `nccl_id` and spread.
+  /// The same over a communicator of its own, made from an id that one rank got from `nccl_id` and spread. Waits for all
+  /// ranks as long as options.timeout, but at least 30 s.
   static Group nccl(const std::string& id, int rank, int size, Device device, const GroupOptions& options = {});
   static std::string nccl_id();
 

@@ -64,7 +64,10 @@ class Group:
 
     @staticmethod
     def nccl(id: bytes, rank: int, size: int, device: Any, timeout: float = 30.0) -> "Group":
-        """Over a communicator of its own, made from an id that one rank got from `nccl_id()` and spread."""
+        """Over a communicator of its own, made from an id that one rank got from `nccl_id()` and spread.
+
+        Waits for all ranks as long as `timeout`, but at least 30 s, and raises PeerTimeoutError then.
+        """
         return Group(_native.group_nccl(id, rank, size, _ordinal(device), timeout))
 
     @staticmethod

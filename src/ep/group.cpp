@@ -130,7 +130,8 @@ Group Group::nccl(void* comm, const GroupOptions& options) {
 }
 
 Group Group::nccl(const std::string& id, int rank, int size, Device device, const GroupOptions& options) {
-  return process(rank, size, device, over_nccl(ep::NcclComm::create(id, rank, size, device), options.timeout), options);
+  auto comm = ep::NcclComm::create(id, rank, size, device, options.timeout);
+  return process(rank, size, device, over_nccl(std::move(comm), options.timeout), options);
 }
 
 std::string Group::nccl_id() { return ep::NcclComm::unique_id(); }

@@ -81,8 +81,11 @@ std::shared_ptr<GroupState> make_process(int rank, int size, Device device, AllG
 /// A communicator made here, or the caller's.
 class NcclComm {
  public:
+  static constexpr double kLeastSecondsToJoin = 30;
+
   static std::string unique_id();
-  static std::shared_ptr<NcclComm> create(const std::string& id, int rank, int size, Device device);
+  /// Waits for the others so many seconds, and no less than kLeastSecondsToJoin: processes begin at different times.
+  static std::shared_ptr<NcclComm> create(const std::string& id, int rank, int size, Device device, double timeout);
   static std::shared_ptr<NcclComm> wrap(void* comm);
   ~NcclComm();
 

@@ -17,15 +17,22 @@ namespace {
 struct UniqueId {
   char bytes[128];
 };
-constexpr int kNcclInt8 = 0;
+// ncclConfig_t as NCCL 2.14 had it; newer ones have defaults for the rest.
+struct Config {
+  std::size_t size = sizeof(Config);
+  unsigned magic = 0xcafebeef, version = 21400;
+  int blocking = 0;
+};
+constexpr int kNcclInt8 = 0, kNcclInProgress = 7;
 
-#define PHALANX_NCCL_FUNCTIONS(F)                                     \
-  F(ncclGetUniqueId, (UniqueId * id))                                 \
-  F(ncclCommInitRank, (void** comm, int size, UniqueId id, int rank)) \
-  F(ncclCommUserRank, (void* comm, int* rank))                        \
-  F(ncclCommCount, (void* comm, int* size))                           \
-  F(ncclCommCuDevice, (void* comm, int* device))                      \
-  F(ncclCommAbort, (void* comm))                                      \
+#define PHALANX_NCCL_FUNCTIONS(F)                                                           \
+  F(ncclGetUniqueId, (UniqueId * id))                                                       \
+  F(ncclCommInitRankConfig, (void** comm, int size, UniqueId id, int rank, Config* config)) \
+  F(ncclCommGetAsyncError, (void* comm, int* state))                                        \
+  F(ncclCommUserRank, (void* comm, int* rank))                                              \
+  F(ncclCommCount, (void* comm, int* size))                                                 \
+  F(ncclCommCuDevice, (void* comm, int* device))                                            \
+  F(ncclCommAbort, (void* comm))                                                            \
   F(ncclAllGather, (const void* from, void* to, std::size_t count, int type, void* comm, cuda::CUstream stream))
 
 struct Nccl {
@@ -73,6 +80,27 @@ void check(int result, const char* call) {
 }
 #define PHALANX_NCCL_CALL(call) check(nccl().call, #call)
 
+// Of a communicator that does not block: until what `result` is of has been done. False if that took too long.
+class Deadline {
+ public:
+  explicit Deadline(double seconds) : end_(Clock::now() + std::chrono::duration<double>(seconds)) {}
+
+  bool is_over() const { return Clock::now() > end_; }
+  bool wait(void* comm, int result, const char* call) const {
+    while (result == kNcclInProgress) {
+      if (is_over()) return false;
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      PHALANX_NCCL_CALL(ncclCommGetAsyncError(comm, &result));
+    }
+    check(result, call);
+    return true;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  const std::chrono::time_point<Clock, std::chrono::duration<double>> end_;
+};
+
 }  // namespace
 
 std::string NcclComm::unique_id() {
@@ -81,18 +109,26 @@ std::string NcclComm::unique_id() {
   return {id.bytes, sizeof id.bytes};
 }
 
-std::shared_ptr<NcclComm> NcclComm::create(const std::string& text, int rank, int size, Device device) {
+std::shared_ptr<NcclComm> NcclComm::create(const std::string& text, int rank, int size, Device device, double timeout) {
   UniqueId id;
   if (text.size() != sizeof id.bytes)
     throw Error(ErrorCode::invalid_argument, format_text("Group::nccl: id has {} bytes, expected the {} of nccl_id()",
                                                          text.size(), sizeof id.bytes));
   std::memcpy(id.bytes, text.data(), sizeof id.bytes);
   const cuda::ContextGuard context(device.index);
-  void* comm = nullptr;
-  PHALANX_NCCL_CALL(ncclCommInitRank(&comm, size, id, rank));
-  auto wrapped = wrap(comm);
-  wrapped->owned_ = true;
-  return wrapped;
+  auto made = std::make_shared<NcclComm>();
+  made->owned_ = true;  // from here on aborted, whatever comes
+  made->rank = rank;
+  made->size = size;
+  made->device = device;
+  Config config;
+  const double patience = std::max(timeout, kLeastSecondsToJoin);
+  const Deadline deadline(patience);
+  const int result = nccl().ncclCommInitRankConfig(&made->comm_, size, id, rank, &config);
+  if (!deadline.wait(made->comm_, result, "ncclCommInitRankConfig"))
+    throw Error(ErrorCode::timeout,
+                format_text("rank {} of {}: not all ranks joined over NCCL within {:g} s", rank, size, patience));
+  return made;
 }
 
 std::shared_ptr<NcclComm> NcclComm::wrap(void* comm) {
@@ -106,7 +142,7 @@ std::shared_ptr<NcclComm> NcclComm::wrap(void* comm) {
 
 // Not ncclCommDestroy, which waits for the peers.
 NcclComm::~NcclComm() {
-  if (owned_) nccl().ncclCommAbort(comm_);
+  if (owned_ && comm_) nccl().ncclCommAbort(comm_);
 }
 
 std::vector<std::string> NcclComm::all_gather(const std::string& mine, double timeout) {
@@ -139,19 +175,21 @@ std::string NcclComm::gather_fixed(const std::string& mine, double timeout) {
   PHALANX_CUDA(cuMemAlloc(&scratch.memory, bytes * (size + 1)));
   PHALANX_CUDA(cuStreamCreate(&scratch.stream, cuda::kStreamNonBlocking));
   PHALANX_CUDA(cuMemcpyHtoD(scratch.memory, mine.data(), bytes));
-  PHALANX_NCCL_CALL(ncclAllGather(reinterpret_cast<void*>(scratch.memory),
-                                  reinterpret_cast<void*>(scratch.memory + bytes), bytes, kNcclInt8, comm_,
-                                  scratch.stream));
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout);
+  const Deadline deadline(timeout);
+  const auto give_up = [&] {
+    scratch.forget();  // NCCL's kernel still has them: freeing would wait for it
+    throw Error(ErrorCode::timeout,
+                format_text("rank {} of {}: NCCL did not gather from all ranks within {:g} s", rank, size, timeout));
+  };
+  const int gathers =
+      nccl().ncclAllGather(reinterpret_cast<void*>(scratch.memory), reinterpret_cast<void*>(scratch.memory + bytes),
+                           bytes, kNcclInt8, comm_, scratch.stream);
+  if (!deadline.wait(comm_, gathers, "ncclAllGather")) give_up();
   for (;;) {
     const cuda::CUresult result = cuda::driver().cuStreamQuery(scratch.stream);
     if (result == cuda::kSuccess) break;
     if (result != cuda::kNotReady) cuda::check(result, "ncclAllGather");
-    if (std::chrono::steady_clock::now() > deadline) {
-      scratch.forget();  // NCCL's kernel still has them: freeing would wait for it
-      throw Error(ErrorCode::timeout,
-                  format_text("rank {} of {}: NCCL did not gather from all ranks within {:g} s", rank, size, timeout));
-    }
+    if (deadline.is_over()) give_up();
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
   PHALANX_CUDA(cuMemcpyDtoH(all.data(), scratch.memory + bytes, all.size()));

@@ -139,6 +139,18 @@ def faults(rank: int, size: int, ids: list[bytes], seed: int) -> None:
         check_round(problem.config.make(group, dtype="bf16", latency=latency), problem, seed, True, False, False)
 
 
+def without_the_last(rank: int, size: int, ids: list[bytes]) -> None:
+    if rank == size - 1:
+        return
+    with pytest.raises(phalanx.PeerTimeoutError, match=rf"rank {rank} of {size}: not all ranks joined.*30 s"):
+        join(ids[0], rank, size, 1.0)
+    assert torch.ones(10, device="cuda").sum().item() == 10
+
+
+def test_a_rank_that_never_joins():
+    assert in_processes(without_the_last) == [0] * NUM_GPUS
+
+
 def test_rounds(seed):
     assert in_processes(rounds, seed) == [0] * NUM_GPUS
 
