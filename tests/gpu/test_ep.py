@@ -56,6 +56,17 @@ def test_a_real_shape(seed):
             cases.check_round(eps, problem, rng, e4m3, False, False, True)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_many_tokens(num_ranks, seed):
+    """More choices than SMs times local experts: with two ranks some CTAs only send."""
+    rng = np.random.default_rng(seed)
+    config = cases.Config(num_ranks, 400, 10, 6, 300, alignment=4)
+    eps = make(config, NUM_GPUS > 1, dtype="bf16", num_sms=16)
+    for round in range(4):
+        problem = cases.random_problem(config, rng, hot=0.3 * (round % 2))
+        cases.check_round(eps, problem, rng, round % 2 == 0, round == 1, round == 2, round == 3)
+
+
 def test_graphs_in_any_order(seed):
     """Captured graphs take the epoch of their turn: any order, the same on all ranks, mixed with eager calls."""
     rng = np.random.default_rng(seed)
