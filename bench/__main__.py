@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 try:
-    import torch
+    import torch  # noqa: F401
 except ImportError:
     sys.exit("benchmarks need torch and a GPU of compute capability 9.0; torch is not installed")
 
@@ -98,9 +98,7 @@ def log(message: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    if not torch.cuda.is_available():
-        log("benchmarks need a GPU; torch sees none")
-        return 2
+    machine.require_gpu()
     return run(arguments)
 
 

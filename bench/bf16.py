@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-ceilings", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "bf16.json")
     arguments = parser.parse_args(argv)
+    machine.require_gpu()
     log = lambda message: print(f"# {message}", file=sys.stderr, flush=True)  # noqa: E731
     ceilings = {} if arguments.no_ceilings else ceiling_probes.measure(True, log, ("copy", "empty kernel", "read"))
     result = {

@@ -482,6 +482,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--port", type=int, default=29511)
     arguments = parser.parse_args()
+    machine.require_gpu()
     size = torch.cuda.device_count()
     if size < 2:
         raise SystemExit("expert parallelism is timed between GPUs; there is one")

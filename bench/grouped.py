@@ -334,6 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-ceilings", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "grouped.json")
     arguments = parser.parse_args(argv)
+    machine.require_gpu()
     experts = tuple(tuple(int(x) for x in text.split("x")) for text in arguments.experts.split(",") if text) or EXPERTS
     log = lambda message: print(f"# {message}", file=sys.stderr, flush=True)  # noqa: E731
     ceilings = {} if arguments.no_ceilings else ceiling_probes.measure(True, log)

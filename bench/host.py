@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from bench import machine
+
 CALLS, REPEATS = 300, 15  # so few calls fit in the launch queue: the host never waits for the GPU
 TINY = "64x512x512"  # little work: the GPU keeps up with the host
 
@@ -103,6 +105,7 @@ def print_measured(result: dict) -> None:
 def main() -> None:
     from bench.libraries import load
 
+    machine.require_gpu()
     libraries, missing = load(tuple(sys.argv[1:]))
     for name, reason in missing.items():
         print(f"# {name} is not here: {reason}", file=sys.stderr)

@@ -7,11 +7,21 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def require_gpu() -> None:
+    """Ends the program with status 2 where torch sees no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks need a GPU; torch sees none", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def commit() -> str:

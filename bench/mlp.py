@@ -121,6 +121,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     arguments = parser.parse_args()
+    machine.require_gpu()
     torch.manual_seed(0)
     mlp = ExpertMLP(EXPERTS, HIDDEN, INTERMEDIATE, device="cuda").requires_grad_(False)
     rows = [measure(int(tokens), mlp, arguments.repeats) for tokens in arguments.tokens.split(",")]

@@ -179,6 +179,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=30, help="timed calls of each (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     arguments = parser.parse_args()
+    machine.require_gpu()
     tokens = tuple(int(part) for part in arguments.tokens.split(","))
     result = measure(tokens, arguments.repeats, lambda line: print(line, flush=True))
     print(", ".join(f"{name} {value:.5g}" for name, value in result["ceilings"].items()))

@@ -240,6 +240,7 @@ def main() -> int:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     arguments = parser.parse_args()
+    machine.require_gpu()
     ceilings = {k: round(v, 3) for k, v in ceiling_probes.measure(True, lambda text: print(f"# {text}")).items()}
     rows = measure(Phalanx(), ceilings, arguments.repeats, not arguments.no_peers)
     speedups: dict[str, list[float]] = {}

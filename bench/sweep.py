@@ -15,8 +15,7 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
+from bench import machine
 from bench.cases import Problem, Shape, parse_shape
 from bench.libraries import MAX_ERROR, OURS, load
 from bench.timing import L2Flush, interleaved, with_environment
@@ -93,8 +92,7 @@ def main() -> int:
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="JSON file for the records")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("a sweep needs a GPU; torch sees none")
+    machine.require_gpu()
 
     configs = arguments.config + [config for grid in arguments.grid for config in expand(grid)]
     results = {}

@@ -51,7 +51,7 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ("src/cli", [r"(cli|cuda|jit|plan|text)/.*", r"phalanx/.*"]),
     ("python", [r"phalanx/.*", r"bindings/.*"]),
     ("examples/kernels", [r"phalanx/.*", r"examples/kernels/.*", r"(cuda|jit)/.*", r"device/ptx/.*"]),
-    ("examples", [r"phalanx/.*"]),
+    ("examples", [r"phalanx/.*", r"memory\.h"]),
     ("tests/consumer", [r"phalanx/.*"]),
     ("tests", [r".*"]),
 ]

@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 
 from bench import machine
 from bench.cases import make_layers
@@ -29,8 +28,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.probes) - set(PROBES):
         parser.error(f"no probe {', '.join(sorted(unknown))}; there are {', '.join(PROBES)}")
-    if not torch.cuda.is_available():
-        sys.exit("probes need a GPU; torch sees none")
+    machine.require_gpu()
 
     result = machine.describe()
     monitor = machine.Monitor()
