@@ -6,7 +6,6 @@ import argparse
 import sys
 from pathlib import Path
 
-
 from bench import machine
 from bench.cases import make_layers
 from bench.probe import promotion, split_stream, weight_stream
