@@ -116,7 +116,16 @@ int run_command_line(int argc, char** argv) {
       ->capture_default_str();
   tune_command->callback([&] { run = [&] { return tune(tune_options); }; });
 
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    // The missing subcommand is told before the word that is none.
+    const auto unknown = app.remaining(true);
+    if (error.get_exit_code() != static_cast<int>(CLI::ExitCodes::RequiredError) || unknown.empty())
+      return app.exit(error);
+    print_text(stderr, "phalanx: {} is no subcommand here; --help lists them\n", unknown.front());
+    return error.get_exit_code();
+  }
   return run();
 }
 

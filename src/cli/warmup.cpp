@@ -145,6 +145,7 @@ int print_faults(const std::vector<jit::KernelSource>& kernels, const std::vecto
 
 int warmup(const WarmupOptions& options) {
   if (!options.out.empty()) std::filesystem::create_directories(options.out);
+  if (!options.json.empty() && options.json != "-") write_json(options.json, Json::object());  // fails before the work
 
   const auto kernels = jit::all_kernels();
   const auto start = std::chrono::steady_clock::now();

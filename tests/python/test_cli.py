@@ -161,7 +161,9 @@ def test_bench_ep_times_ranks_on_the_cpu():
         ("bench --device cuda:0x", "--device: cuda:0x"),
         ("warmup --jobs -1", "--jobs"),
         ("cache", "subcommand"),
-        ("frobnicate", "subcommand"),
+        ("frobnicate", "frobnicate is no subcommand"),
+        ("cache frobnicate", "frobnicate is no subcommand"),
+        ("--frobnicate", "--frobnicate"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named):
@@ -170,7 +172,10 @@ def test_bad_arguments_are_named(arguments, named):
     assert named in result.stderr + result.stdout
 
 
+@pytest.mark.parametrize(
+    "command", ["bench --device cpu --m 1 --n 16 --k 16 --repeats 1 --seconds 0", "warmup --fresh"]
+)
 @pytest.mark.parametrize("path", ["/nonexistent/x.json", "/dev/full"])
-def test_unwritable_json_is_an_error(path):
-    result = run(f"bench --device cpu --m 1 --n 16 --k 16 --repeats 1 --seconds 0 --json {path}")
+def test_unwritable_json_is_an_error(command, path):
+    result = run(f"{command} --json {path}")
     assert result.returncode == 1 and f"cannot write {path}" in result.stderr
