@@ -257,7 +257,7 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
     if constexpr (kCounted) {
       const bool is_full = flags.count >= kEpPiecesPerFlag || flags.count + __popc(to.lanes) > 32;
       if (is_full || shape.log2_parts != 0) flags.raise(ep_flag(op.epoch, p.format, 1));
-      flags.add(to.lanes, ep_piece_flag(op, r, c.rank, token, part));
+      flags.add(to.lanes, ep_piece_flag(op, r < 0 ? c.rank : r, c.rank, token, part));
     }
     ep_move_own<kCounted>(p, token, ep_cols(shape, part), to);
   }
