@@ -50,17 +50,16 @@ __device__ __forceinline__ bool ep_may_send_sums(const EpOperation& op) {
 
 // --- loading --------------------------------------------------------------------------------------------------------
 
-// Columns from byte `begin` of the rows in the lanes `rows`, which are pushed as the first terms of `sum`.
-__device__ __forceinline__ void ep_load_rows(const EpCombineParams& p, EpFeeder& feeder, const EpTerms& terms, u32 rows,
-                                             int begin, const EpStage& sum) {
-  const u8* row = static_cast<const u8*>(p.rows) + i64(terms.row) * p.row_stride * 2 + begin;
+// The rows in the lanes `rows`: the first terms of `sum`.
+__device__ __forceinline__ void ep_load_rows(EpFeeder& feeder, u32 rows, const u8* row, float weight,
+                                             const EpStage& sum) {
   bool is_first = true;
 #pragma unroll 1
   while (rows != 0) {
     u32 now = rows;  // as many as there are stages
 #pragma unroll 1
     while (__popc(now) > kEpStages) now &= ~(1u << (31 - __clz(int(now))));
-    feeder.push(now, row, terms.weight, sum, is_first);
+    feeder.push(now, row, weight, sum, is_first);
     rows &= ~now;
     is_first = false;
   }
@@ -118,67 +117,85 @@ __device__ __forceinline__ bool ep_write_values(const EpCombineParams& p, const 
   return __all_sync(0xffffffffu, fine);
 }
 
-// A sum of this rank's rows to its slot at the token's home.
+// A sum to be asked for, as far as it can be said before the warp's turn to say it.
 template <bool kFew>
-__device__ __forceinline__ void ep_load_send(const EpCombineParams& p, const EpOperation& op, EpFeeder& feeder,
-                                             const EpWork& work, EpRange bytes, int steps) {
-  const u32 rows = __ballot_sync(0xffffffffu, work.terms.has_row(p));
-  if (!__any_sync(0xffffffffu, work.terms.row != kEpNotHere)) return;  // nobody will look
-  u8* slot = ep_sum_slot(op, work.source, p.c.rank, work.token);
-  const int count = __popc(rows);
-#pragma unroll 1
-  for (int begin = bytes.begin; begin < bytes.end; begin += kEpStageBytes<kFew>) {
-    const EpStage sum{slot + begin, nullptr, min_of(bytes.end - begin, kEpStageBytes<kFew>), count, steps, 0};
-    if (count > 0)
-      ep_load_rows(p, feeder, work.terms, rows, begin, sum);
-    else
-      feeder.push(1, nullptr, 0, sum, true);
-  }
-}
+struct EpJob {
+  bool is_there, is_home;
+  u32 rows;       // lanes
+  const u8* row;  // this lane's
+  float weight;
+  u64 others = 0;  // home: ranks whose sums are added
+  i64 token;
+  EpRange bytes;
+  EpStage sum;
 
-// The sum of a token of this rank: its own rows first, which need no waiting, then the other ranks' sums.
+  __device__ __forceinline__ EpJob(const EpCombineParams& p, const EpOperation& send, const EpOperation& recv,
+                                   const EpWork& work, EpRange columns, int steps)
+      : is_home(work.source == p.c.rank), token(work.token), bytes(columns) {
+    const EpCommon& c = p.c;
+    const u8* residual = static_cast<const u8*>(p.residual);
+    rows = __ballot_sync(0xffffffffu, work.terms.has_row(p));
+    is_there =
+        work.source >= 0 && (is_home || __any_sync(0xffffffffu, work.terms.row != kEpNotHere));  // who would look?
+    if (!is_there) return;
+    row = static_cast<const u8*>(p.rows) + i64(work.terms.row) * p.row_stride * 2 + bytes.begin;
+    weight = work.terms.weight;
+    sum = {nullptr, nullptr, 0, __popc(rows), steps, 0};
+    if (!is_home) {
+      sum.out = ep_sum_slot(send, work.source, c.rank, token) + bytes.begin;
+      return;
+    }
+    others = ep_ranks_of(c, work.expert) & ~(u64(1) << c.rank);
+    sum.out = static_cast<u8*>(p.out) + token * p.out_stride * 2 + bytes.begin;
+    if (residual) sum.residual = residual + token * p.residual_stride * 2 + bytes.begin;
+    sum.slots = ep_sum_slot(recv, c.rank, c.rank == 0 ? 1 : 0, token) + bytes.begin;
+    if (kFew)
+      sum.others = others;
+    else
+      sum.terms += __popcll(others);
+  }
+
+  // To the next columns, if a stage has no room for all.
+  __device__ __forceinline__ void advance() {
+    row += kEpStageBytes<kFew>;
+    sum.out += kEpStageBytes<kFew>;
+    sum.slots += kEpStageBytes<kFew>;
+    if (sum.residual) sum.residual += kEpStageBytes<kFew>;
+  }
+};
+
+// Says it. Of a token of this rank, `number` in this half: its own rows first, which need no waiting, then the other ranks' sums.
 template <bool kFew>
-__device__ __forceinline__ bool ep_load_home(const EpCombineParams& p, const EpOperation& op, EpFeeder& feeder,
-                                             EpNews& news, const EpWork& work, EpRange bytes, int number, int steps) {
+__device__ __forceinline__ bool ep_load(const EpCombineParams& p, const EpOperation& recv, EpFeeder& feeder,
+                                        EpNews& news, EpJob<kFew>& job, int number) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32;
-  const u32 rows = __ballot_sync(0xffffffffu, work.terms.has_row(p));
-  const u64 others = ep_ranks_of(c, work.expert) & ~(u64(1) << c.rank);
-  const int own = __popc(rows), num_others = __popcll(others);
-  const u8* residual = static_cast<const u8*>(p.residual);
+  const bool adds_slots = !kFew && job.others != 0;
   // Whoever waits for what this rank has sent must not have to wait for what it waits for.
-  if (!kFew && own == 0 && others != 0) feeder.push_nothing(steps, 0);
+  if (adds_slots && job.rows == 0) feeder.push_nothing(job.sum.steps, 0);
 #pragma unroll 1
-  for (int begin = bytes.begin; begin < bytes.end; begin += kEpStageBytes<kFew>) {
-    const EpStage sum{static_cast<u8*>(p.out) + work.token * p.out_stride * 2 + begin,
-                      residual ? residual + work.token * p.residual_stride * 2 + begin : nullptr,
-                      min_of(bytes.end - begin, kEpStageBytes<kFew>),
-                      own + (kFew ? 0 : num_others),
-                      steps,
-                      0,
-                      kFew ? others : 0,
-                      ep_sum_slot(op, c.rank, c.rank == 0 ? 1 : 0, work.token) + begin};
-    if (sum.terms == 0) feeder.push(1, nullptr, 0, sum, true);
-    ep_load_rows(p, feeder, work.terms, rows, begin, sum);
-    if constexpr (kFew) continue;
-    if (begin == bytes.begin && !news.wait(p, op, others, u32(number))) {
+  for (int begin = job.bytes.begin; begin < job.bytes.end; begin += kEpStageBytes<kFew>, job.advance()) {
+    job.sum.bytes = min_of(job.bytes.end - begin, kEpStageBytes<kFew>);
+    if (job.sum.terms == 0) feeder.push(1, nullptr, 0, job.sum, true);
+    ep_load_rows(feeder, job.rows, job.row, job.weight, job.sum);
+    if (!adds_slots) continue;
+    if (begin == job.bytes.begin && !news.wait(p, recv, job.others, u32(number))) {
       // What has been said to come must come, be it anything.
 #pragma unroll 1
-      for (int i = 0; own != 0 && i < num_others; ++i) feeder.push(1, nullptr, 0, sum, false);
+      for (int i = 0; job.rows != 0 && i < __popcll(job.others); ++i) feeder.push(1, nullptr, 0, job.sum, false);
       return false;
     }
-    bool is_first = own == 0;
+    bool is_first = job.rows == 0;
 #pragma unroll 1
     for (int r = 0; r < c.shape.num_ranks; r += kEpStages) {
-      const u32 now = u32(others >> r) & ((1u << kEpStages) - 1);
+      const u32 now = u32(job.others >> r) & ((1u << kEpStages) - 1);
       if (now == 0) continue;
-      const u8* slot = now >> lane & 1 ? ep_sum_slot(op, c.rank, r + lane, work.token) + begin : nullptr;
-      feeder.push(now, slot, 1, sum, is_first);
+      const u8* slot = now >> lane & 1 ? ep_sum_slot(recv, c.rank, r + lane, job.token) + begin : nullptr;
+      feeder.push(now, slot, 1, job.sum, is_first);
       is_first = false;
     }
   }
-  if (kFew && !news.wait(p, op, others, u32(number))) return false;
-  return !p.values || bytes.begin != 0 || ep_write_values<kFew>(p, op, work);
+  return !kFew || !job.is_home || news.wait(p, recv, job.others, u32(number));
 }
 
 // By a loading warp.
@@ -201,12 +218,11 @@ __device__ __forceinline__ void ep_load_all(const EpCombineParams& p, const EpOp
     const bool is_home = unit.is_home(num_ranks);
     const int number = unit.token(), steps = min_of(unit.step + is_home, sends);
     stops = unit.skip(num_ranks);
+    EpJob<kFew> job(p, send, recv, present, bytes, steps);
     bool fine = feeder.await_turn() && may_send;
-    if (fine && present.source >= 0) {
-      if (!is_home)
-        ep_load_send<kFew>(p, send, feeder, present, bytes, steps);
-      else
-        fine = ep_load_home<kFew>(p, recv, feeder, news, present, bytes, number, steps);
+    if (fine && job.is_there) {
+      fine = ep_load<kFew>(p, recv, feeder, news, job, number);
+      if (fine && is_home && p.values && bytes.begin == 0) fine = ep_write_values<kFew>(p, recv, present);
     }
     feeder.pass_turn(fine);
   }

@@ -82,15 +82,19 @@ struct EpFeeder {
   }
 
   // One stage for each lane in `lanes`, at most kEpStages, in their order; empty if there is no row. The first one may be
-  // where the sum begins.
+  // where the sum begins. Each lane goes on when its stage is empty: if it waited for it in a loop of its own, the warp would
+  // ask for nothing before the last one is.
   __device__ __forceinline__ void push(u32 lanes, const u8* row, float weight, const EpStage& sum, bool begins) {
     const int lane = threadIdx.x % 32;
     EpRing mine = ring;
     mine.advance(__popc(lanes & ((1u << lane) - 1)));
-    if (lanes >> lane & 1) {
-      ptx::mbarrier_wait(&smem.empty[mine.stage], mine.phase ^ 1);
+    const bool is_first = begins && __ffs(lanes) - 1 == lane;
+#pragma unroll 1
+    for (bool waits = lanes >> lane & 1; __any_sync(0xffffffffu, waits);) {
+      if (!waits || !ptx::mbarrier_test(&smem.empty[mine.stage], mine.phase ^ 1)) continue;
+      waits = false;
       smem.weight[mine.stage] = weight;
-      if (begins && __ffs(lanes) - 1 == lane) smem.stage[mine.stage] = sum;
+      if (is_first) smem.stage[mine.stage] = sum;
       if (row) {
         ptx::mbarrier_arrive_expect_tx(&smem.full[mine.stage], u32(sum.bytes));
         ptx::bulk_load(smem.rows[mine.stage], row, u32(sum.bytes), &smem.full[mine.stage]);
@@ -201,7 +205,8 @@ __device__ __forceinline__ bool ep_add_slots(EpSum (&sum)[kPieces], const EpComm
 // By a summing warp.
 template <bool kFew>
 __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& all) {
-  constexpr int kPieces = kEpSumPieces<kFew>;
+  constexpr int kPieces = kEpSumPieces<kFew>,
+                kApart = kEpSumWarps * kEpPitch;  // bytes from a piece to the thread's next
   const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32;
   const int first = warp % kEpSumWarps * kEpPitch + lane * 16;  // this thread's bytes of a stage
   EpCombineHalf& smem = all.halves[warp / kEpSumWarps];
@@ -231,16 +236,24 @@ __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& 
       *static_cast<volatile int*>(&all.failed) = 1;
       continue;  // whoever loads must find empty stages
     }
+    const int left = todo.bytes - first;
+    if (todo.residual) {
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i)
+        if (i * kApart < left) sum[i].add(*reinterpret_cast<const EpVector*>(todo.residual + first + i * kApart), 1.0f);
+    }
+    EpVector packed[kPieces];  // never kEpNothing: NaN is 0x7fff
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) packed[i] = sum[i].to_bf16();
+    u8* out = todo.out + first;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const int at = first + i * (kEpSumWarps * kEpPitch);
-      if (at >= todo.bytes) continue;
-      if (todo.residual) sum[i].add(*reinterpret_cast<const EpVector*>(todo.residual + at), 1.0f);
-      const EpVector out = sum[i].to_bf16();  // never kEpNothing: NaN is 0x7fff
+      if (i * kApart >= left) continue;
+      const EpVector& v = packed[i];
       if constexpr (kFew)
-        ptx::store_relaxed_sys_16(todo.out + at, {out.word[0], out.word[1], out.word[2], out.word[3]});
+        ptx::store_relaxed_sys_16(out + i * kApart, {v.word[0], v.word[1], v.word[2], v.word[3]});
       else
-        *reinterpret_cast<EpVector*>(todo.out + at) = out;
+        *reinterpret_cast<EpVector*>(out + i * kApart) = v;
     }
   }
 }
