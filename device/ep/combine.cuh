@@ -6,8 +6,9 @@
 //
 // in FP32, by FMA; a rank's sum for its own tokens is not rounded.
 //
-//   loading warps     rows of others' tokens; a few tokens later those of this rank's, and slots behind their flags
-//                     --TMA--> a ring of stages, a row each, with what is to be done with it
+//   listing warps     which rows come, and what is to be done with them: those of others' tokens; a few tokens later those
+//                     of this rank's, and slots behind their flags
+//   loading warps     listed rows --TMA--> a ring of stages, a row each
 //   summing warps     stages --> sums in registers --> the home's slots, or out
 //   signalling warp   sums sent --> sum flags, one a CTA
 //   at the end        all read --> credits
@@ -15,8 +16,7 @@
 // Where tokens are few, summing warps read slots as they come, and flags say at the beginning what will.
 //
 // Sums are sent token by token, to all ranks in turn, so that each home can begin early. A CTA's two halves go their own
-// ways, and in each two warps take turns to load: one alone would need more time to say what is to be done than is needed to
-// do it. While one says it, the other finds out what comes next.
+// ways. Who lists is some sums ahead of who loads, who has so little to do that no stage stays empty.
 #pragma once
 #include "device/ep/combine_units.cuh"
 
@@ -48,22 +48,7 @@ __device__ __forceinline__ bool ep_may_send_sums(const EpOperation& op) {
                                                      threadIdx.x % 32, 32));
 }
 
-// --- loading --------------------------------------------------------------------------------------------------------
-
-// The rows in the lanes `rows`: the first terms of `sum`.
-__device__ __forceinline__ void ep_load_rows(EpFeeder& feeder, u32 rows, const u8* row, float weight,
-                                             const EpStage& sum) {
-  bool is_first = true;
-#pragma unroll 1
-  while (rows != 0) {
-    u32 now = rows;  // as many as there are stages
-#pragma unroll 1
-    while (__popc(now) > kEpStages) now &= ~(1u << (31 - __clz(int(now))));
-    feeder.push(now, row, weight, sum, is_first);
-    rows &= ~now;
-    is_first = false;
-  }
-}
+// --- listing --------------------------------------------------------------------------------------------------------
 
 // How many tokens' sums each peer has sent as far as is known, one a lane (of ranks above 31 nothing is).
 struct EpNews {
@@ -117,7 +102,7 @@ __device__ __forceinline__ bool ep_write_values(const EpCombineParams& p, const 
   return __all_sync(0xffffffffu, fine);
 }
 
-// A sum to be asked for, as far as it can be said before the warp's turn to say it.
+// A sum to be listed.
 template <bool kFew>
 struct EpJob {
   bool is_there, is_home;
@@ -127,7 +112,7 @@ struct EpJob {
   u64 others = 0;  // home: ranks whose sums are added
   i64 token;
   EpRange bytes;
-  EpStage sum;
+  EpTodo sum;
 
   __device__ __forceinline__ EpJob(const EpCombineParams& p, const EpOperation& send, const EpOperation& recv,
                                    const EpWork& work, EpRange columns, int steps)
@@ -164,71 +149,61 @@ struct EpJob {
   }
 };
 
-// Says it. Of a token of this rank, `number` in this half: its own rows first, which need no waiting, then the other ranks' sums.
+// Lists it. Of a token of this rank, `number` in this half: its own rows first, which need no waiting, then the other ranks' sums.
 template <bool kFew>
-__device__ __forceinline__ bool ep_load(const EpCombineParams& p, const EpOperation& recv, EpFeeder& feeder,
+__device__ __forceinline__ bool ep_list(const EpCombineParams& p, const EpOperation& recv, EpLister& lister,
                                         EpNews& news, EpJob<kFew>& job, int number) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32;
   const bool adds_slots = !kFew && job.others != 0;
   // Whoever waits for what this rank has sent must not have to wait for what it waits for.
-  if (adds_slots && job.rows == 0) feeder.push_nothing(job.sum.steps, 0);
+  if (adds_slots && job.rows == 0) lister.push_nothing({nullptr, nullptr, 0, 0, job.sum.steps, 0});
 #pragma unroll 1
   for (int begin = job.bytes.begin; begin < job.bytes.end; begin += kEpStageBytes<kFew>, job.advance()) {
     job.sum.bytes = min_of(job.bytes.end - begin, kEpStageBytes<kFew>);
-    if (job.sum.terms == 0) feeder.push(1, nullptr, 0, job.sum, true);
-    ep_load_rows(feeder, job.rows, job.row, job.weight, job.sum);
+    if (job.sum.terms == 0) lister.push_nothing(job.sum);
+    lister.push(job.rows, {job.row, job.sum.bytes, job.weight}, job.sum, true);
     if (!adds_slots) continue;
     if (begin == job.bytes.begin && !news.wait(p, recv, job.others, u32(number))) {
       // What has been said to come must come, be it anything.
 #pragma unroll 1
-      for (int i = 0; job.rows != 0 && i < __popcll(job.others); ++i) feeder.push(1, nullptr, 0, job.sum, false);
+      for (int i = 0; job.rows != 0 && i < __popcll(job.others); ++i) lister.push(1, {nullptr, 0, 0}, job.sum, false);
       return false;
     }
-    bool is_first = job.rows == 0;
 #pragma unroll 1
-    for (int r = 0; r < c.shape.num_ranks; r += kEpStages) {
-      const u32 now = u32(job.others >> r) & ((1u << kEpStages) - 1);
-      if (now == 0) continue;
+    for (int r = 0; r < c.shape.num_ranks; r += 32) {
+      const u32 now = u32(job.others >> r);
       const u8* slot = now >> lane & 1 ? ep_sum_slot(recv, c.rank, r + lane, job.token) + begin : nullptr;
-      feeder.push(now, slot, 1, job.sum, is_first);
-      is_first = false;
+      lister.push(now, {slot, job.sum.bytes, 1}, job.sum, job.rows == 0 && (r == 0 || u32(job.others) == 0));
     }
   }
   return !kFew || !job.is_home || news.wait(p, recv, job.others, u32(number));
 }
 
-// By a loading warp.
+// By a listing warp. False if a wait has failed.
 template <bool kFew>
-__device__ __forceinline__ void ep_load_all(const EpCombineParams& p, const EpOperation& send, const EpOperation& recv,
-                                            EpFeeder& feeder, int half) {
+__device__ __forceinline__ bool ep_list_all(const EpCombineParams& p, const EpOperation& send, const EpOperation& recv,
+                                            EpCombineHalf& smem, int half) {
   const EpCommon& c = p.c;
   const EpRange bytes = ep_bytes_of_half(c.shape, half);
-  const int num_ranks = c.shape.num_ranks;
-  EpUnit unit(p, feeder.smem.tokens);
-  const int sends = unit.sends;
-  bool stops = !unit.is_over() == (feeder.warp != 0);  // this warp's next turn is the one behind the last unit
-  if (feeder.warp != 0) unit.next(num_ranks);
-  EpOutlook outlook(p, feeder, unit);
+  EpLister lister{smem};
+  EpUnit unit(p, smem.tokens);
+  EpOutlook outlook(p, smem, unit);
   EpNews news{half};
-  const bool may_send = feeder.warp != 0 || !c.send || ep_may_send_sums(send);  // the other warp's turn comes later
+  bool fine = !c.send || ep_may_send_sums(send);
 #pragma unroll 1
-  while (!unit.is_over()) {
+  while (fine && !unit.is_over()) {
     const EpWork present = outlook.take(unit);
-    const bool is_home = unit.is_home(num_ranks);
-    const int number = unit.token(), steps = min_of(unit.step + is_home, sends);
-    stops = unit.skip(num_ranks);
+    const bool is_home = unit.is_home(c.shape.num_ranks);
+    const int number = unit.token(), steps = min_of(unit.step + is_home, unit.sends);
+    unit.next(c.shape.num_ranks);
     EpJob<kFew> job(p, send, recv, present, bytes, steps);
-    bool fine = feeder.await_turn() && may_send;
-    if (fine && job.is_there) {
-      fine = ep_load<kFew>(p, recv, feeder, news, job, number);
-      if (fine && is_home && p.values && bytes.begin == 0) fine = ep_write_values<kFew>(p, recv, present);
-    }
-    feeder.pass_turn(fine);
+    if (!job.is_there) continue;
+    fine = ep_list<kFew>(p, recv, lister, news, job, number);
+    if (fine && is_home && p.values && bytes.begin == 0) fine = ep_write_values<kFew>(p, recv, present);
   }
-  if (!stops) return;
-  feeder.await_turn();
-  feeder.push_nothing(sends, 1);
+  lister.push_nothing({nullptr, nullptr, 0, 0, fine ? unit.sends : 0, 1});
+  return fine;
 }
 
 // --- signalling -----------------------------------------------------------------------------------------------------
@@ -299,21 +274,17 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   EpCombineSmem& smem = *reinterpret_cast<EpCombineSmem*>(smem_base);
   const EpCommon& c = p.c;
   const int warp = int(threadIdx.x) / 32;
-  if (threadIdx.x == 0) {
-    smem.failed = 0;
+  if (threadIdx.x % 32 == 0) {  // not by one thread: there are many
+    if (warp == 0) smem.failed = 0;
+    for (EpCombineHalf& half : smem.halves) {
 #pragma unroll 1
-    for (int i = 0; i < kEpHalves * kEpStages; ++i) {
-      EpCombineHalf& half = smem.halves[i / kEpStages];
-      ptx::mbarrier_init(&half.full[i % kEpStages], 1);
-      ptx::mbarrier_init(&half.empty[i % kEpStages], kEpSumWarps);
-    }
-#pragma unroll 1
-    for (int h = 0; h < kEpHalves; ++h) {
-      EpCombineHalf& half = smem.halves[h];
-      half.next = {};
-      half.broken = 0;
-      ptx::mbarrier_init(&half.turn[0], 1);
-      ptx::mbarrier_init(&half.turn[1], 1);
+      for (int i = warp; i < kEpListed; i += kEpCombineWarps) {
+        ptx::mbarrier_init(&half.listed[i], 1);
+        ptx::mbarrier_init(&half.free[i], 1);
+        if (i >= kEpStages) continue;
+        ptx::mbarrier_init(&half.full[i], 1);
+        ptx::mbarrier_init(&half.empty[i], kEpSumWarps);
+      }
     }
     ptx::fence_mbarrier_init();
   }
@@ -331,11 +302,12 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   __syncthreads();
   if (warp < kEpHalves * kEpSumWarps) {
     ep_sum_stages<kFew>(c, smem);
-  } else if (warp < kEpHalves * (kEpSumWarps + kEpLoadWarps)) {
-    const int loader = warp - kEpHalves * kEpSumWarps, half = loader % kEpHalves;
-    EpFeeder feeder{smem.halves[half], loader / kEpHalves};
-    ep_load_all<kFew>(p, send, recv, feeder, half);
-    if (smem.halves[half].broken != 0) *static_cast<volatile int*>(&smem.failed) = 1;
+  } else if (warp < kEpHalves * (kEpSumWarps + 1)) {
+    const int half = warp % kEpHalves;
+    if (!ep_list_all<kFew>(p, send, recv, smem.halves[half], half)) *static_cast<volatile int*>(&smem.failed) = 1;
+  } else if (warp < kEpHalves * (kEpSumWarps + 2)) {
+    if (threadIdx.x % 32 == 0) ep_load_listed(smem.halves[warp % kEpHalves]);
+    __syncwarp();
   } else {
     ep_give_late_credits(recv, c.layout.combine_credit);
     if constexpr (!kFew) {

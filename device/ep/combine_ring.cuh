@@ -1,8 +1,9 @@
-// The rings of combine (combine.cuh), one for each half of a CTA: two warps in turn load rows into its stages, seven add them
-// up in registers.
+// The rings of combine (combine.cuh), one for each half of a CTA: one warp lists rows, one loads them into the ring's stages,
+// seven add them up in registers.
 //
-//   turn[w]    loading warp w may go on, where the other one has left `next`
-//   full[s]    the loading warp's lane, when it has said what is to be done, and TMA, when the row is there
+//   listed[i]  the listing warp's lane, when it has said which row comes and what is to be done with it
+//   free[i]    the loading warp, when that row has been added, so that another one can be listed there
+//   full[s]    the loading warp, and TMA, when the row is there
 //   empty[s]   the summing warps, when each has the row in registers
 //   steps[w]   summing warp w has stored all sums of so many tokens; the signalling warp waits for it
 #pragma once
@@ -13,27 +14,35 @@
 
 namespace phalanx {
 
-// A sum to be made of the stages from the one that this lies beside; without any term of that one, which is empty.
-struct alignas(16) EpStage {
+// A stage's row, or if null nothing.
+struct alignas(16) EpListed {
+  const u8* row;
+  int bytes;  // of the columns; below 0: the last one of all
+  float weight;
+};
+
+// A sum to be made of the stages from the one that is listed with it; without any term of that one, which is empty.
+struct alignas(16) EpTodo {
   u8* out;
   const u8* residual;
   int bytes;  // of the columns
   int terms;
-  int steps;  // of so many tokens of every source all sums have been asked for before this one
+  int steps;  // of so many tokens of every source all sums are listed before this one
   int stop;
   u64 others = 0;       // ranks whose sums tell by themselves that they have come; they are added last
   u8* slots = nullptr;  // the first of theirs, if all sent
 };
 
-// A place in the ring.
-struct EpRing {
-  int stage = 0;
+// A place among kCount that are used in turn.
+template <int kCount>
+struct EpPlace {
+  int at = 0;
   u32 phase = 0;
 
   __device__ __forceinline__ void advance(int n) {
-    stage += n;
-    if (stage >= kEpStages) {
-      stage -= kEpStages;
+    at += n;
+    if (at >= kCount) {
+      at -= kCount;
       phase ^= 1;
     }
   }
@@ -41,14 +50,12 @@ struct EpRing {
 
 struct EpCombineHalf {
   u8 rows[kEpStages][kEpStageBytes<false>];
-  EpStage stage[kEpStages];
-  float weight[kEpStages];
-  u64 full[kEpStages], empty[kEpStages], turn[kEpLoadWarps];
-  EpRing next;
-  int broken;                                // a wait of a loading warp has failed
-  int row[kEpLoadWarps][kEpUnitsAhead][32];  // the next units' terms, of each loading warp
-  float row_weight[kEpLoadWarps][kEpUnitsAhead][32];
-  int expert[kEpLoadWarps][kEpUnitsAhead][32];
+  EpListed list[kEpListed];
+  EpTodo todo[kEpListed];
+  u64 listed[kEpListed], free[kEpListed], full[kEpStages], empty[kEpStages];
+  int row[kEpUnitsAhead][32];  // the next units' terms
+  float row_weight[kEpUnitsAhead][32];
+  int expert[kEpUnitsAhead][32];
   EpRange tokens[kEpMaxRanks];
 };
 struct EpCombineSmem {
@@ -59,57 +66,55 @@ struct EpCombineSmem {
 };
 static_assert(sizeof(EpCombineSmem) <= kEpCombineSmemBytes);
 
-// A loading warp's side.
-struct EpFeeder {
+// The listing warp's side.
+struct EpLister {
   EpCombineHalf& smem;
-  int warp;               // of those that load
-  u32 phase = warp == 0;  // the first warp's first turn is now
-  EpRing ring = {};
+  EpPlace<kEpListed> next = {};
 
-  // False if a wait has failed.
-  __device__ __forceinline__ bool await_turn() {
-    ptx::mbarrier_wait(&smem.turn[warp], phase);
-    phase ^= 1;
-    ring = smem.next;
-    return smem.broken == 0;
-  }
-  __device__ __forceinline__ void pass_turn(bool fine) {
-    __syncwarp();
-    if (threadIdx.x % 32 != 0) return;
-    smem.next = ring;
-    if (!fine) smem.broken = 1;
-    ptx::mbarrier_arrive(&smem.turn[1 - warp]);
-  }
-
-  // One stage for each lane in `lanes`, at most kEpStages, in their order; empty if there is no row. The first one may be
-  // where the sum begins. Each lane goes on when its stage is empty: if it waited for it in a loop of its own, the warp would
-  // ask for nothing before the last one is.
-  __device__ __forceinline__ void push(u32 lanes, const u8* row, float weight, const EpStage& sum, bool begins) {
+  // A row for each lane in `lanes`, in their order, or an empty stage where it has none. With the first one may begin `sum`.
+  __device__ __forceinline__ void push(u32 lanes, const EpListed& mine, const EpTodo& sum, bool begins) {
     const int lane = threadIdx.x % 32;
-    EpRing mine = ring;
-    mine.advance(__popc(lanes & ((1u << lane) - 1)));
-    const bool is_first = begins && __ffs(lanes) - 1 == lane;
-#pragma unroll 1
-    for (bool waits = lanes >> lane & 1; __any_sync(0xffffffffu, waits);) {
-      if (!waits || !ptx::mbarrier_test(&smem.empty[mine.stage], mine.phase ^ 1)) continue;
-      waits = false;
-      smem.weight[mine.stage] = weight;
-      if (is_first) smem.stage[mine.stage] = sum;
-      if (row) {
-        ptx::mbarrier_arrive_expect_tx(&smem.full[mine.stage], u32(sum.bytes));
-        ptx::bulk_load(smem.rows[mine.stage], row, u32(sum.bytes), &smem.full[mine.stage]);
-      } else {
-        ptx::mbarrier_arrive(&smem.full[mine.stage]);
-      }
+    EpPlace<kEpListed> place = next;
+    place.advance(__popc(lanes & ((1u << lane) - 1)));
+    if (lanes >> lane & 1) {
+      ptx::mbarrier_wait(&smem.free[place.at], place.phase ^ 1);
+      smem.list[place.at] = mine;
+      if (begins && __ffs(lanes) - 1 == lane) smem.todo[place.at] = sum;
+      ptx::mbarrier_arrive(&smem.listed[place.at]);
     }
     __syncwarp();
-    ring.advance(__popc(lanes));
+    next.advance(__popc(lanes));
   }
-  __device__ __forceinline__ void push_nothing(int steps, int stop) {
-    const EpStage sum{nullptr, nullptr, 0, 0, steps, stop};
-    push(1, nullptr, 0, sum, true);
+  __device__ __forceinline__ void push_nothing(const EpTodo& sum) {
+    push(1, {nullptr, sum.stop ? -1 : 0, 0}, sum, true);
   }
 };
+
+// What is listed, into the ring. By a thread.
+__device__ __forceinline__ void ep_load_listed(EpCombineHalf& smem) {
+  EpPlace<kEpListed> next, used;  // `used`: what the stages before held
+  EpPlace<kEpStages> ring;
+#pragma unroll 1
+  for (int i = 0;; ++i) {
+    ptx::mbarrier_wait(&smem.listed[next.at], next.phase);
+    const EpListed listed = smem.list[next.at];
+    u64* full = &smem.full[ring.at];
+    ptx::mbarrier_wait(&smem.empty[ring.at], ring.phase ^ 1);
+    if (listed.row) {
+      ptx::mbarrier_arrive_expect_tx(full, u32(listed.bytes));
+      ptx::bulk_load(smem.rows[ring.at], listed.row, u32(listed.bytes), full);
+    } else {
+      ptx::mbarrier_arrive(full);
+      if (listed.bytes < 0) return;
+    }
+    if (i >= kEpStages) {
+      ptx::mbarrier_arrive(&smem.free[used.at]);
+      used.advance(1);
+    }
+    next.advance(1);
+    ring.advance(1);
+  }
+}
 
 // --- summing --------------------------------------------------------------------------------------------------------
 
@@ -134,8 +139,8 @@ struct EpSum {
 
 // Adds the next `count` stages.
 template <int kPieces>
-__device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHalf& smem, EpRing& ring, int first,
-                                              int count) {
+__device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHalf& smem, EpPlace<kEpStages>& ring,
+                                              EpPlace<kEpListed>& next, int first, int count) {
   const int lane = threadIdx.x % 32;
   // Some at once: one after the other, each would wait for its barrier and for shared memory.
   constexpr int kAtOnce = 2;
@@ -144,22 +149,23 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHa
     const int now = min_of(count - done, kAtOnce);
     EpVector x[kAtOnce][kPieces];
     float weight[kAtOnce];
-    EpRing at = ring;
+    EpPlace<kEpStages> at = ring;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       if (j >= now) continue;
-      ptx::mbarrier_wait(&smem.full[at.stage], at.phase);
-      weight[j] = smem.weight[at.stage];
+      ptx::mbarrier_wait(&smem.full[at.at], at.phase);
+      weight[j] = smem.list[next.at].weight;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
-        x[j][i] = *reinterpret_cast<const EpVector*>(smem.rows[at.stage] + first + i * (kEpSumWarps * kEpPitch));
+        x[j][i] = *reinterpret_cast<const EpVector*>(smem.rows[at.at] + first + i * (kEpSumWarps * kEpPitch));
       at.advance(1);
+      next.advance(1);
     }
     __syncwarp();
     if (lane < now) {
-      EpRing mine = ring;
+      EpPlace<kEpStages> mine = ring;
       mine.advance(lane);
-      ptx::mbarrier_arrive(&smem.empty[mine.stage]);
+      ptx::mbarrier_arrive(&smem.empty[mine.at]);
     }
     ring = at;
 #pragma unroll
@@ -174,7 +180,7 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHa
 // Adds the sums of other ranks, in their order, as they come, and empties their slots. By a warp.
 template <int kPieces>
 __device__ __forceinline__ bool ep_add_slots(EpSum (&sum)[kPieces], const EpCommon& c, EpCombineSmem& smem,
-                                             const EpStage& todo, int first) {
+                                             const EpTodo& todo, int first) {
 #pragma unroll 1
   for (u64 others = todo.others; others != 0;) {
     const int rank = ep_pop(others);
@@ -210,12 +216,13 @@ __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& 
   const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32;
   const int first = warp % kEpSumWarps * kEpPitch + lane * 16;  // this thread's bytes of a stage
   EpCombineHalf& smem = all.halves[warp / kEpSumWarps];
-  EpRing ring;
+  EpPlace<kEpStages> ring;
+  EpPlace<kEpListed> next;
   int steps = 0;
 #pragma unroll 1
   for (;;) {
-    ptx::mbarrier_wait(&smem.full[ring.stage], ring.phase);
-    const EpStage todo = smem.stage[ring.stage];
+    ptx::mbarrier_wait(&smem.full[ring.at], ring.phase);
+    const EpTodo todo = smem.todo[next.at];
     if (!kFew && todo.steps > steps) {
       steps = todo.steps;
       __syncwarp();
@@ -225,11 +232,12 @@ __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& 
       }
     }
     EpSum sum[kPieces] = {};
-    ep_add_stages(sum, smem, ring, first, todo.terms);
+    ep_add_stages(sum, smem, ring, next, first, todo.terms);
     if (todo.terms == 0) {
       __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.stage]);
+      if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.at]);
       ring.advance(1);
+      next.advance(1);
       if (todo.stop) return;
     }
     if (kFew && !ep_add_slots(sum, c, all, todo, first)) {

@@ -1,4 +1,4 @@
-// What combine sums, in which order, and what of it a loading warp asks for ahead; combine.cuh says who does what.
+// What combine sums, in which order, and what of it a listing warp asks for ahead; combine.cuh says who does what.
 #pragma once
 #include "device/ep/combine_ring.cuh"
 
@@ -50,14 +50,6 @@ struct EpUnit {
     turn = turn == num_ranks ? 1 : turn + 1;
     if (turn == 1) ++step;
   }
-  // To the next one of a loading warp. Whether there is one in between.
-  __device__ __forceinline__ bool skip(int num_ranks) {
-    static_assert(kEpLoadWarps == 2);
-    next(num_ranks);
-    const bool is_one = !is_over();
-    next(num_ranks);
-    return is_one;
-  }
 };
 
 // One unit's terms.
@@ -78,16 +70,15 @@ struct EpWork {
   }
 };
 
-// A loading warp's units that come next, their terms on the way to shared memory: a load takes longer than a unit.
+// The units that come next, their terms on the way to shared memory: a load takes longer than a unit.
 struct EpOutlook {
   const EpCombineParams& p;
   EpCombineHalf& smem;
-  int warp;
   EpUnit asked;  // the first whose terms have not been asked for
   int slot = 0;
 
-  __device__ __forceinline__ EpOutlook(const EpCombineParams& params, const EpFeeder& feeder, const EpUnit& first)
-      : p(params), smem(feeder.smem), warp(feeder.warp), asked(first) {
+  __device__ __forceinline__ EpOutlook(const EpCombineParams& params, EpCombineHalf& half, const EpUnit& first)
+      : p(params), smem(half), asked(first) {
 #pragma unroll 1
     for (int i = 0; i < kEpUnitsAhead; ++i) ask(i);
   }
@@ -99,13 +90,13 @@ struct EpOutlook {
       const EpWork work(p, asked, smem.tokens);
       if (work.source >= 0 && lane < c.shape.topk) {
         const i64 choice = ep_choice(c, work.source, work.token) + lane;
-        ptx::cp_async_4(&smem.row[warp][to][lane], &c.handle[c.handle_layout.rows + choice]);
-        if (p.weighted) ptx::cp_async_4(&smem.row_weight[warp][to][lane], &c.handle[c.handle_layout.weights + choice]);
+        ptx::cp_async_4(&smem.row[to][lane], &c.handle[c.handle_layout.rows + choice]);
+        if (p.weighted) ptx::cp_async_4(&smem.row_weight[to][lane], &c.handle[c.handle_layout.weights + choice]);
         if (work.source == c.rank)
-          ptx::cp_async_4(&smem.expert[warp][to][lane],
+          ptx::cp_async_4(&smem.expert[to][lane],
                           &c.handle[c.handle_layout.experts + work.token * c.shape.topk + lane]);
       }
-      asked.skip(c.shape.num_ranks);
+      asked.next(c.shape.num_ranks);
     }
     ptx::cp_async_commit_group();
   }
@@ -116,9 +107,9 @@ struct EpOutlook {
     EpWork work(p, unit, smem.tokens);
     ptx::cp_async_wait_group<kEpUnitsAhead - 1>();
     if (work.source >= 0 && lane < p.c.shape.topk) {  // each lane has asked for its own
-      work.terms.row = smem.row[warp][slot][lane];
-      if (p.weighted) work.terms.weight = smem.row_weight[warp][slot][lane];
-      if (work.source == p.c.rank) work.expert = smem.expert[warp][slot][lane];
+      work.terms.row = smem.row[slot][lane];
+      if (p.weighted) work.terms.weight = smem.row_weight[slot][lane];
+      if (work.source == p.c.rank) work.expert = smem.expert[slot][lane];
     }
     ask(slot);
     slot = slot + 1 == kEpUnitsAhead ? 0 : slot + 1;

@@ -46,19 +46,20 @@ struct alignas(16) EpVector {
 };
 constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a thread's pieces to its next
 
-// Combine: a CTA has two halves, which share nothing but their end: warps that sum, two that load, and a ring of stages.
-// One more warp signals for both. A stage holds a row, or so many columns of one: as many as its warps sum, kEpSumPieces of 16
-// bytes a thread. With few tokens half of it stays empty, as it would be with half of the columns of 7168.
-constexpr int kEpHalves = 2, kEpSumWarps = 7, kEpLoadWarps = 2;
-constexpr int kEpCombineWarps = kEpHalves * (kEpSumWarps + kEpLoadWarps) + 1;
+// Combine: a CTA has two halves, which share nothing but their end: warps that sum, one that lists rows, one that loads them into a
+// ring of stages. One more warp signals for both. A stage holds a row, or so many columns of one: as many as its warps sum,
+// kEpSumPieces of 16 bytes a thread. With few tokens half of it stays empty, as it would be with half of the columns of 7168.
+constexpr int kEpHalves = 2, kEpSumWarps = 7;
+constexpr int kEpCombineWarps = kEpHalves * (kEpSumWarps + 2) + 1;
 constexpr int kEpStages = 7;
 template <bool kFew>
 constexpr int kEpSumPieces = kFew ? 2 : 4;
 template <bool kFew>
 constexpr int kEpStageBytes = kEpSumPieces<kFew>* kEpSumWarps* kEpPitch;
-constexpr int kEpUnitsAhead = 4;  // sums whose rows' numbers are on their way to a loading warp
+constexpr int kEpUnitsAhead = 4;  // sums whose rows' numbers are on their way to the warp that lists them
+constexpr int kEpListed = 32;     // rows that may be listed ahead: at least one a lane
 constexpr int kEpCombineSmemBytes =
-    kEpHalves * (kEpStages * (kEpStageBytes<false> + 72) + kEpLoadWarps * kEpUnitsAhead * 32 * 12 + 8 * 64) + 1024;
+    kEpHalves * (kEpStages * (kEpStageBytes<false> + 16) + kEpListed * 80 + kEpUnitsAhead * 32 * 12 + 8 * 64) + 1024;
 
 // What is agreed upon by all ranks.
 struct EpShape {
