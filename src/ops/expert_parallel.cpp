@@ -73,7 +73,7 @@ std::vector<int> first_experts(const ExpertParallelConfig& config, int num_ranks
 /// CTAs that only send, so that they and those that write rows take about as long, if a token's experts are anywhere.
 int num_senders(const EpShape& s) {
   constexpr double kSendGbps = 26.5, kWriteGbps = 41;  // of an SM, measured
-  constexpr int kMost = 14;                            // more than the link takes
+  constexpr int kMost = 18;                            // more than the link takes
   if (s.num_ranks == 1 || s.num_ctas < 4) return 0;
   const double peers = (s.num_ranks - 1) * (1 - std::pow(1 - 1.0 / s.num_ranks, s.topk));  // that a token goes to
   const double send = peers / kSendGbps, write = s.topk / kWriteGbps;
