@@ -205,6 +205,10 @@ __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token
 
 // --- sending --------------------------------------------------------------------------------------------------------
 
+// So few CTAs that only send have so much to send that their next tokens should be in L2 already; more of them have the link to
+// wait for, and would be in each other's way.
+constexpr int kEpFewSenders = 8;
+
 // Flags that a warp will raise together, one a lane.
 struct EpFlags {
   u64* mine = nullptr;
@@ -258,6 +262,15 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
       const bool is_full = flags.count >= kEpPiecesPerFlag || flags.count + __popc(to.lanes) > 32;
       if (is_full || shape.log2_parts != 0) flags.raise(ep_flag(op.epoch, p.format, 1));
       flags.add(to.lanes, ep_piece_flag(op, r < 0 ? c.rank : r, c.rank, token, part));
+    }
+    if constexpr (kCounted) {
+      const int ahead = token_of(i + step);
+      if (shape.num_senders <= kEpFewSenders && ahead < c.num_tokens) {  // into L2
+        const i64 size = p.x_format == kEpE4m3 ? 1 : 2;
+#pragma unroll 1
+        for (int at = lane * 128; at < shape.hidden * size; at += 32 * 128)
+          ptx::prefetch_l2(static_cast<const u8*>(p.x) + ahead * p.x_stride * size + at);
+      }
     }
     ep_move_own<kCounted>(p, token, ep_cols(shape, part), to);
   }
