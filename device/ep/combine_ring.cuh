@@ -157,7 +157,7 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHa
       weight[j] = smem.list[next.at].weight;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
-        x[j][i] = *reinterpret_cast<const EpVector*>(smem.rows[at.at] + first + i * (kEpSumWarps * kEpPitch));
+        x[j][i] = *reinterpret_cast<const EpVector*>(smem.rows[at.at] + first + i * kEpSumPitch);
       at.advance(1);
       next.advance(1);
     }
@@ -189,7 +189,7 @@ __device__ __forceinline__ bool ep_add_slots(EpSum (&sum)[kPieces], const EpComm
     const auto each = [&](auto use) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
-        if (first + i * (kEpSumWarps * kEpPitch) < todo.bytes) use(i, slot + i * (kEpSumWarps * kEpPitch));
+        if (first + i * kEpSumPitch < todo.bytes) use(i, slot + i * kEpSumPitch);
     };
     const auto look = [&] {
       bool is_here = true;
@@ -211,8 +211,7 @@ __device__ __forceinline__ bool ep_add_slots(EpSum (&sum)[kPieces], const EpComm
 // By a summing warp.
 template <bool kFew>
 __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& all) {
-  constexpr int kPieces = kEpSumPieces<kFew>,
-                kApart = kEpSumWarps * kEpPitch;  // bytes from a piece to the thread's next
+  constexpr int kPieces = kEpSumPieces<kFew>;
   const int warp = int(threadIdx.x) / 32, lane = threadIdx.x % 32;
   const int first = warp % kEpSumWarps * kEpPitch + lane * 16;  // this thread's bytes of a stage
   EpCombineHalf& smem = all.halves[warp / kEpSumWarps];
@@ -248,7 +247,8 @@ __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& 
     if (todo.residual) {
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
-        if (i * kApart < left) sum[i].add(*reinterpret_cast<const EpVector*>(todo.residual + first + i * kApart), 1.0f);
+        if (i * kEpSumPitch < left)
+          sum[i].add(*reinterpret_cast<const EpVector*>(todo.residual + first + i * kEpSumPitch), 1.0f);
     }
     EpVector packed[kPieces];  // never kEpNothing: NaN is 0x7fff
 #pragma unroll
@@ -256,12 +256,12 @@ __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& 
     u8* out = todo.out + first;
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      if (i * kApart >= left) continue;
+      if (i * kEpSumPitch >= left) continue;
       const EpVector& v = packed[i];
       if constexpr (kFew)
-        ptx::store_relaxed_sys_16(out + i * kApart, {v.word[0], v.word[1], v.word[2], v.word[3]});
+        ptx::store_relaxed_sys_16(out + i * kEpSumPitch, {v.word[0], v.word[1], v.word[2], v.word[3]});
       else
-        *reinterpret_cast<EpVector*>(out + i * kApart) = v;
+        *reinterpret_cast<EpVector*>(out + i * kEpSumPitch) = v;
     }
   }
 }

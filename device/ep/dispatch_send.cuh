@@ -188,12 +188,14 @@ __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, boo
   }
 }
 
+// Bytes of an element of x.
+__device__ __forceinline__ int ep_x_size(const EpDispatchParams& p) { return p.x_format == kEpE4m3 ? 1 : 2; }
 __device__ __forceinline__ bool ep_quantizes(const EpDispatchParams& p) { return p.x_format != p.format; }
 
 // Columns of a token of this rank, in the format that is sent.
 template <bool kCounted>
 __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, const EpTargets& to) {
-  const int size = p.x_format == kEpE4m3 ? 1 : 2;
+  const int size = ep_x_size(p);
   const u8* data = static_cast<const u8*>(p.x) + token * p.x_stride * size;
   if (ep_quantizes(p))
     ep_copy_quantized<kCounted>(data, cols, p.pow2_scales, to);
@@ -231,6 +233,14 @@ struct EpFlags {
   }
 };
 
+// A token of this rank, of elements of so many bytes, into the L2. By so many threads.
+__device__ __forceinline__ void ep_prefetch_token(const EpDispatchParams& p, int token, i64 size, int thread,
+                                                  int num_threads) {
+#pragma unroll 1
+  for (int at = thread * 128; at < p.c.shape.hidden * size; at += num_threads * 128)
+    ptx::prefetch_l2(static_cast<const u8*>(p.x) + token * p.x_stride * size + at);
+}
+
 // The pieces first, first + step, ... to the peer `only`, or below 0 to all, if they have an expert of their token. Pieces
 // are those of all tokens, of each receiving CTA's in turn, so that none has to wait for long. By a warp.
 template <bool kCounted>
@@ -265,12 +275,8 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
     }
     if constexpr (kCounted) {
       const int ahead = token_of(i + step);
-      if (shape.num_senders <= kEpFewSenders && ahead < c.num_tokens) {  // into L2
-        const i64 size = p.x_format == kEpE4m3 ? 1 : 2;
-#pragma unroll 1
-        for (int at = lane * 128; at < shape.hidden * size; at += 32 * 128)
-          ptx::prefetch_l2(static_cast<const u8*>(p.x) + ahead * p.x_stride * size + at);
-      }
+      if (shape.num_senders <= kEpFewSenders && ahead < c.num_tokens)
+        ep_prefetch_token(p, ahead, ep_x_size(p), lane, 32);
     }
     ep_move_own<kCounted>(p, token, ep_cols(shape, part), to);
   }
@@ -304,12 +310,9 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
 __device__ __forceinline__ void ep_prefetch_tokens(const EpDispatchParams& p, const EpRole& role) {
   const EpShape& shape = p.c.shape;
   const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, ep_num_receivers(shape));
-  const i64 size = p.x_format == kEpE4m3 ? 1 : 2;
+  const i64 size = ep_x_size(p);
 #pragma unroll 1
-  for (int t = tokens.begin; t < tokens.end; ++t)
-#pragma unroll 1
-    for (int at = role.thread() * 128; at < shape.hidden * size; at += role.num_threads() * 128)
-      ptx::prefetch_l2(static_cast<const u8*>(p.x) + t * p.x_stride * size + at);
+  for (int t = tokens.begin; t < tokens.end; ++t) ep_prefetch_token(p, t, size, role.thread(), role.num_threads());
 }
 
 }  // namespace phalanx

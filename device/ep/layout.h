@@ -50,12 +50,13 @@ constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a th
 // ring of stages. One more warp signals for both. A stage holds a row, or so many columns of one: as many as its warps sum,
 // kEpSumPieces of 16 bytes a thread. With few tokens half of it stays empty, as it would be with half of the columns of 7168.
 constexpr int kEpHalves = 2, kEpSumWarps = 7;
+constexpr int kEpSumPitch = kEpSumWarps * kEpPitch;  // in a stage, from one of a thread's pieces to its next
 constexpr int kEpCombineWarps = kEpHalves * (kEpSumWarps + 2) + 1;
 constexpr int kEpStages = 7;
 template <bool kFew>
 constexpr int kEpSumPieces = kFew ? 2 : 4;
 template <bool kFew>
-constexpr int kEpStageBytes = kEpSumPieces<kFew>* kEpSumWarps* kEpPitch;
+constexpr int kEpStageBytes = kEpSumPieces<kFew>* kEpSumPitch;
 constexpr int kEpUnitsAhead = 4;  // sums whose rows' numbers are on their way to the warp that lists them
 constexpr int kEpListed = 32;     // rows that may be listed ahead: at least one a lane
 constexpr int kEpCombineSmemBytes =
