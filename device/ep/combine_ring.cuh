@@ -142,38 +142,20 @@ template <int kPieces>
 __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHalf& smem, EpPlace<kEpStages>& ring,
                                               EpPlace<kEpListed>& next, int first, int count) {
   const int lane = threadIdx.x % 32;
-  // Some at once: one after the other, each would wait for its barrier and for shared memory.
-  constexpr int kAtOnce = 2;
 #pragma unroll 1
-  for (int done = 0; done < count; done += kAtOnce) {
-    const int now = min_of(count - done, kAtOnce);
-    EpVector x[kAtOnce][kPieces];
-    float weight[kAtOnce];
-    EpPlace<kEpStages> at = ring;
+  for (int left = count; left > 0; --left) {
+    ptx::mbarrier_wait(&smem.full[ring.at], ring.phase);
+    const float weight = smem.list[next.at].weight;
+    EpVector x[kPieces];
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (j >= now) continue;
-      ptx::mbarrier_wait(&smem.full[at.at], at.phase);
-      weight[j] = smem.list[next.at].weight;
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i)
-        x[j][i] = *reinterpret_cast<const EpVector*>(smem.rows[at.at] + first + i * kEpSumPitch);
-      at.advance(1);
-      next.advance(1);
-    }
+    for (int i = 0; i < kPieces; ++i)
+      x[i] = *reinterpret_cast<const EpVector*>(smem.rows[ring.at] + first + i * kEpSumPitch);
     __syncwarp();
-    if (lane < now) {
-      EpPlace<kEpStages> mine = ring;
-      mine.advance(lane);
-      ptx::mbarrier_arrive(&smem.empty[mine.at]);
-    }
-    ring = at;
+    if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.at]);
+    ring.advance(1);
+    next.advance(1);
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      if (j >= now) continue;
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i) sum[i].add(x[j][i], weight[j]);
-    }
+    for (int i = 0; i < kPieces; ++i) sum[i].add(x[i], weight);
   }
 }
 
