@@ -317,6 +317,7 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
     }
   }
   __syncthreads();
+  ptx::grid_launch_dependents();  // not before: ranks may share a GPU, and what waits for a peer must not be in its way
   if (ep_look(smem.failed) != 0) return;
   if (c.send) ep_finish_send(send);
   if (c.recv) ep_finish_recv(recv, c.layout.combine_credit);

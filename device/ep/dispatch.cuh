@@ -240,6 +240,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   }
   if (known && p.copy) ep_receive_tokens<kCounted>(p, recv, state, shared, first_half);
   __syncthreads();
+  ptx::grid_launch_dependents();  // not before: ranks may share a GPU, and what waits for a peer must not be in its way
   if (ep_look(shared.failed) != 0) return;
   if (c.send) ep_finish_send(send);
   if (receives) ep_finish_recv(recv, c.layout.dispatch_credit);
