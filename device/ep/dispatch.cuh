@@ -196,7 +196,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   if (threadIdx.x == 0) shared = {};
   if constexpr (kCounted) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < c.shape.num_ranks * ep_seen_words(c.shape); i += 32 * kEpDispatchWarps) {
+    for (int i = threadIdx.x; i < c.shape.num_ranks * p.smem.seen_words; i += 32 * kEpDispatchWarps) {
       state.seen(0)[i] = 0;
       if (c.shape.staged && i < c.shape.num_ranks) state.done(i) = 0;
     }

@@ -153,8 +153,8 @@ __device__ __noinline__ bool ep_copy(const Row from, EpRange cols, int size, con
 // Columns of a BF16 row as E4M3.
 template <bool kCounted>
 __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, bool pow2, const EpTargets to) {
-  using Columns = Piece<FloatType::bf16, 16>;  // they become one of ours
-  constexpr int kPieces = kEpDispatchPieces<kCounted> / 2;
+  using Columns = Piece<FloatType::bf16, 16>;    // they become one of ours
+  constexpr int kPieces = kCounted ? 2 : 1;      // there is a kernel to quantise many tokens before
   constexpr int kBlocks = 32 / Columns::kLanes;  // of a warp's piece
   const int lane = threadIdx.x % 32;
 #pragma unroll 1

@@ -195,23 +195,25 @@ constexpr EpHandleLayout ep_handle_layout(const EpShape& s, int local_experts) {
 
 // --- routing in shared memory ---------------------------------------------------------------------------------------
 
-// int32 words.
+// int32 words. They fit into 32 bits where they fit into shared memory, and the kernel saves 64-bit arithmetic and divisions.
 struct EpRouteSmem {
   // Of receivers.
-  i64 total, before;    // [R][local experts]: choices in all; those before this CTA's tokens, then the first one's row
-  i64 offsets, counts;  // [local experts + 1], [local experts]
-  i64 num_tokens;       // [R]
-  i64 ranges;           // EpRange [R]: this CTA's tokens
-  i64 rows;             // [R][choices of a CTA]: where they are few, else only the handle has them
+  int total, before;    // [R][local experts]: choices in all; those before this CTA's tokens, then the first one's row
+  int offsets, counts;  // [local experts + 1], [local experts]
+  int num_tokens;       // [R]
+  int ranges;           // EpRange [R]: this CTA's tokens
+  int rows;             // [R][choices of a CTA]: where they are few, else only the handle has them
   // Of senders.
-  i64 own;   // [choices of a CTA]
-  i64 sent;  // [2][E], or where "counted" [routing warps][E]
-  i64 seen;  // [R][words] where "counted": bits of this CTA's pieces whose flags have been seen
+  int own;   // [choices of a CTA]
+  int sent;  // [2][E], or where "counted" [routing warps][E]
+  int seen;  // [R][words] where "counted": bits of this CTA's pieces whose flags have been seen
   // Where scales are staged.
-  i64 places;                      // [R][local experts + 1]: of this CTA's rows of a source
-  i64 done;                        // [R]: pieces of a source that have been written
-  i64 staged_rows, staged_tokens;  // [choices of a CTA], in order
-  i64 stage;                       // [2][tokens of a CTA][pitch]: scales of the sources in turn
+  int places;                      // [R][local experts + 1]: of this CTA's rows of a source
+  int done;                        // [R]: pieces of a source that have been written
+  int staged_rows, staged_tokens;  // [choices of a CTA], in order
+  int stage;                       // [2][tokens of a CTA][pitch]: scales of the sources in turn
+  // What is between one and the next.
+  int tokens_per_cta, choices_per_cta, seen_words, stage_pitch;
   i64 words;
 };
 constexpr int ep_num_receivers(const EpShape& s) { return s.num_ctas - s.num_senders; }
@@ -222,23 +224,32 @@ constexpr int ep_stage_pitch(int hidden) { return ceil_div(hidden, kEpColumns) |
 
 constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   constexpr i64 kMaxRows = 8192;
-  const i64 ranks = s.num_ranks, choices = ep_choices_per_cta(s);
+  const i64 ranks = s.num_ranks, local = local_experts, choices = ep_choices_per_cta(s);
   EpRouteSmem l{};
-  l.before = ranks * local_experts;
-  l.offsets = 2 * l.before;
-  l.counts = l.offsets + local_experts + 1;
-  l.num_tokens = l.counts + local_experts;
-  l.ranges = l.num_tokens + ranks;
-  l.rows = l.ranges + 2 * ranks;
-  l.own = l.rows + (ranks * choices <= kMaxRows ? ranks * choices : 0);
-  l.sent = l.own + choices;
-  l.seen = l.sent + (s.counted ? kEpRouteWarps : 2) * s.num_experts;
-  l.places = l.seen + (s.counted ? ranks * ep_seen_words(s) : 0);
-  l.done = l.places + (s.staged ? ranks * (local_experts + 1) : 0);
-  l.staged_rows = l.done + (s.staged ? ranks : 0);
-  l.staged_tokens = l.staged_rows + (s.staged ? choices : 0);
-  l.stage = l.staged_tokens + (s.staged ? choices : 0);
-  l.words = l.stage + (s.staged ? 2 * i64(ep_tokens_per_cta(s)) * ep_stage_pitch(s.hidden) : 0);
+  l.tokens_per_cta = ep_tokens_per_cta(s);
+  l.choices_per_cta = ep_choices_per_cta(s);
+  l.seen_words = ep_seen_words(s);
+  l.stage_pitch = ep_stage_pitch(s.hidden);
+  const auto take = [&](i64 words) {
+    const i64 begin = l.words;
+    l.words += words;
+    return int(begin);
+  };
+  l.total = take(ranks * local);
+  l.before = take(ranks * local);
+  l.offsets = take(local + 1);
+  l.counts = take(local);
+  l.num_tokens = take(ranks);
+  l.ranges = take(2 * ranks);
+  l.rows = take(ranks * choices <= kMaxRows ? ranks * choices : 0);
+  l.own = take(choices);
+  l.sent = take((s.counted ? kEpRouteWarps : 2) * i64(s.num_experts));
+  l.seen = take(s.counted ? ranks * l.seen_words : 0);
+  l.places = take(s.staged ? ranks * (local + 1) : 0);
+  l.done = take(s.staged ? ranks : 0);
+  l.staged_rows = take(s.staged ? choices : 0);
+  l.staged_tokens = take(s.staged ? choices : 0);
+  l.stage = take(s.staged ? 2 * i64(l.tokens_per_cta) * l.stage_pitch : 0);
   return l;
 }
 constexpr i64 kEpMaxRouteSmemBytes = 48 << 10;  // of experts and sources alone

@@ -125,7 +125,7 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
     const int* column = counts + i64(source) * num_ctas * c.shape.max_local_experts + e;
     int total = 0, before = 0;
     ep_load_ahead<16>(
-        0, 1, num_receivers, [&](int cta) { return column[i64(cta) * c.shape.max_local_experts]; },
+        0, 1, num_receivers, [&](int cta) { return column[u32(cta) * u32(c.shape.max_local_experts)]; },
         [&](int cta, int count) {
           total += count;
           before += cta < int(blockIdx.x) ? count : 0;
@@ -235,10 +235,12 @@ __device__ __forceinline__ void ep_recall_routing(const EpCommon& c, const EpRol
   const EpShare share(role, c.shape.num_ranks);
 #pragma unroll 1
   for (int s = share.source; state.has_rows() && s < c.shape.num_ranks; s += share.num_groups) {
-    const int* rows = c.handle + c.handle_layout.rows + ep_choice(c, s, state.range(s).begin);
+    const EpRange tokens = state.range(s);
+    const int* kept = c.handle + c.handle_layout.rows + ep_choice(c, s, tokens.begin);
+    int* rows = state.rows(s);
     ep_load_ahead(
-        share.first, share.step, state.range(s).size() * c.shape.topk, [&](int i) { return rows[i]; },
-        [&](int i, int row) { state.rows(s)[i] = row; });
+        share.first, share.step, tokens.size() * c.shape.topk, [&](int i) { return kept[i]; },
+        [&](int i, int row) { rows[i] = row; });
   }
 }
 

@@ -22,12 +22,12 @@ struct EpRouteState {
   __device__ __forceinline__ bool has_rows() const { return p.smem.rows != p.smem.own; }
   // Of this CTA's tokens of a source.
   __device__ __forceinline__ int* rows(int s) const {
-    if (has_rows()) return smem + p.smem.rows + i64(s) * ep_choices_per_cta(p.c.shape);
+    if (has_rows()) return smem + p.smem.rows + s * p.smem.choices_per_cta;
     return p.c.handle + p.c.handle_layout.rows + ep_choice(p.c, s, range(s).begin);
   }
   __device__ __forceinline__ int* own() const { return smem + p.smem.own; }
   __device__ __forceinline__ int* sent(int warp) const { return smem + p.smem.sent + warp * p.c.shape.num_experts; }
-  __device__ __forceinline__ int* seen(int s) const { return smem + p.smem.seen + s * ep_seen_words(p.c.shape); }
+  __device__ __forceinline__ int* seen(int s) const { return smem + p.smem.seen + s * p.smem.seen_words; }
   __device__ __forceinline__ int* places(int s) const {
     return smem + p.smem.places + s * (ep_num_local_experts(p.c) + 1);
   }
@@ -36,8 +36,8 @@ struct EpRouteState {
   __device__ __forceinline__ int* staged_tokens() const { return smem + p.smem.staged_tokens; }
   // Of a token, counted from the CTA's first, of the source whose turn is `turn`.
   __device__ __forceinline__ float* stage(int turn, int token) const {
-    const int row = turn % 2 * ep_tokens_per_cta(p.c.shape) + token;
-    return reinterpret_cast<float*>(smem + p.smem.stage) + row * ep_stage_pitch(p.c.shape.hidden);
+    return reinterpret_cast<float*>(smem + p.smem.stage) +
+           (turn % 2 * p.smem.tokens_per_cta + token) * p.smem.stage_pitch;
   }
 };
 
