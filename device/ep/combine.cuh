@@ -45,7 +45,7 @@ __device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int f
 __device__ __forceinline__ bool ep_may_send_sums(const EpOperation& op) {
   const EpRange mine{int(blockIdx.x), int(blockIdx.x) + 1};
   return __all_sync(0xffffffffu, ep_wait_for_credits(op, kEpPhaseCombineCredit, op.c.layout.combine_credit, mine,
-                                                     threadIdx.x % 32, 32));
+                                                     Divisor(), threadIdx.x % 32, 32));
 }
 
 // --- listing --------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   for (int i = threadIdx.x; i < kEpHalves * c.shape.num_ranks; i += 32 * kEpCombineWarps) {
     const int r = i / kEpHalves, h = i % kEpHalves;
     const int count = r == c.rank ? c.num_tokens : c.handle[c.handle_layout.num_tokens + r];
-    smem.halves[h].tokens[r] = ep_tokens_of_half(c.shape, count, blockIdx.x, h);
+    smem.halves[h].tokens[r] = ep_tokens_of_half(c.shape, count, blockIdx.x, c.by.ctas, h);
   }
   const EpOperation send(c, kEpCombineSend), recv(c, kEpCombineRecv);
   if (threadIdx.x == 0) smem.expected = ep_flag(recv.epoch, ep_sums_format(p), 1);

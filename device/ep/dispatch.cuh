@@ -128,7 +128,7 @@ __device__ __forceinline__ void ep_write_staged_scales(const EpDispatchParams& p
       [&](int i, Placed choice) {
         if (choice.row == kEpNotHere) return;
         state.staged_rows()[choice.place] = choice.row;
-        state.staged_tokens()[choice.place] = i / c.shape.topk;
+        state.staged_tokens()[choice.place] = c.by.topk.of(i);
         atomicAdd(&shared.num_staged, 1);
       });
   role.sync();
@@ -234,8 +234,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
       if (known && p.copy) ep_write_padding(p, router, state);
       // With few tokens it takes as long to keep a token's rows as to write them: not all warps do.
       if (!kCounted && known)
-        keep({kEpRouters, kEpSendWarps, min_of(c.shape.num_ranks, kEpRouteWarps)},
-             {kEpRouters, kEpDispatchWarps - 1, 1});
+        keep({kEpRouters, kEpSendWarps, c.by.groups.value}, {kEpRouters, kEpDispatchWarps - 1, 1});
     }
   }
   if (known && p.copy) ep_receive_tokens<kCounted>(p, recv, state, shared, first_half);

@@ -249,11 +249,11 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
   const EpCommon& c = p.c;
   const EpShape& shape = c.shape;
   const int lane = threadIdx.x % 32, receivers = ep_num_receivers(shape);
-  const int tokens_per_cta = ceil_div(c.num_tokens, receivers), count = (receivers * tokens_per_cta)
-                                                                        << shape.log2_parts;
+  const int tokens_per_cta = c.by.receivers.up(c.num_tokens), count = (receivers * tokens_per_cta) << shape.log2_parts;
   const auto token_of = [&](int i) {  // may be behind the last
     const int number = i >> shape.log2_parts;
-    return number % receivers * tokens_per_cta + number / receivers;
+    const int of_cta = c.by.receivers.of(number);
+    return (number - of_cta * receivers) * tokens_per_cta + of_cta;
   };
   const auto rank_of = [&](int i) {  // of this lane's choice, if the piece goes there
     const int token = token_of(i);
@@ -301,15 +301,15 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   EpFlags flags;
 #pragma unroll 1
   for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn) {
-    ep_send_pieces<kCounted>(p, op, first, step, in_turns ? (p.c.rank + turn) % shape.num_ranks : -1, flags);
+    const int next = p.c.rank + turn, to = next < shape.num_ranks ? next : next - shape.num_ranks;
+    ep_send_pieces<kCounted>(p, op, first, step, in_turns ? to : -1, flags);
     if constexpr (kCounted) flags.raise(ep_flag(op.epoch, p.format, 1));
   }
 }
 
 // This CTA's tokens into the L2, while credits are waited for. By a role.
 __device__ __forceinline__ void ep_prefetch_tokens(const EpDispatchParams& p, const EpRole& role) {
-  const EpShape& shape = p.c.shape;
-  const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, ep_num_receivers(shape));
+  const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, p.c.by.receivers);
   const i64 size = ep_x_size(p);
 #pragma unroll 1
   for (int t = tokens.begin; t < tokens.end; ++t) ep_prefetch_token(p, t, size, role.thread(), role.num_threads());

@@ -23,7 +23,7 @@
 // With many tokens, some CTAs of dispatch only send. Where one CTA does both, its stores to peers, of which a link takes
 // 360 GB/s, stand in the way of those to its own memory.
 #pragma once
-#include "device/types.h"
+#include "device/divisor.h"
 
 namespace phalanx {
 
@@ -262,8 +262,8 @@ struct EpRange {
   constexpr int size() const { return end - begin; }
 };
 // The tokens of a source that CTA `cta` handles.
-constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, int num_ctas) {
-  const int piece = ceil_div(num_tokens, num_ctas);
+constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, const Divisor& ctas) {
+  const int piece = ctas.up(num_tokens);
   const i64 begin = i64(piece) * cta;
   return {int(min_of<i64>(begin, num_tokens)), int(min_of<i64>(begin + piece, num_tokens))};
 }
@@ -274,8 +274,8 @@ constexpr EpRange ep_half(EpRange all, int half, int unit) {
   const int middle = all.begin + ceil_div(all.size(), 2 * unit) * unit;
   return half == 0 ? EpRange{all.begin, min_of(middle, all.end)} : EpRange{min_of(middle, all.end), all.end};
 }
-constexpr EpRange ep_tokens_of_half(const EpShape& s, int num_tokens, int cta, int half) {
-  const EpRange tokens = ep_tokens_of_cta(num_tokens, cta, s.num_ctas);
+constexpr EpRange ep_tokens_of_half(const EpShape& s, int num_tokens, int cta, const Divisor& ctas, int half) {
+  const EpRange tokens = ep_tokens_of_cta(num_tokens, cta, ctas);
   return ep_sums_are_few(s) ? tokens : ep_half(tokens, half, 1);
 }
 constexpr EpRange ep_bytes_of_half(const EpShape& s, int half) {

@@ -24,11 +24,26 @@ struct EpStatus {
   int rows_needed, rows_given;  // needed > 0: a dispatch had more rows than room
 };
 
+// What kernels divide by.
+struct EpDivisors {
+  Divisor ctas, receivers, topk, local_experts;
+  Divisor groups;  // of warps that route: each sees to other sources
+
+  constexpr EpDivisors() = default;
+  constexpr EpDivisors(const EpShape& s, int num_local_experts)
+      : ctas(s.num_ctas),
+        receivers(ep_num_receivers(s)),
+        topk(s.topk),
+        local_experts(num_local_experts),
+        groups(min_of(s.num_ranks, kEpRouteWarps)) {}
+};
+
 // Of both operations.
 struct EpCommon {
   u8* peers[kEpMaxRanks];             // every rank's symmetric buffer, as this rank reaches it
   int first_expert[kEpMaxRanks + 1];  // of each rank
   EpShape shape;
+  EpDivisors by;
   EpLayout layout;
   EpHandleLayout handle_layout;
   EpStatus* status;
@@ -64,7 +79,7 @@ struct EpDispatchParams {
   int* counts;         // [local experts], or null: rows without padding
   i64 row_stride, row_scale_stride;
   int capacity;
-  int alignment;  // of offsets
+  Divisor alignment;  // of offsets
   int pow2_scales;
 };
 

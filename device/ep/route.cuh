@@ -72,11 +72,15 @@ __device__ __forceinline__ bool ep_wait_for_choices(const EpDispatchParams& p, c
   bool fine = true;
   if (role.thread() < half) {
     const u64* totals = ep_words_at(op, c.rank, c.layout.counts, 0);
-    const auto word = [&](int i) { return totals + i / num_local * c.shape.max_local_experts + i % num_local; };
+    const auto word = [&](int i) {
+      const int s = c.by.local_experts.of(i);
+      return totals + s * c.shape.max_local_experts + (i - s * num_local);
+    };
     ep_load_ahead(
         role.thread(), half, num_ranks * num_local, [&](int i) { return ptx::load_relaxed_sys(word(i)); },
         [&](int i, u64 seen) {
-          if (fine && ep_flag_epoch(seen) != op.epoch) seen = ep_wait_for_word(c, op.epoch, i / num_local, word(i));
+          if (fine && ep_flag_epoch(seen) != op.epoch)
+            seen = ep_wait_for_word(c, op.epoch, c.by.local_experts.of(i), word(i));
           fine = fine && ep_flag_epoch(seen) == op.epoch;
           state.total(0)[i] = int(u32(seen));
           state.before(0)[i] = 0;
@@ -111,7 +115,7 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
   bool fine = true;
 #pragma unroll 1
   for (int i = role.thread(); fine && i < c.shape.num_ranks * num_receivers; i += role.num_threads()) {
-    const int source = i / num_receivers, cta = i - source * num_receivers;
+    const int source = c.by.receivers.of(i), cta = i - source * num_receivers;
     fine = ep_wait(op.c, kEpPhaseRouting, source, op.word(c.rank, c.layout.route_flags, source * num_ctas + cta),
                    ep_flag(op.epoch, kEpRouting, 1));
   }
@@ -121,7 +125,7 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
   const int* counts = reinterpret_cast<const int*>(op.buffer(c.rank, c.layout.counts));
 #pragma unroll 1
   for (int i = role.thread(); i < c.shape.num_ranks * num_local; i += role.num_threads()) {
-    const int source = i / num_local, e = i - source * num_local;
+    const int source = c.by.local_experts.of(i), e = i - source * num_local;
     const int* column = counts + i64(source) * num_ctas * c.shape.max_local_experts + e;
     int total = 0, before = 0;
     ep_load_ahead<16>(
@@ -155,9 +159,7 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
     for (int s = 0; s < num_ranks; ++s) sum += state.total(s)[e];
     return sum;
   };
-  const auto taken = [&](int e) {
-    return p.alignment == 1 ? count(e) : ceil_div(count(e), p.alignment) * p.alignment;  // a division takes a while
-  };
+  const auto taken = [&](int e) { return p.alignment.up(count(e)) * p.alignment.value; };
   const int rows = ep_scan_experts(role, shared.warp_sums, num_local, taken, [&](int e, int first) {
     state.offsets()[e] = first;
     state.counts()[e] = count(e);
@@ -186,7 +188,7 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
 // Few tokens: numbered choices become rows.
 __device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRouteState& state) {
   const EpShape& shape = state.p.c.shape;
-  const EpShare share(role, shape.num_ranks);
+  const EpShare share(role, state.p.c.by.groups);
 #pragma unroll 1
   for (int s = share.source; s < shape.num_ranks; s += share.num_groups) {
     int* rows = state.rows(s);
@@ -200,7 +202,7 @@ __device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRoute
 __device__ __forceinline__ void ep_find_rows(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
   const EpCommon& c = op.c;
   const int num_local = ep_num_local_experts(c), first_expert = c.first_expert[c.rank];
-  const EpShare share(role, c.shape.num_ranks);
+  const EpShare share(role, c.by.groups);
 #pragma unroll 1
   for (int s = share.source; s < c.shape.num_ranks; s += share.num_groups) {
     const EpRange tokens = state.range(s);
@@ -232,7 +234,7 @@ __device__ __forceinline__ void ep_recall_routing(const EpCommon& c, const EpRol
   for (int s = role.thread(); s < c.shape.num_ranks; s += role.num_threads())
     state.set_num_tokens(s, c.handle[c.handle_layout.num_tokens + s]);
   role.sync();
-  const EpShare share(role, c.shape.num_ranks);
+  const EpShare share(role, c.by.groups);
 #pragma unroll 1
   for (int s = share.source; state.has_rows() && s < c.shape.num_ranks; s += share.num_groups) {
     const EpRange tokens = state.range(s);
@@ -279,7 +281,7 @@ __device__ __forceinline__ bool ep_keep_rows(const EpDispatchParams& p, const Ep
     int row;
     u64 word;
   };
-  const EpShare share(role, c.shape.num_ranks);
+  const EpShare share(role, c.by.groups);
   const i64 words = kCounted ? c.layout.choices : c.layout.weights;
   bool fine = true;
 #pragma unroll 1

@@ -9,10 +9,12 @@ __device__ __forceinline__ u64* ep_words_at(const EpOperation& op, int rank, i64
 }
 
 // use(i, load(token, k)) for the choices k of these tokens, i = 0 for the first token's first. A warp takes as many tokens at
-// once as it has lanes for: a division takes a while.
+// once as it has lanes for.
 template <class Load, class Use>
-__device__ __forceinline__ void ep_each_choice(const EpRole& role, int topk, EpRange tokens, Load load, Use use) {
-  const int lane = threadIdx.x % 32, at_once = 32 / topk, mine = lane / topk, k = lane - mine * topk;
+__device__ __forceinline__ void ep_each_choice(const EpRole& role, const Divisor& by_topk, EpRange tokens, Load load,
+                                               Use use) {
+  const int lane = threadIdx.x % 32, topk = by_topk.value, at_once = by_topk.of(32), mine = by_topk.of(lane),
+            k = lane - mine * topk;
   ep_load_ahead(
       mine < at_once ? role.warp() * at_once + mine : tokens.size(), role.num_warps * at_once, tokens.size(),
       [&](int t) { return load(tokens.begin + t, k); }, [&](int t, auto value) { use(t * topk + k, value); });
@@ -61,7 +63,7 @@ __device__ __forceinline__ void ep_count_choices(const EpDispatchParams& p, cons
   const int num_choices = tokens.size() * shape.topk, begin = tokens.begin * shape.topk;
   int *experts = c.handle + c.handle_layout.experts + begin, *total = state.sent(0), *before = state.sent(1);
   ep_each_choice(
-      role, shape.topk, {0, c.num_tokens}, [&](int token, int k) { return ep_load_choice(p, token, k); },
+      role, c.by.topk, {0, c.num_tokens}, [&](int token, int k) { return ep_load_choice(p, token, k); },
       [&](int i, EpChoice choice) {
         const int expert = ep_expert_of(p, choice);
         if (expert >= 0) atomicAdd(&total[expert], 1);
@@ -99,7 +101,7 @@ __device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const
         ep_word(op.epoch, u32(total[e])));
   }
   ep_each_choice(
-      EpRole{kEpRouters, role.first_warp + 1, role.num_warps - 1}, shape.topk, tokens,
+      EpRole{kEpRouters, role.first_warp + 1, role.num_warps - 1}, c.by.topk, tokens,
       [&](int token, int k) { return ep_own_weight(p, token, k); },
       [&](int i, float weight) {
 #pragma unroll 1
@@ -145,7 +147,7 @@ __device__ __forceinline__ void ep_load_choices(const EpDispatchParams& p, const
   const EpCommon& c = p.c;
   int* experts = c.handle + c.handle_layout.experts + i64(tokens.begin) * c.shape.topk;
   ep_each_choice(
-      role, c.shape.topk, tokens, [&](int token, int k) { return ep_load_choice(p, token, k); },
+      role, c.by.topk, tokens, [&](int token, int k) { return ep_load_choice(p, token, k); },
       [&](int i, EpChoice choice) { state.own()[i] = experts[i] = ep_expert_of(p, choice); });
 }
 
@@ -158,7 +160,7 @@ __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const
   const int piece = ceil_div(num_choices, role.num_warps);
   ep_count_own_choices(op, role, state, num_choices, piece);
   ep_each_choice(
-      role, c.shape.topk, tokens, [&](int token, int k) { return ep_own_weight(p, token, k); },
+      role, c.by.topk, tokens, [&](int token, int k) { return ep_own_weight(p, token, k); },
       [&](int i, float weight) {
         int choice = state.own()[i];
         if (choice >= 0) choice += state.sent(i / piece)[ep_choice_expert(choice)] << kEpRankShift;
@@ -176,7 +178,7 @@ __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const
 template <bool kCounted>
 __device__ __forceinline__ void ep_send_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, int* failed) {
-  const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, ep_num_receivers(p.c.shape));
+  const EpRange tokens = ep_tokens_of_cta(p.c.num_tokens, blockIdx.x, p.c.by.receivers);
   if constexpr (kCounted)
     ep_load_choices(p, role, state, tokens);
   else if (p.route)

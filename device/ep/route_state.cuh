@@ -17,7 +17,7 @@ struct EpRouteState {
   __device__ __forceinline__ EpRange& range(int s) const { return reinterpret_cast<EpRange*>(smem + p.smem.ranges)[s]; }
   __device__ __forceinline__ void set_num_tokens(int s, int count) const {
     num_tokens(s) = count;
-    range(s) = ep_tokens_of_cta(count, blockIdx.x, ep_num_receivers(p.c.shape));
+    range(s) = ep_tokens_of_cta(count, blockIdx.x, p.c.by.receivers);
   }
   __device__ __forceinline__ bool has_rows() const { return p.smem.rows != p.smem.own; }
   // Of this CTA's tokens of a source.
@@ -64,12 +64,11 @@ struct EpShared {
 struct EpShare {
   int source, num_groups, first, step;
 
-  __device__ __forceinline__ EpShare(const EpRole& role, int num_ranks)
-      : num_groups(min_of(num_ranks, role.num_warps)) {
-    source = role.warp() % num_groups;
-    first = role.warp() / num_groups * 32 + int(threadIdx.x) % 32;
-    step = ceil_div(role.num_warps - source, num_groups) * 32;
-  }
+  __device__ __forceinline__ EpShare(const EpRole& role, const Divisor& groups)
+      : source(groups.rest(role.warp())),
+        num_groups(groups.value),
+        first(groups.of(role.warp()) * 32 + int(threadIdx.x) % 32),
+        step(groups.up(role.num_warps - source) * 32) {}
 };
 
 // This rank's choice as it is stored, both halves of int64, or int32 twice. It is not looked at, and there is no branch, so
@@ -102,8 +101,9 @@ __device__ __forceinline__ u8* ep_dispatch_slot(const EpOperation& op, int at, i
 
 // By the whole role: until all peers have read what was sent before.
 __device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
-  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit,
-                                        {0, ep_num_receivers(op.c.shape)}, role.thread(), role.num_threads());
+  const bool fine =
+      ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit, {0, ep_num_receivers(op.c.shape)},
+                          op.c.by.receivers, role.thread(), role.num_threads());
   return role.all(fine, failed);
 }
 

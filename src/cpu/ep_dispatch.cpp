@@ -122,7 +122,7 @@ void assign_rows(const EpDispatchParams& p, const EpOperation& op, const EpHandl
   });
   handle.offsets()[0] = 0;
   for (int e = 0; e < num_local; ++e)
-    handle.offsets()[e + 1] = handle.offsets()[e] + ceil_div(handle.counts()[e], p.alignment) * p.alignment;
+    handle.offsets()[e + 1] = handle.offsets()[e] + p.alignment.up(handle.counts()[e]) * p.alignment.value;
   std::vector<int> next(handle.offsets(), handle.offsets() + num_local);
   for_each_choice([&](int expert, int& row) {
     if (expert < 0 || expert >= num_local) {

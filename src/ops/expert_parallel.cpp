@@ -176,6 +176,7 @@ struct ExpertParallel::Impl {
     const auto first = first_experts(config, g.size);
     std::copy(first.begin(), first.end(), common.first_expert);
     common.rank = g.rank;
+    common.by = EpDivisors(shape, num_local_experts());
     common.handle_layout = ep_handle_layout(shape, num_local_experts());
     common.status = status.get();
     common.timeout_ns = static_cast<u64>(g.timeout * 1e9);
@@ -270,7 +271,7 @@ struct ExpertParallel::Impl {
     p.smem = route_smem;
     p.route = args.topk_idx.has_value();
     p.copy = copy;
-    p.alignment = config.alignment;
+    p.alignment = Divisor(config.alignment);
     p.pow2_scales = args.pow2_scales;
     if (p.route) {
       p.topk_idx = args.topk_idx->data;
