@@ -1,5 +1,6 @@
 // What the host passes to the kernels that move tokens to experts and back. Strides are in bytes, of scales in elements.
 #pragma once
+#include "device/divisor.h"
 #include "device/moe/route.h"
 #include "device/quantize/params.h"
 #include "device/types.h"
@@ -11,7 +12,7 @@ struct RouteParams {
   i64 topk_idx_stride;   // in elements
   int topk_idx_is_64;
   int num_tokens, topk, num_experts;
-  u64 topk_reciprocal;
+  Divisor by_topk;
   RouteTarget target;
   int* counts;   // [num_experts]
   int* offsets;  // [num_experts + 1]
@@ -29,6 +30,7 @@ struct ExpertRows {
   const int* sources;  // [num_rows]
   int num_rows;
   int row_vectors;  // 16-byte vectors of a row
+  Divisor groups;   // of those, that are cleared by one CTA
   int zero_padding;
   int first_cta, num_ctas;  // that see to padding rows, and to scales
 };
@@ -39,13 +41,15 @@ struct PermuteParams {
   ExpertRows rows;
   const int* slots;
   int num_tokens, topk;
-  int pieces;  // of a token, each a CTA's
+  Divisor pieces;  // of a token, each a CTA's
+  Divisor by_topk;
   // Scales, one column for each 128 columns of data; num_scales is 0 where there are none.
   const float* x_scales = nullptr;
   float* scales = nullptr;
   i64 x_scale_stride_row = 0, x_scale_stride_col = 0;
   i64 scale_stride_expert = 0, scale_stride_row = 0, scale_stride_col = 0;
-  int num_scales = 0, rows_per_expert = 0;  // of a contiguous target all rows
+  int num_scales = 0;
+  Divisor rows_per_expert = {};  // of a contiguous target all rows
 };
 
 struct RouteAndPermuteParams {
@@ -64,6 +68,7 @@ struct UnpermuteParams {
   u8* out;
   i64 residual_stride, out_stride;
   int num_tokens, topk, row_vectors;
+  Divisor pieces;  // of a token, each a CTA's
 };
 
 struct UnpermuteBackwardParams {

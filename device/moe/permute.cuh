@@ -40,8 +40,8 @@ __device__ __forceinline__ void clear_rows(const ExpertRows& rows, int begin, bo
 }
 
 __device__ __forceinline__ float* scale_row(const PermuteParams& p, int row) {
-  const int expert = row / p.rows_per_expert;
-  return p.scales + expert * p.scale_stride_expert + (row - expert * p.rows_per_expert) * p.scale_stride_row;
+  const int expert = p.rows_per_expert.of(row);
+  return p.scales + expert * p.scale_stride_expert + (row - expert * p.rows_per_expert.value) * p.scale_stride_row;
 }
 
 // What a thread sees to that is none of a token's: its row, and which of the row's groups of vectors.
@@ -50,8 +50,8 @@ struct RowTask {
 
   // `task` counts the CTAs that see to rows.
   __device__ __forceinline__ RowTask(const ExpertRows& rows, int task) {
-    const int groups = ceil_div(rows.row_vectors, kClearedVectors), block = task / groups;
-    group = task - block * groups;
+    const int block = rows.groups.of(task);
+    group = task - block * rows.groups.value;
     row = block * int(blockDim.x) + int(threadIdx.x);
     source = row < rows.num_rows ? rows.sources[row] : 0;
   }
@@ -63,7 +63,7 @@ struct RowTask {
 
 // A thread's row, from the column `first` on.
 __device__ __forceinline__ void gather_scales(const PermuteParams& p, int row, int source, int first) {
-  const float* in = p.x_scales + source / p.topk * p.x_scale_stride_row + first * p.x_scale_stride_col;
+  const float* in = p.x_scales + p.by_topk.of(source) * p.x_scale_stride_row + first * p.x_scale_stride_col;
   float* out = scale_row(p, row) + first * p.scale_stride_col;
   float scale[kScaleColumns];
 #pragma unroll
@@ -82,7 +82,7 @@ __device__ __forceinline__ void permute(const PermuteParams& p) {
   const int row_cta = int(blockIdx.x) - p.rows.first_cta;
   if (row_cta < 0 || row_cta >= p.rows.num_ctas) {
     const int cta = row_cta < 0 ? blockIdx.x : blockIdx.x - p.rows.num_ctas;
-    const int token = cta / p.pieces, vector = (cta - token * p.pieces) * int(blockDim.x) + int(threadIdx.x);
+    const int token = p.pieces.of(cta), vector = (cta - token * p.pieces.value) * int(blockDim.x) + int(threadIdx.x);
     if (vector < p.rows.row_vectors) scatter_vector(p, token, p.slots + i64(token) * p.topk, vector);
     return;
   }

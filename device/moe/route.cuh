@@ -32,7 +32,7 @@ struct RouteSmem {
 
 // The expert of an entry, -1 for none. Without a branch, so that several can be on their way.
 __device__ __forceinline__ int expert_of(const RouteParams& p, int entry) {
-  const int token = token_of_entry(entry, p.topk_reciprocal);
+  const int token = p.by_topk.of(entry);
   const i64 at = token * p.topk_idx_stride + (entry - token * p.topk);
   const int* word = static_cast<const int*>(p.topk_idx) + (p.topk_idx_is_64 ? 2 * at : at);
   const int expert = word[0], upper = p.topk_idx_is_64 ? word[1] : 0;

@@ -15,10 +15,6 @@ constexpr int kMaxExperts = 1024;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxEntries = 1 << 27;
 
-// entry / topk as a multiplication: exact up to kMaxEntries and kMaxTopK.
-constexpr u64 reciprocal_of_topk(int topk) { return ceil_div<u64>(1ull << 32, topk > 0 ? topk : 1); }
-constexpr int token_of_entry(int entry, u64 reciprocal) { return int(u64(entry) * reciprocal >> 32); }
-
 // Where rows go. `num_rows` is the capacity of all: of a masked target, the number of experts times `max_rows`.
 struct RouteTarget {
   int num_rows = 0;

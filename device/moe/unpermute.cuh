@@ -87,8 +87,8 @@ __device__ __forceinline__ void unpermute(const UnpermuteParams& p) {
   constexpr int kCount = kVectorColumns<C>;
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
-  const int pieces = ceil_div(p.row_vectors, kUnpermuteThreads), token = int(blockIdx.x) / pieces;
-  const int vector = (int(blockIdx.x) - token * pieces) * kUnpermuteThreads + int(threadIdx.x);
+  const int token = p.pieces.of(int(blockIdx.x));
+  const int vector = (int(blockIdx.x) - token * p.pieces.value) * kUnpermuteThreads + int(threadIdx.x);
   if (vector >= p.row_vectors) return;
   const int* slots = p.slots + i64(token) * p.topk;
   const float* weights = p.weights + token * p.weights_stride;

@@ -44,7 +44,7 @@ RouteParams route_params(const Tensor& topk_idx, const Routing& routing, const R
           .num_tokens = int(topk_idx.rows()),
           .topk = int(topk_idx.cols()),
           .num_experts = int(routing.counts.shape[0]),
-          .topk_reciprocal = reciprocal_of_topk(int(topk_idx.cols())),
+          .by_topk = Divisor(int(topk_idx.cols())),
           .target = target_of(routing, options),
           .counts = pointer<int>(routing.counts),
           .offsets = pointer<int>(routing.offsets),
@@ -77,10 +77,11 @@ ExpertRows expert_rows(const Tensor& rows, const Routing& routing, bool zero_pad
                     .sources = pointer<int>(routing.sources),
                     .num_rows = int(rows.rows()),
                     .row_vectors = row_vectors(rows),
+                    .groups = Divisor(ceil_div(row_vectors(rows), kClearedVectors)),
                     .zero_padding = zero_padding,
                     .first_cta = first_cta,
                     .num_ctas = 0};
-  if (seen_to) result.num_ctas = ceil_div(result.num_rows, num_threads) * ceil_div(result.row_vectors, kClearedVectors);
+  if (seen_to) result.num_ctas = ceil_div(result.num_rows, num_threads) * result.groups.value;
   return result;
 }
 
@@ -99,7 +100,8 @@ struct Permutation {
                     .slots = pointer<int>(routing.slots),
                     .num_tokens = int(x.rows()),
                     .topk = int(routing.slots.cols()),
-                    .pieces = pieces()};
+                    .pieces = Divisor(pieces()),
+                    .by_topk = Divisor(int(routing.slots.cols()))};
     if (!scales) return p;
     const bool stack = scales->ndim == 3;
     p.x_scales = pointer<float>(*x_scales), p.scales = pointer<float>(*scales);
@@ -107,7 +109,7 @@ struct Permutation {
     p.scale_stride_expert = stack ? scales->strides[0] : 0;
     p.scale_stride_row = scales->strides[stack], p.scale_stride_col = scales->strides[1 + stack];
     p.num_scales = int(x_scales->cols());
-    p.rows_per_expert = int(stack ? scales->shape[1] : flat.rows());
+    p.rows_per_expert = Divisor(int(stack ? scales->shape[1] : flat.rows()));
     return p;
   }
 
@@ -223,8 +225,9 @@ void unpermute_on_cuda(const Tensor& rows, const Routing& routing, const Tensor&
                           .out_stride = row_stride_bytes(out),
                           .num_tokens = int(out.rows()),
                           .topk = int(routing.slots.cols()),
-                          .row_vectors = int(rows.cols() * size_of(rows.dtype) / 16)};
-  const int ctas = p.num_tokens * ceil_div(p.row_vectors, kUnpermuteThreads);
+                          .row_vectors = row_vectors(rows),
+                          .pieces = Divisor(ceil_div(row_vectors(rows), kUnpermuteThreads))};
+  const int ctas = p.num_tokens * p.pieces.value;
   kernels.get(ordinal, unpermute_config(rows, out), jit::unpermute_source)
       .launch({.num_ctas = ctas, .num_threads = kUnpermuteThreads}, &p, options.stream.handle);
 }

@@ -29,19 +29,6 @@ TEST(Route, WarpsShareTheEntriesInOrder) {
   EXPECT_EQ(entries_of_warp(kMaxEntries, 255, 256).end, kMaxEntries);
 }
 
-TEST(Route, TokensOfEntriesAreQuotients) {
-  for (int topk = 1; topk <= kMaxTopK; ++topk) {
-    const u64 reciprocal = reciprocal_of_topk(topk);
-    for (int token = kMaxEntries / topk; token >= 0; token -= 1 + token / 1000) {
-      for (const int entry : {token * topk - 1, token * topk, token * topk + topk - 1}) {
-        if (entry >= 0 && entry <= kMaxEntries) {
-          ASSERT_EQ(token_of_entry(entry, reciprocal), entry / topk) << entry << " / " << topk;
-        }
-      }
-    }
-  }
-}
-
 TEST(Route, ExpertsGetRowsOfTheirOwnInsideTheTarget) {
   std::mt19937 rng(kSeed);
   for (int i = 0; i < 2000; ++i) {
