@@ -34,7 +34,10 @@ PROJECT_RULES: list[tuple[str, list[str]]] = [
     ),
     ("device/quantize", [r"device/(types|divisor)\.h", r"device/(ptx|quantize)/.*"]),
     # Dispatch quantises with the quantiser's constants.
-    ("device/ep", [r"device/(types|divisor)\.h", r"device/quantize/(config\.h|encode\.cuh)", r"device/(ptx|moe|ep)/.*"]),
+    (
+        "device/ep",
+        [r"device/(types|divisor)\.h", r"device/quantize/(config\.h|encode\.cuh)", r"device/(ptx|moe|ep)/.*"],
+    ),
     ("bench/probe", [r"device/(types|divisor)\.h", r"device/ptx/.*"]),
     ("device", [r"device/(types|divisor)\.h"]),
     ("include", [r"phalanx/.*"]),
