@@ -283,7 +283,7 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
         ptx::mbarrier_init(&half.free[i], 1);
         if (i >= kEpStages) continue;
         ptx::mbarrier_init(&half.full[i], 1);
-        ptx::mbarrier_init(&half.empty[i], kEpSumWarps);
+        ptx::mbarrier_init(&half.empty[i], 32 * kEpSumWarps);
       }
     }
     ptx::fence_mbarrier_init();

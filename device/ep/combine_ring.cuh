@@ -4,7 +4,7 @@
 //   listed[i]  the listing warp's lane, when it has said which row comes and what is to be done with it
 //   free[i]    the loading warp, when that row has been added, so that another one can be listed there
 //   full[s]    the loading warp, and TMA, when the row is there
-//   empty[s]   the summing warps, when each has the row in registers
+//   empty[s]   the summing threads, when each has its part of the row in registers
 //   steps[w]   summing warp w has stored all sums of so many tokens; the signalling warp waits for it
 #pragma once
 #include "device/ep/signal.cuh"
@@ -141,7 +141,6 @@ struct EpSum {
 template <int kPieces>
 __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHalf& smem, EpPlace<kEpStages>& ring,
                                               EpPlace<kEpListed>& next, int first, int count) {
-  const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int left = count; left > 0; --left) {
     ptx::mbarrier_wait(&smem.full[ring.at], ring.phase);
@@ -150,8 +149,7 @@ __device__ __forceinline__ void ep_add_stages(EpSum (&sum)[kPieces], EpCombineHa
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
       x[i] = *reinterpret_cast<const EpVector*>(smem.rows[ring.at] + first + i * kEpSumPitch);
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.at]);
+    ptx::mbarrier_arrive(&smem.empty[ring.at]);
     ring.advance(1);
     next.advance(1);
 #pragma unroll
@@ -215,8 +213,7 @@ __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& 
     EpSum sum[kPieces] = {};
     ep_add_stages(sum, smem, ring, next, first, todo.terms);
     if (todo.terms == 0) {
-      __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(&smem.empty[ring.at]);
+      ptx::mbarrier_arrive(&smem.empty[ring.at]);
       ring.advance(1);
       next.advance(1);
       if (todo.stop) return;
