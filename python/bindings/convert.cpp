@@ -1,6 +1,8 @@
 #include "bindings/convert.h"
 
+#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/string.h>
 
 #include <string>
 
@@ -41,6 +43,11 @@ Device to_device(const char* name, DLDevice device) {
 
 TensorView to_view(const char* name, const AnyView& argument) {
   if (auto view = argument.try_cast<TensorView>()) return *view;
+  // Or the kind of exception and its text: what Python could not make a view of.
+  if (auto refused = argument.try_cast<ffi::Array<ffi::String>>(); refused && refused->size() == 2) {
+    const ErrorCode code = (*refused)[0] == "TypeError" ? ErrorCode::invalid_dtype : ErrorCode::invalid_argument;
+    throw Error(code, std::string(name) + ": " + std::string((*refused)[1]));
+  }
   throw Error(ErrorCode::invalid_dtype, std::string(name) + ": expected an array, got " + argument.GetTypeKey());
 }
 

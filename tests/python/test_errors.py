@@ -300,6 +300,19 @@ def test_quantize_dtype(dtype):
         phalanx.quantize(np.zeros((4, 128), dtype))
 
 
+def test_what_no_view_can_be_made_of_is_named(good):
+    for dtype in (np.complex64, object, "U3", "M8[s]", ">f4"):
+        strange = np.zeros((4, 128), dtype)
+        with pytest.raises(TypeError, match="^x: dtype .* is not supported; expected float8_e4m3fn"):
+            phalanx.quantize(strange)
+        fails({**good, "c": strange}, TypeError, "c: dtype", "is not supported")
+    packed = np.zeros((4, 128), np.dtype([("x", np.float32), ("flag", np.uint8)]))["x"]
+    with pytest.raises(
+        ValueError, match=r"^x: strides \(640, 5\) \(bytes\); expected multiples of the 4-byte elements"
+    ):
+        phalanx.quantize(packed)
+
+
 @pytest.mark.parametrize("shape", [(), (128,), (2, 4, 128)])
 def test_quantize_shape(shape):
     with pytest.raises(ValueError, match="x: .*expected a matrix"):

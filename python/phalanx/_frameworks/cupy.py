@@ -4,10 +4,9 @@ import cupy
 import numpy as np
 import tvm_ffi
 
-from phalanx import _native
 from phalanx._frameworks import by_type
 from phalanx._frameworks.base import Framework
-from phalanx._frameworks.numpy import element_strides, ffi_dtype, ml_dtypes, num_elements
+from phalanx._frameworks.numpy import ml_dtypes, num_elements, view_or_reason
 
 _E4M3 = tvm_ffi.dtype("float8_e4m3fn")
 
@@ -33,9 +32,8 @@ class CuPy(Framework):
     def view(self, array):
         if not isinstance(array, cupy.ndarray):
             return array  # the module names the argument
-        dtype = _E4M3 if array.dtype == self.e4m3 else ffi_dtype(array.dtype)
-        device = tvm_ffi.device("cuda", array.device.id)
-        return _native.view(array.data.ptr, dtype, array.shape, element_strides(array), device)
+        dtype = _E4M3 if array.dtype == self.e4m3 else None
+        return view_or_reason(array.data.ptr, array, tvm_ffi.device("cuda", array.device.id), dtype)
 
     def device_of(self, like):
         return True, like.device.id

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import tvm_ffi
 
-from phalanx import _native
 from phalanx._errors import CudaError
 from phalanx._frameworks.base import Framework
-from phalanx._frameworks.numpy import ffi_dtype
+from phalanx._frameworks.numpy import view_or_reason
 
 _DEFAULT_STREAM = 0
 
@@ -42,7 +41,7 @@ class Jax(Framework):
             tvm_ffi.device("cuda", device.local_hardware_id) if device.platform == "gpu" else tvm_ffi.device("cpu")
         )
         strides = tuple(int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim))
-        return _native.view(array.unsafe_buffer_pointer(), ffi_dtype(array.dtype), array.shape, strides, ffi_device)
+        return view_or_reason(array.unsafe_buffer_pointer(), array, ffi_device, strides=strides)
 
     def stream(self, like):
         return _DEFAULT_STREAM

@@ -39,6 +39,15 @@ def element_strides(array: Any) -> tuple[int, ...]:
     return tuple(stride // array.itemsize for stride in array.strides)
 
 
+def view_or_reason(address: int, array: Any, device: Any, dtype: Any = None, strides: Any = None) -> Any:
+    """A view of what lies at `address`; or why there is none, for the module to say: it knows the argument's name."""
+    try:
+        strides = element_strides(array) if strides is None else strides
+        return _native.view(address, dtype or ffi_dtype(array.dtype), array.shape, strides, device)
+    except (TypeError, ValueError) as reason:
+        return type(reason).__name__, str(reason)
+
+
 def num_elements(shape: tuple[int, int], strides: tuple[int, int]) -> int:
     return max(n * stride for n, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
 
@@ -67,7 +76,7 @@ class NumPy(Framework):
             return array  # the module names the argument
         # Not __dlpack__: it knows neither E4M3 nor BF16, and refuses read-only memory, such as mapped weights.
         address = array.__array_interface__["data"][0]
-        return _native.view(address, ffi_dtype(array.dtype), array.shape, element_strides(array), _CPU)
+        return view_or_reason(address, array, _CPU)
 
     def writable_view(self, array):
         if isinstance(array, np.ndarray) and not array.flags.writeable:
