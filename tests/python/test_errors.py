@@ -307,9 +307,7 @@ def test_what_no_view_can_be_made_of_is_named(good):
             phalanx.quantize(strange)
         fails({**good, "c": strange}, TypeError, "c: dtype", "is not supported")
     packed = np.zeros((4, 128), np.dtype([("x", np.float32), ("flag", np.uint8)]))["x"]
-    with pytest.raises(
-        ValueError, match=r"^x: strides \(640, 5\) \(bytes\); expected multiples of the 4-byte"
-    ):
+    with pytest.raises(ValueError, match=r"^x: strides \(640, 5\) \(bytes\); expected multiples of the 4-byte"):
         phalanx.quantize(packed)
 
 
