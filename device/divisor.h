@@ -5,8 +5,8 @@
 
 namespace phalanx {
 
-// Of numbers from 0 to 2^31 - 1. With 2^shift >= value, magic = ceil(2^(31 + shift) / value) is too large by less than
-// 2^-31 of itself, so that no quotient of such numbers changes.
+// Of numbers n from 0 to 2^31 - 1. magic = ceil(2^shift / value), where 2^(shift - 31) is the first power of two not below
+// `value`: so it has 32 bits and is too large by less than 2^-31 of itself, n * magic / 2^shift by less than 1 / value.
 struct Divisor {
   int value = 1;
   u32 magic = 1u << 31;

@@ -43,9 +43,8 @@ __device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int f
 
 // This CTA's slots at the homes have been read.
 __device__ __forceinline__ bool ep_may_send_sums(const EpOperation& op) {
-  const EpRange mine{int(blockIdx.x), int(blockIdx.x) + 1};
-  return __all_sync(0xffffffffu, ep_wait_for_credits(op, kEpPhaseCombineCredit, op.c.layout.combine_credit, mine,
-                                                     Divisor(), threadIdx.x % 32, 32));
+  return __all_sync(0xffffffffu, ep_wait_for_credits(op, kEpPhaseCombineCredit, op.c.layout.combine_credit,
+                                                     int(blockIdx.x), Divisor(1), threadIdx.x % 32, 32));
 }
 
 // --- listing --------------------------------------------------------------------------------------------------------

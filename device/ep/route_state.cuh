@@ -101,9 +101,8 @@ __device__ __forceinline__ u8* ep_dispatch_slot(const EpOperation& op, int at, i
 
 // By the whole role: until all peers have read what was sent before.
 __device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
-  const bool fine =
-      ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit, {0, ep_num_receivers(op.c.shape)},
-                          op.c.by.receivers, role.thread(), role.num_threads());
+  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit, 0, op.c.by.receivers,
+                                        role.thread(), role.num_threads());
   return role.all(fine, failed);
 }
 

@@ -126,16 +126,16 @@ struct EpRole {
   }
 };
 
-// The CTAs `ctas` of all ranks, this one too, have finished reading what this rank has put into the same buffer before.
-// By so many threads, each of which waits for some.
-__device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, EpPhase phase, i64 credits, EpRange ctas,
-                                                    const Divisor& by_ctas, int thread, int num_threads) {
+// So many CTAs of all ranks, this one too, have finished reading what this rank has put into the same buffer before. By so
+// many threads, each of which waits for some.
+__device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, EpPhase phase, i64 credits, int first_cta,
+                                                    const Divisor& ctas, int thread, int num_threads) {
   const EpShape& shape = op.c.shape;
   const u64 buffers = shape.num_buffers;
   bool fine = true;
 #pragma unroll 1
-  for (int i = thread; fine && op.epoch > buffers && i < shape.num_ranks * ctas.size(); i += num_threads) {
-    const int peer = by_ctas.of(i), cta = ctas.begin + i - peer * ctas.size();
+  for (int i = thread; fine && op.epoch > buffers && i < shape.num_ranks * ctas.value; i += num_threads) {
+    const int peer = ctas.of(i), cta = first_cta + i - peer * ctas.value;
     fine = ep_wait(op.c, phase, peer, op.word(op.c.rank, credits, peer * shape.num_ctas + cta),
                    ep_flag(op.epoch - buffers, 0, 0));
   }
