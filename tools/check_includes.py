@@ -18,28 +18,31 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 # Device headers that the host compiles too are named .h; those that only NVRTC sees, .cuh.
 SHARED_DEVICE = r"device/.*\.h"
 
+# What every room of device code may use.
+BASICS = r"device/(types|divisor)\.h"
+
 # Directory -> what its files may include of the project (matched whole). First match wins.
 PROJECT_RULES: list[tuple[str, list[str]]] = [
-    ("device/ptx", [r"device/(types|divisor)\.h", r"device/ptx/.*"]),
-    ("device/gemm", [r"device/(types|divisor)\.h", r"device/(ptx|gemm)/.*"]),
+    ("device/ptx", [BASICS, r"device/ptx/.*"]),
+    ("device/gemm", [BASICS, r"device/(ptx|gemm)/.*"]),
     # Few tokens are quantised on their way, and gates and ups in their product's epilogue.
     (
         "device/moe",
         [
-            r"device/(types|divisor)\.h",
+            BASICS,
             r"device/gemm/(params\.h|gemm_fp8\.cuh)",
             r"device/quantize/(params\.h|encode\.cuh|swiglu_pieces\.cuh)",
             r"device/(ptx|moe)/.*",
         ],
     ),
-    ("device/quantize", [r"device/(types|divisor)\.h", r"device/(ptx|quantize)/.*"]),
+    ("device/quantize", [BASICS, r"device/(ptx|quantize)/.*"]),
     # Dispatch quantises with the quantiser's constants.
     (
         "device/ep",
-        [r"device/(types|divisor)\.h", r"device/quantize/(config\.h|encode\.cuh)", r"device/(ptx|moe|ep)/.*"],
+        [BASICS, r"device/quantize/(config\.h|encode\.cuh)", r"device/(ptx|moe|ep)/.*"],
     ),
-    ("bench/probe", [r"device/(types|divisor)\.h", r"device/ptx/.*"]),
-    ("device", [r"device/(types|divisor)\.h"]),
+    ("bench/probe", [BASICS, r"device/ptx/.*"]),
+    ("device", [BASICS]),
     ("include", [r"phalanx/.*"]),
     ("src/text", [r"text/.*"]),
     ("src/ops", [r"phalanx/.*", r"(ops|plan|jit|cuda|ep|cpu|text)/.*", SHARED_DEVICE]),

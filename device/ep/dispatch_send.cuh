@@ -272,8 +272,6 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
       const bool is_full = flags.count >= kEpPiecesPerFlag || flags.count + __popc(to.lanes) > 32;
       if (is_full || shape.log2_parts != 0) flags.raise(ep_flag(op.epoch, p.format, 1));
       flags.add(to.lanes, ep_piece_flag(op, r < 0 ? c.rank : r, c.rank, token, part));
-    }
-    if constexpr (kCounted) {
       const int ahead = token_of(i + step);
       if (shape.num_senders <= kEpFewSenders && ahead < c.num_tokens)
         ep_prefetch_token(p, ahead, ep_x_size(p), lane, 32);

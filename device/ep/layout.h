@@ -219,17 +219,15 @@ struct EpRouteSmem {
 constexpr int ep_num_receivers(const EpShape& s) { return s.num_ctas - s.num_senders; }
 constexpr int ep_tokens_per_cta(const EpShape& s) { return ceil_div(s.max_tokens, ep_num_receivers(s)); }
 constexpr int ep_choices_per_cta(const EpShape& s) { return ep_tokens_per_cta(s) * s.topk; }
-constexpr int ep_seen_words(const EpShape& s) { return ceil_div(ep_tokens_per_cta(s) << s.log2_parts, 32); }
-constexpr int ep_stage_pitch(int hidden) { return ceil_div(hidden, kEpColumns) | 1; }  // odd: no two in one bank
 
 constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   constexpr i64 kMaxRows = 8192;
   const i64 ranks = s.num_ranks, local = local_experts, choices = ep_choices_per_cta(s);
   EpRouteSmem l{};
   l.tokens_per_cta = ep_tokens_per_cta(s);
-  l.choices_per_cta = ep_choices_per_cta(s);
-  l.seen_words = ep_seen_words(s);
-  l.stage_pitch = ep_stage_pitch(s.hidden);
+  l.choices_per_cta = int(choices);
+  l.seen_words = ceil_div(l.tokens_per_cta << s.log2_parts, 32);
+  l.stage_pitch = ceil_div(s.hidden, kEpColumns) | 1;  // odd: no two in one bank
   const auto take = [&](i64 words) {
     const i64 begin = l.words;
     l.words += words;
