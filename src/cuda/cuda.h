@@ -86,6 +86,7 @@ struct TensorMapSpec {
   const void* data;
   std::int64_t rows, cols, row_stride_bytes;
   int box_rows, box_cols;
+  bool read_once = false;  ///< L2 fetches lines of 128 bytes, not pairs of them
 
   friend bool operator==(const TensorMapSpec&, const TensorMapSpec&) = default;
 };

@@ -166,8 +166,9 @@ TensorMap encode_tensor_map(const TensorMapSpec& spec) {
   const int swizzle = spec.dtype == DType::f32 && spec.box_rows == 1   ? kTensorMapSwizzleNone  // scales
                       : spec.box_cols * int(size_of(spec.dtype)) == 64 ? kTensorMapSwizzle64B
                                                                        : kTensorMapSwizzle128B;
+  const int promotion = spec.read_once ? kTensorMapL2Promotion128B : kTensorMapL2Promotion256B;
   PHALANX_CUDA(cuTensorMapEncodeTiled(&map, type, 2, const_cast<void*>(spec.data), dims, strides, box, ones, 0, swizzle,
-                                      kTensorMapL2Promotion256B, 0));
+                                      promotion, 0));
   return map;
 }
 

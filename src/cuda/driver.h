@@ -55,7 +55,7 @@ struct LaunchConfig {
 // CUtensorMap*
 constexpr int kTensorMapUint8 = 0, kTensorMapFloat32 = 7, kTensorMapBfloat16 = 9;
 constexpr int kTensorMapSwizzleNone = 0, kTensorMapSwizzle64B = 2, kTensorMapSwizzle128B = 3,
-              kTensorMapL2Promotion256B = 3;
+              kTensorMapL2Promotion128B = 2, kTensorMapL2Promotion256B = 3;
 
 #define PHALANX_DRIVER_FUNCTIONS(F)                                                                                   \
   F(cuInit, "cuInit", (unsigned flags))                                                                               \

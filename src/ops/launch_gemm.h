@@ -27,9 +27,9 @@ struct Rows {
     matrix.shape[0] = (x.shape[0] - 1) * pitch + rows;
   }
 
-  TensorMap map(int box_rows, int box_cols) const {
+  TensorMap map(int box_rows, int box_cols, bool read_once = false) const {
     return cuda::make_tensor_map({matrix.dtype, matrix.data, matrix.rows(), matrix.cols(),
-                                  row_stride(matrix) * size_of(matrix.dtype), box_rows, box_cols});
+                                  row_stride(matrix) * size_of(matrix.dtype), box_rows, box_cols, read_once});
   }
 };
 
