@@ -19,12 +19,14 @@ struct GroupedGemmOptions {
   Stream stream{};
   int num_sms = 0;        ///< SMs that the kernel may use, to leave room for others; 0 means all
   int expected_rows = 0;  ///< of a group: how the kernel is chosen, never what it computes; 0 means unknown
+  /// A row's result depends on that row and its group's B alone, to the bit. So it always is on CUDA; the CPU takes longer for it.
+  bool batch_invariant = false;
 };
 
 // B is a stack [G, N, K] with scales [G, ceil(N / 128), ceil(K / 128)], 1 <= G <= kMaxGroups. The rows of A, B and D are
 // contiguous; row strides are multiples of 16 bytes, bases 16-byte aligned. The matrices of a stack are a whole number of its
-// rows apart. Scales have any strides. On CUDA a row's result depends on that row and its group's B alone, to the bit: not on
-// the number of rows, their order, or the chosen kernel.
+// rows apart. Scales have any strides. On CUDA, and with `batch_invariant` on the CPU, a row's result does not depend on the number
+// of rows, their order, or the chosen kernel.
 //
 // Groups that contradict themselves: on the CPU they throw at once. On CUDA the kernel clamps them to what lies inside the
 // matrices, the call returns, and the next grouped call on that device throws Error invalid_argument; `check_groups` does
@@ -64,8 +66,9 @@ struct GroupedSwigluOptions {
   /// quicker. What it holds afterwards is of no use.
   std::optional<Tensor> gates_and_ups{};
   Stream stream{};
-  int num_sms = 0;        ///< as in GroupedGemmOptions, but two are used at the least
-  int expected_rows = 0;  ///< as in GroupedGemmOptions
+  int num_sms = 0;               ///< as in GroupedGemmOptions, but two are used at the least
+  int expected_rows = 0;         ///< as in GroupedGemmOptions
+  bool batch_invariant = false;  ///< as in GroupedGemmOptions
 };
 
 /// q = SwiGLU of A · B[g]ᵀ: the bytes of `grouped_gemm_fp8` to BF16 followed by `swiglu_quantize`, without what lies between.

@@ -130,6 +130,7 @@ def grouped_gemm_fp8(
     out_dtype: Any = None,
     num_sms: int = 0,
     expected_rows: int = 0,
+    batch_invariant: bool = False,
 ) -> ArrayT: ...
 def grouped_gemm_fp8_indexed(
     a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
@@ -139,6 +140,7 @@ def grouped_gemm_fp8_indexed(
     out_dtype: Any = None,
     num_sms: int = 0,
     expected_rows: int = 0,
+    batch_invariant: bool = False,
 ) -> ArrayT: ...
 def grouped_gemm_fp8_masked(
     a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
@@ -148,6 +150,7 @@ def grouped_gemm_fp8_masked(
     out_dtype: Any = None,
     num_sms: int = 0,
     expected_rows: int = 0,
+    batch_invariant: bool = False,
 ) -> ArrayT: ...
 def grouped_gemm_fp8_swiglu(
     a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
@@ -160,6 +163,7 @@ def grouped_gemm_fp8_swiglu(
     num_sms: int = 0,
     expected_rows: int = 0,
     gates_and_ups: ArrayT | None = None,
+    batch_invariant: bool = False,
 ) -> Quantized[ArrayT]: ...
 def wgrad_fp8(
     a: Quantized[ArrayT] | tuple[ArrayT, ArrayT],
@@ -193,6 +197,7 @@ def grouped_gemm_bf16(
     out_dtype: Any = None,
     num_sms: int = 0,
     expected_rows: int = 0,
+    batch_invariant: bool = False,
 ) -> ArrayT: ...
 def grouped_gemm_bf16_indexed(
     a: ArrayT,
@@ -202,6 +207,7 @@ def grouped_gemm_bf16_indexed(
     out_dtype: Any = None,
     num_sms: int = 0,
     expected_rows: int = 0,
+    batch_invariant: bool = False,
 ) -> ArrayT: ...
 def grouped_gemm_bf16_masked(
     a: ArrayT,
@@ -211,6 +217,7 @@ def grouped_gemm_bf16_masked(
     out_dtype: Any = None,
     num_sms: int = 0,
     expected_rows: int = 0,
+    batch_invariant: bool = False,
 ) -> ArrayT: ...
 def grouped_wgrad_bf16(
     a: ArrayT,

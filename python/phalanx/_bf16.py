@@ -38,7 +38,7 @@ def gemm_bf16(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant
     return out
 
 
-def grouped_gemm_bf16(a, b, offsets, out=None, out_dtype=None, num_sms=0, expected_rows=0):
+def grouped_gemm_bf16(a, b, offsets, out=None, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
     """Row i of D = row i of A · B[g]ᵀ, for offsets[g] <= i < offsets[g + 1].
 
     a:        BF16 [M, K], rows contiguous
@@ -48,23 +48,25 @@ def grouped_gemm_bf16(a, b, offsets, out=None, out_dtype=None, num_sms=0, expect
 
     Differentiable in torch. Options, the rules of groups and what it raises are those of `grouped_gemm_fp8`.
     """
-    return _grouped("", a, b, offsets, out, out_dtype, num_sms, expected_rows)
+    return _grouped("", a, b, offsets, out, out_dtype, num_sms, expected_rows, batch_invariant)
 
 
-def grouped_gemm_bf16_indexed(a, b, row_groups, out=None, out_dtype=None, num_sms=0, expected_rows=0):
+def grouped_gemm_bf16_indexed(
+    a, b, row_groups, out=None, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False
+):
     """The same, where row i belongs to group row_groups[i], or to none if it is -1; see `grouped_gemm_fp8_indexed`.
 
     Not differentiable.
     """
-    return _grouped("_indexed", a, b, row_groups, out, out_dtype, num_sms, expected_rows)
+    return _grouped("_indexed", a, b, row_groups, out, out_dtype, num_sms, expected_rows, batch_invariant)
 
 
-def grouped_gemm_bf16_masked(a, b, counts, out=None, out_dtype=None, num_sms=0, expected_rows=0):
+def grouped_gemm_bf16_masked(a, b, counts, out=None, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
     """D[g] = A[g] · B[g]ᵀ, the first counts[g] rows of A [G, R, K] and D [G, R, N]; see `grouped_gemm_fp8_masked`.
 
     Not differentiable.
     """
-    return _grouped("_masked", a, b, counts, out, out_dtype, num_sms, expected_rows)
+    return _grouped("_masked", a, b, counts, out, out_dtype, num_sms, expected_rows, batch_invariant)
 
 
 def grouped_wgrad_bf16(a, b, offsets, out=None, accumulate=False, num_sms=0):
@@ -92,17 +94,19 @@ def grouped_wgrad_bf16(a, b, offsets, out=None, accumulate=False, num_sms=0):
     return out
 
 
-def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows):
+def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows, batch_invariant):
     framework = _frameworks.of(a, "a")
     operands, name = (a, b, groups), "grouped_gemm_bf16" + form
     if framework.is_traced(a) or (form == "" and out is None and framework.needs_gradient(a, b)):
-        return framework.traced(name, operands, out, (out_dtype,), (num_sms, expected_rows))
+        return framework.traced(name, operands, out, (out_dtype,), (num_sms, expected_rows, batch_invariant))
     if out is None:
         out = empty_grouped(framework, a, b, out_dtype)
     else:
         framework.check_out(out, out_dtype)
     views = [framework.view(array) for array in operands]
-    getattr(_native, name)(*views, framework.writable_view(out), num_sms, expected_rows, framework.stream(a))
+    getattr(_native, name)(
+        *views, framework.writable_view(out), num_sms, expected_rows, batch_invariant, framework.stream(a)
+    )
     framework.finish(a)
     return out
 

@@ -8,7 +8,7 @@ from phalanx._api import Quantized, as_pair
 from phalanx._frameworks.base import Framework, check_untraced, padded, shape_of
 
 
-def grouped_gemm_fp8(a, b, offsets, out=None, out_dtype=None, num_sms=0, expected_rows=0):
+def grouped_gemm_fp8(a, b, offsets, out=None, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
     """Row i of D = row i of A · B[g]ᵀ, for offsets[g] <= i < offsets[g + 1]: each expert's rows, no padding anywhere.
 
     a:              Quantized or (data, scales): data E4M3 [M, K], scales FP32 [M, ceil(K / 128)], best MN-major
@@ -19,31 +19,35 @@ def grouped_gemm_fp8(a, b, offsets, out=None, out_dtype=None, num_sms=0, expecte
     out_dtype:      of the new array, as the array library names it; BF16 by default
     num_sms:        SMs that the kernel may use, to leave room for others; 0: all
     expected_rows:  of a group: helps to choose a kernel, and nothing else
+    batch_invariant:  a row's bits depend on that row and its group's B alone. On CUDA they always do; the CPU takes
+                    longer for it
 
-    1 <= G <= 512; the other rules, and what it raises, are `gemm_fp8`'s. On CUDA a row's bits depend on that row and
-    its group's B alone. Wrong offsets raise ValueError: on the CPU at once; on CUDA, where only the kernel sees them,
-    it stays inside the arrays, and the next grouped call on that device raises, or `check_groups`.
+    1 <= G <= 512; the other rules, and what it raises, are `gemm_fp8`'s. Wrong offsets raise ValueError: on the CPU at
+    once; on CUDA, where only the kernel sees them, it stays inside the arrays, and the next grouped call on that device
+    raises, or `check_groups`.
     """
-    return _grouped("", a, b, offsets, out, out_dtype, num_sms, expected_rows)
+    return _grouped("", a, b, offsets, out, out_dtype, num_sms, expected_rows, batch_invariant)
 
 
-def grouped_gemm_fp8_indexed(a, b, row_groups, out=None, out_dtype=None, num_sms=0, expected_rows=0):
+def grouped_gemm_fp8_indexed(
+    a, b, row_groups, out=None, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False
+):
     """The same, where row i belongs to group row_groups[i], or to none if that is -1.
 
     row_groups:  int32 [M]. The rows of one group lie together, with no others, nor -1, between; a group in several
                  pieces is left out and reported
     """
-    return _grouped("_indexed", a, b, row_groups, out, out_dtype, num_sms, expected_rows)
+    return _grouped("_indexed", a, b, row_groups, out, out_dtype, num_sms, expected_rows, batch_invariant)
 
 
-def grouped_gemm_fp8_masked(a, b, counts, out=None, out_dtype=None, num_sms=0, expected_rows=0):
+def grouped_gemm_fp8_masked(a, b, counts, out=None, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
     """D[g] = A[g] · B[g]ᵀ, the first counts[g] rows only; the others are neither used nor written.
 
     a:       Quantized or (data, scales): data E4M3 [G, R, K], any R; scales FP32 [G, R, ceil(K / 128)]
     counts:  int32 [G]: 0 <= counts[g] <= R
     out:     [G, R, N]
     """
-    return _grouped("_masked", a, b, counts, out, out_dtype, num_sms, expected_rows)
+    return _grouped("_masked", a, b, counts, out, out_dtype, num_sms, expected_rows, batch_invariant)
 
 
 def grouped_gemm_fp8_swiglu(
@@ -57,10 +61,11 @@ def grouped_gemm_fp8_swiglu(
     num_sms=0,
     expected_rows=0,
     gates_and_ups=None,
+    batch_invariant=False,
 ):
     """`swiglu_quantize` of `grouped_gemm_fp8`, the same bytes in one kernel: what an expert's second product reads.
 
-    a, offsets:     as in `grouped_gemm_fp8`, as are num_sms and expected_rows
+    a, offsets:     as in `grouped_gemm_fp8`, as are num_sms, expected_rows and batch_invariant
     b:              data E4M3 [G, 2 I, K], all gates and then as many ups; I is a multiple of 128
     weights:        as in `swiglu_quantize`, as are limit and pow2_scales
     out:            Quantized or (data, scales) to write: data [M, I], scales [M, I / 128]; without it new arrays. What
@@ -73,7 +78,7 @@ def grouped_gemm_fp8_swiglu(
         out = as_pair(out=out)
     framework = _frameworks.of(a_data, "a")
     operands = a_data, a_scales, b_data, b_scales, offsets, weights
-    options = as_limit(limit), pow2_scales, num_sms, expected_rows
+    options = as_limit(limit), pow2_scales, num_sms, expected_rows, batch_invariant
     if framework.is_traced(a_data):
         check_untraced(out)
         return Quantized(*framework.traced("grouped_gemm_fp8_swiglu", operands, None, (), options))
@@ -125,19 +130,21 @@ def check_groups(like):
     _native.check_groups(cuda, index)
 
 
-def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows):
+def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows, batch_invariant):
     (a_data, a_scales), (b_data, b_scales) = as_pair(a=a), as_pair(b=b)
     framework = _frameworks.of(a_data, "a")
     operands = a_data, a_scales, b_data, b_scales, groups
     if framework.is_traced(a_data):
-        return framework.traced("grouped_gemm_fp8" + form, operands, out, (out_dtype,), (num_sms, expected_rows))
+        return framework.traced(
+            "grouped_gemm_fp8" + form, operands, out, (out_dtype,), (num_sms, expected_rows, batch_invariant)
+        )
     if out is None:
         out = empty_grouped(framework, a_data, b_data, out_dtype)
     else:
         framework.check_out(out, out_dtype)
     call = getattr(_native, "grouped_gemm_fp8" + form)
     views = [framework.view(array) for array in operands]
-    call(*views, framework.writable_view(out), num_sms, expected_rows, framework.stream(a_data))
+    call(*views, framework.writable_view(out), num_sms, expected_rows, batch_invariant, framework.stream(a_data))
     framework.finish(a_data)
     return out
 

@@ -1,11 +1,11 @@
 """The BF16 products as PyTorch operators; `phalanx.torch` imports this module.
 
-    gemm_bf16(a, b, c=None, out_dtype=None, num_sms=0, batch_invariant=False) -> D                 differentiable
-    grouped_gemm_bf16(a, b, offsets, out_dtype=None, num_sms=0, expected_rows=0) -> D              differentiable
+    gemm_bf16(a, b, c=None, out_dtype=None, num_sms=0, batch_invariant=False) -> D
+    grouped_gemm_bf16(a, b, offsets, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False) -> D
     grouped_gemm_bf16_indexed(..., row_groups, ...), grouped_gemm_bf16_masked(..., counts, ...) -> D
     grouped_wgrad_bf16(a, b, offsets, num_sms=0) -> D
 
-and `*_out`, which write into a tensor of the caller, the last with `accumulate`.
+and `*_out`, which write into a tensor of the caller, the last with `accumulate`. The first two are differentiable.
 """
 
 import torch
@@ -47,19 +47,20 @@ def _gemm(a, b, c=None, out_dtype=None, num_sms=0, batch_invariant=False):
 
 
 def _define_grouped(name: str, groups: str) -> None:
-    operands, options = f"Tensor a, Tensor b, Tensor {groups}", "int num_sms=0, SymInt expected_rows=0"
+    operands = f"Tensor a, Tensor b, Tensor {groups}"
+    options = "int num_sms=0, SymInt expected_rows=0, bool batch_invariant=False"
 
-    def empty(a, b, groups, out_dtype=None, num_sms=0, expected_rows=0):
+    def empty(a, b, groups, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
         return empty_grouped(framework, a, b, out_dtype)
 
     @define_operator(f"{name}_out({operands}, Tensor(out!) out, {options}) -> ()", nothing)
-    def run_out(a, b, groups, out, num_sms=0, expected_rows=0):
-        getattr(_native, name)(a, b, groups, out, num_sms, expected_rows, None)
+    def run_out(a, b, groups, out, num_sms=0, expected_rows=0, batch_invariant=False):
+        getattr(_native, name)(a, b, groups, out, num_sms, expected_rows, batch_invariant, None)
 
     @define_operator(f"{name}({operands}, ScalarType? out_dtype=None, {options}) -> Tensor", empty)
-    def run(a, b, groups, out_dtype=None, num_sms=0, expected_rows=0):
+    def run(a, b, groups, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
         out = empty_grouped(framework, a, b, out_dtype)
-        run_out(a, b, groups, out, num_sms, expected_rows)
+        run_out(a, b, groups, out, num_sms, expected_rows, batch_invariant)
         return out
 
 
@@ -114,7 +115,7 @@ def _dense_gradient(ctx, grad):
 
 
 def _save_grouped(ctx, inputs, output):
-    a, b, offsets, _, ctx.num_sms, ctx.expected_rows = inputs
+    a, b, offsets, _, ctx.num_sms, ctx.expected_rows, ctx.batch_invariant = inputs
     ctx.save_for_backward(a, b, offsets)
 
 
@@ -125,11 +126,13 @@ def _grouped_gradient(ctx, grad):
     if needs[0]:
         rows = torch.arange(a.shape[0], dtype=torch.int32, device=a.device)
         used = (rows >= offsets[0]) & (rows < offsets[-1])
-        own = _ops.grouped_gemm_bf16(x, b.transpose(1, 2), offsets, None, ctx.num_sms, ctx.expected_rows)
+        own = _ops.grouped_gemm_bf16(
+            x, b.transpose(1, 2), offsets, None, ctx.num_sms, ctx.expected_rows, ctx.batch_invariant
+        )
         grad_a = torch.where(used[:, None], own, 0)
     if needs[1]:
         grad_b = _ops.grouped_wgrad_bf16(x, a, offsets, ctx.num_sms).to(b.dtype)
-    return grad_a, grad_b, None, None, None, None
+    return grad_a, grad_b, None, None, None, None, None
 
 
 add_gradient("gemm_bf16", _dense_gradient, _save_dense)

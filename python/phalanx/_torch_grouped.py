@@ -1,9 +1,9 @@
 """The grouped products and weight gradients as PyTorch operators; `phalanx.torch` imports this module.
 
-    grouped_gemm_fp8(a, sfa, b, sfb, offsets, out_dtype=None, num_sms=0, expected_rows=0) -> D
+    grouped_gemm_fp8(a, sfa, b, sfb, offsets, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False) -> D
     grouped_gemm_fp8_indexed(..., row_groups, ...), grouped_gemm_fp8_masked(..., counts, ...) -> D
-    grouped_gemm_fp8_swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0)
-        -> (data, scales)
+    grouped_gemm_fp8_swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0,
+        batch_invariant=False) -> (data, scales)
     wgrad_fp8(a, sfa, b, sfb, num_sms=0) -> D
     grouped_wgrad_fp8(a, sfa, b, sfb, offsets, num_sms=0) -> D
 
@@ -20,19 +20,20 @@ _OPERANDS = "Tensor a, Tensor sfa, Tensor b, Tensor sfb"
 
 def _define_grouped(name: str, groups: str) -> None:
     native = name  # looked up at the first call: the module loads then
-    operands, options = f"{_OPERANDS}, Tensor {groups}", "int num_sms=0, SymInt expected_rows=0"
+    operands = f"{_OPERANDS}, Tensor {groups}"
+    options = "int num_sms=0, SymInt expected_rows=0, bool batch_invariant=False"
 
-    def empty(a, sfa, b, sfb, groups, out_dtype=None, num_sms=0, expected_rows=0):
+    def empty(a, sfa, b, sfb, groups, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
         return empty_grouped(framework, a, b, out_dtype)
 
     @define_operator(f"{name}_out({operands}, Tensor(out!) out, {options}) -> ()", nothing)
-    def run_out(a, sfa, b, sfb, groups, out, num_sms=0, expected_rows=0):
-        getattr(_native, native)(a, sfa, b, sfb, groups, out, num_sms, expected_rows, None)
+    def run_out(a, sfa, b, sfb, groups, out, num_sms=0, expected_rows=0, batch_invariant=False):
+        getattr(_native, native)(a, sfa, b, sfb, groups, out, num_sms, expected_rows, batch_invariant, None)
 
     @define_operator(f"{name}({operands}, ScalarType? out_dtype=None, {options}) -> Tensor", empty)
-    def run(a, sfa, b, sfb, groups, out_dtype=None, num_sms=0, expected_rows=0):
+    def run(a, sfa, b, sfb, groups, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
         out = empty_grouped(framework, a, b, out_dtype)
-        run_out(a, sfa, b, sfb, groups, out, num_sms, expected_rows)
+        run_out(a, sfa, b, sfb, groups, out, num_sms, expected_rows, batch_invariant)
         return out
 
 
@@ -41,19 +42,21 @@ _define_grouped("grouped_gemm_fp8_indexed", "row_groups")
 _define_grouped("grouped_gemm_fp8_masked", "counts")
 
 
-def _empty_swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0):
+def _empty_swiglu(
+    a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0, batch_invariant=False
+):
     return empty_swiglu(framework, a, b)
 
 
 @define_operator(
     f"grouped_gemm_fp8_swiglu({_OPERANDS}, Tensor offsets, Tensor? weights, float limit, bool pow2_scales,"
-    " int num_sms=0, SymInt expected_rows=0) -> (Tensor, Tensor)",
+    " int num_sms=0, SymInt expected_rows=0, bool batch_invariant=False) -> (Tensor, Tensor)",
     _empty_swiglu,
 )
-def _swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0):
+def _swiglu(a, sfa, b, sfb, offsets, weights, limit, pow2_scales, num_sms=0, expected_rows=0, batch_invariant=False):
     out = empty_swiglu(framework, a, b)
     _native.grouped_gemm_fp8_swiglu(
-        a, sfa, b, sfb, offsets, weights, None, *out, limit, pow2_scales, num_sms, expected_rows, None
+        a, sfa, b, sfb, offsets, weights, None, *out, limit, pow2_scales, num_sms, expected_rows, batch_invariant, None
     )
     return out
 

@@ -76,18 +76,20 @@ ScaledTensor matrix_of(const ScaledTensor& x, int64_t i) {
   return {phalanx::matrix_of(x.data, i), phalanx::matrix_of(x.scales, i)};
 }
 
-void multiply_rows(const ScaledTensor& a, const ScaledTensor& b, const std::vector<Range>& ranges, const Tensor& d) {
+void multiply_rows(const ScaledTensor& a, const ScaledTensor& b, const std::vector<Range>& ranges, const Tensor& d,
+                   bool batch_invariant) {
   std::vector<Product> products;
   for (std::size_t g = 0; g < ranges.size(); ++g)
     products.push_back({.a = rows_of(a, ranges[g]),
                         .b = matrix_of(b, static_cast<int64_t>(g)),
                         .k_end = a.data.cols(),
-                        .d = rows_of(d, ranges[g])});
+                        .d = rows_of(d, ranges[g]),
+                        .batch_invariant = batch_invariant});
   multiply(products);
 }
 
 void multiply_masked(const char* op, const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts,
-                     const Tensor& d) {
+                     const Tensor& d, bool batch_invariant) {
   const int64_t limit = d.shape[1];
   std::vector<Product> products;
   for (int64_t g = 0; g < counts.shape[0]; ++g) {
@@ -97,7 +99,8 @@ void multiply_masked(const char* op, const ScaledTensor& a, const ScaledTensor& 
     products.push_back({.a = rows_of(matrix_of(a, g), rows),
                         .b = matrix_of(b, g),
                         .k_end = a.data.shape[2],
-                        .d = rows_of(phalanx::matrix_of(d, g), rows)});
+                        .d = rows_of(phalanx::matrix_of(d, g), rows),
+                        .batch_invariant = batch_invariant});
   }
   multiply(products);
 }
@@ -120,16 +123,20 @@ void multiply_columns(const char* op, const ScaledTensor& a, const ScaledTensor&
 
 }  // namespace
 
-void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d) {
-  multiply_rows(a, b, ranges_of_offsets("grouped_gemm_fp8", offsets, d.rows()), d);
+void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
+                      bool batch_invariant) {
+  multiply_rows(a, b, ranges_of_offsets("grouped_gemm_fp8", offsets, d.rows()), d, batch_invariant);
 }
 
-void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d) {
-  multiply_rows(a, b, ranges_of_row_groups("grouped_gemm_fp8_indexed", row_groups, b.data.shape[0]), d);
+void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d,
+                              bool batch_invariant) {
+  multiply_rows(a, b, ranges_of_row_groups("grouped_gemm_fp8_indexed", row_groups, b.data.shape[0]), d,
+                batch_invariant);
 }
 
-void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d) {
-  multiply_masked("grouped_gemm_fp8_masked", a, b, counts, d);
+void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d,
+                             bool batch_invariant) {
+  multiply_masked("grouped_gemm_fp8_masked", a, b, counts, d, batch_invariant);
 }
 
 // Rows of no group stay as they are.
@@ -141,7 +148,7 @@ void grouped_gemm_fp8_swiglu(const ScaledTensor& a, const ScaledTensor& b, const
   std::vector<Bf16> memory(options.gates_and_ups ? 0 : a.data.rows() * n);
   const Tensor x =
       options.gates_and_ups ? *options.gates_and_ups : row_major(memory.data(), DType::bf16, a.data.rows(), n);
-  multiply_rows(a, b, ranges, x);
+  multiply_rows(a, b, ranges, x, options.batch_invariant);
   if (all.begin == all.end) return;
   SwigluOptions swiglu{.limit = options.limit, .pow2_scales = options.pow2_scales};
   if (options.weights) swiglu.weights = rows_of(*options.weights, all);
@@ -161,16 +168,19 @@ void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tenso
 
 // --- BF16: no scales -------------------------------------------------------------------------------------------------------
 
-void grouped_gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& offsets, const Tensor& d) {
-  multiply_rows({a, {}}, {b, {}}, ranges_of_offsets("grouped_gemm_bf16", offsets, d.rows()), d);
+void grouped_gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& offsets, const Tensor& d, bool batch_invariant) {
+  multiply_rows({a, {}}, {b, {}}, ranges_of_offsets("grouped_gemm_bf16", offsets, d.rows()), d, batch_invariant);
 }
 
-void grouped_gemm_bf16_indexed(const Tensor& a, const Tensor& b, const Tensor& row_groups, const Tensor& d) {
-  multiply_rows({a, {}}, {b, {}}, ranges_of_row_groups("grouped_gemm_bf16_indexed", row_groups, b.shape[0]), d);
+void grouped_gemm_bf16_indexed(const Tensor& a, const Tensor& b, const Tensor& row_groups, const Tensor& d,
+                               bool batch_invariant) {
+  multiply_rows({a, {}}, {b, {}}, ranges_of_row_groups("grouped_gemm_bf16_indexed", row_groups, b.shape[0]), d,
+                batch_invariant);
 }
 
-void grouped_gemm_bf16_masked(const Tensor& a, const Tensor& b, const Tensor& counts, const Tensor& d) {
-  multiply_masked("grouped_gemm_bf16_masked", {a, {}}, {b, {}}, counts, d);
+void grouped_gemm_bf16_masked(const Tensor& a, const Tensor& b, const Tensor& counts, const Tensor& d,
+                              bool batch_invariant) {
+  multiply_masked("grouped_gemm_bf16_masked", {a, {}}, {b, {}}, counts, d, batch_invariant);
 }
 
 void grouped_wgrad_bf16(const Tensor& a, const Tensor& b, const Tensor& offsets, const Tensor& d, bool accumulate) {

@@ -137,7 +137,7 @@ void run_columns(const Tensor& a, const Tensor& b, const Tensor& offsets, const 
   launch(chosen, p, options.stream);
 }
 
-using RowsOnCpu = void(const Tensor& a, const Tensor& b, const Tensor& groups, const Tensor& d);
+using RowsOnCpu = void(const Tensor& a, const Tensor& b, const Tensor& groups, const Tensor& d, bool batch_invariant);
 
 void multiply_rows(const char* op, GroupsBy by, const Tensor& a, const Tensor& b, const Tensor& groups, const Tensor& d,
                    const GroupedGemmOptions& options, RowsOnCpu* on_cpu) {
@@ -145,7 +145,7 @@ void multiply_rows(const char* op, GroupsBy by, const Tensor& a, const Tensor& b
   if (d.device.type == DeviceType::cuda)
     run_rows(by, a, b, groups, d, options);
   else
-    on_cpu(a, b, groups, d);
+    on_cpu(a, b, groups, d, options.batch_invariant);
 }
 
 }  // namespace

@@ -220,7 +220,8 @@ void run_columns(const ScaledTensor& a, const ScaledTensor& b, const Tensor* off
   launch(chosen, p, options.stream);
 }
 
-using RowsOnCpu = void(const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, const Tensor& d);
+using RowsOnCpu = void(const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, const Tensor& d,
+                       bool batch_invariant);
 
 void multiply_rows(const char* op, GroupsBy by, const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups,
                    const Tensor& d, const GroupedGemmOptions& options, RowsOnCpu* on_cpu) {
@@ -228,7 +229,7 @@ void multiply_rows(const char* op, GroupsBy by, const ScaledTensor& a, const Sca
   if (d.device.type == DeviceType::cuda)
     run_rows(by, a, b, groups, d, options);
   else
-    on_cpu(a, b, groups, d);
+    on_cpu(a, b, groups, d, options.batch_invariant);
 }
 
 }  // namespace

@@ -72,6 +72,19 @@ def test_batch_invariant(arrays):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_groups_batch_invariant(arrays, form):
+    case = GroupedBf16Case((33, 0, 7, 1), 136, 300, form, "f32")
+    inputs = case.make(arrays)
+    rows = arrays.to_numpy(case.run(inputs, batch_invariant=True)).reshape(-1, case.n).copy()
+    a = inputs.a.reshape(-1, case.k)
+    for g, (begin, end) in enumerate(inputs.ranges):
+        for row in {begin, (begin + end) // 2, end - 1} if begin < end else ():
+            one = a[row : row + 1], inputs.b[g]
+            alone = phalanx.gemm_bf16(*one, out_dtype=arrays.dtype("f32"), batch_invariant=True)
+            np.testing.assert_array_equal(arrays.to_numpy(alone)[0], rows[row])
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("major_b", MAJORS)
 def test_groups_of_every_size(arrays, form, major_b):
     sizes = (3, 0, 130, 1, 64, 0)

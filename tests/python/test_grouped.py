@@ -72,6 +72,21 @@ def test_row_groups_in_any_order(arrays):
     np.testing.assert_array_equal(d, expected[order])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_batch_invariant(arrays, form):
+    """Within the bound too; and a row has the bits that a product of it alone has."""
+    case = GroupedGemmCase((33, 0, 7, 1), 136, 300, form, "f32")
+    inputs = case.make(arrays)
+    rows = arrays.to_numpy(case.run(inputs, batch_invariant=True)).reshape(-1, case.n).copy()
+    case.check(inputs)
+    a, sfa = (x.reshape(-1, x.shape[-1]) for x in (inputs.a, inputs.sfa))
+    for g, (begin, end) in enumerate(inputs.ranges):
+        for row in {begin, (begin + end) // 2, end - 1} if begin < end else ():
+            operands = (a[row : row + 1], sfa[row : row + 1]), (inputs.b[g], inputs.sfb[g])
+            alone = phalanx.gemm_fp8(*operands, out_dtype=arrays.dtype("f32"), batch_invariant=True)
+            np.testing.assert_array_equal(arrays.to_numpy(alone)[0], rows[row])
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("values", ["normal", "exact", "bits"])
 @pytest.mark.parametrize("sfa_layout", ["mn", "k"])
@@ -213,6 +228,7 @@ def swiglu_case(sizes, intermediate, k, *, gap=0, sfa_layout="mn", **how):
 def test_swiglu_gives_the_bytes_of_two_calls(arrays, sizes, room):
     swiglu_case(sizes, 256, 300, gap=3, room=room).check(arrays)
     swiglu_case(sizes, 128, 144, limit=0.5, weighted=True, pow2_scales=True, sfa_layout="k").check(arrays)
+    swiglu_case(sizes, 128, 300, gap=3, room=room).check(arrays, batch_invariant=True)
 
 
 def test_wrong_arguments_of_swiglu():
