@@ -132,6 +132,31 @@ def test_a_graph_replays_with_other_routings(layer):
             assert torch.equal(y, mlp(x, topk_idx, topk_weights))
 
 
+def test_a_graph_replays_forward_and_backward(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    if not x.is_cuda:
+        pytest.skip("graphs are CUDA's")
+    inputs, upstream = (x, topk_weights, mlp.gate_up, mlp.down), torch.randn_like(x)
+
+    def step():
+        y = mlp(x, topk_idx, topk_weights)
+        return y, *torch.autograd.grad(y, inputs, upstream)
+
+    with torch.cuda.stream(torch.cuda.Stream()):  # torch wants a first backward pass outside of the capture
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            x.normal_(), topk_weights.uniform_(), upstream.normal_()
+            topk_idx.random_(-1, 5)
+        graph.replay()
+        for name, ours, eager in zip(("y", "x", "topk_weights", "gate_up", "down"), captured, step(), strict=True):
+            assert torch.equal(ours, eager), name
+
+
 def test_a_step_learns(layer):
     mlp, x, topk_idx, topk_weights = layer
     target = torch.randn_like(x)
