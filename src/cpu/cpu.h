@@ -13,11 +13,11 @@ void gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, con
               bool batch_invariant = false);
 
 void grouped_gemm_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const Tensor& d,
-                      bool batch_invariant);
+                      bool batch_invariant = false);
 void grouped_gemm_fp8_indexed(const ScaledTensor& a, const ScaledTensor& b, const Tensor& row_groups, const Tensor& d,
-                              bool batch_invariant);
+                              bool batch_invariant = false);
 void grouped_gemm_fp8_masked(const ScaledTensor& a, const ScaledTensor& b, const Tensor& counts, const Tensor& d,
-                             bool batch_invariant);
+                             bool batch_invariant = false);
 void grouped_gemm_fp8_swiglu(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offsets, const ScaledTensor& q,
                              const GroupedSwigluOptions& options);
 void wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, bool accumulate);
