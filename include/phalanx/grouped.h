@@ -30,7 +30,7 @@ struct GroupedGemmOptions {
 //
 // Groups that contradict themselves: on the CPU they throw at once. On CUDA the kernel clamps them to what lies inside the
 // matrices, the call returns, and the next grouped call on that device throws Error invalid_argument; `check_groups` does
-// so on request.
+// so on request. Where there are no rows there is no kernel, and nobody looks.
 
 /// Row i of D = row i of A · B[g]ᵀ, for offsets[g] <= i < offsets[g + 1]. Groups may be of any size, empty ones included.
 /// Rows of D below offsets[0] and from offsets[G] on are not written, nor are those of A used.

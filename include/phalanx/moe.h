@@ -20,7 +20,8 @@ struct Routing {
   Tensor offsets;  ///< [E + 1], where each expert's rows begin; contiguous: padding for `alignment` included, R at most
   Tensor slots;    ///< [T, K], the row of each choice; -1: none. Trusted: nothing checks that a row of one's own exists
   Tensor sources;  ///< [R], t * K + k for each row; -1: padding
-  Tensor needed;   ///< [1], the rows without which something finds no room: R, or, masked, `max_rows`
+  /// [1], the R, or, masked, the `max_rows`, that has room for all; with `alignment`, also for padding behind the last expert.
+  Tensor needed;
 };
 
 struct RouteOptions {

@@ -23,7 +23,7 @@ def gemm_bf16(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant
     framework = _frameworks.of(a, "a")
     if out is None and out_dtype is None and c is not None:
         out_dtype = dtype_of("c", c)
-    if framework.is_traced(a) or (out is None and framework.needs_gradient(a, b, c)):
+    if framework.is_traced(a, b) or _is_recorded(framework, out, a, b, c):
         return framework.traced("gemm_bf16", (a, b, c), out, (out_dtype,), (num_sms, batch_invariant))
     if out is None:
         out = empty_product(framework, a, b, out_dtype)
@@ -81,7 +81,7 @@ def grouped_wgrad_bf16(a, b, offsets, out=None, accumulate=False, num_sms=0):
         raise ValueError("accumulate: True without `out`; expected an array to add to")
     framework = _frameworks.of(a, "a")
     operands = a, b, offsets
-    if framework.is_traced(a):
+    if framework.is_traced(*operands):
         options = (accumulate, num_sms) if out is not None else (num_sms,)
         return framework.traced("grouped_wgrad_bf16", operands, out, (), options)
     if out is None:
@@ -97,7 +97,7 @@ def grouped_wgrad_bf16(a, b, offsets, out=None, accumulate=False, num_sms=0):
 def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows, batch_invariant):
     framework = _frameworks.of(a, "a")
     operands, name = (a, b, groups), "grouped_gemm_bf16" + form
-    if framework.is_traced(a) or (form == "" and out is None and framework.needs_gradient(a, b)):
+    if framework.is_traced(a, b, groups) or (form == "" and _is_recorded(framework, out, a, b)):
         return framework.traced(name, operands, out, (out_dtype,), (num_sms, expected_rows, batch_invariant))
     if out is None:
         out = empty_grouped(framework, a, b, out_dtype)
@@ -109,6 +109,14 @@ def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows, ba
     )
     framework.finish(a)
     return out
+
+
+def _is_recorded(framework: Framework, out: Any, *arrays: Any) -> bool:
+    """Whether the call is to be recorded for gradients."""
+    recorded = framework.needs_gradient(*arrays)
+    if recorded and out is not None:
+        raise ValueError("out: given to a call that is differentiated; expected none")
+    return recorded
 
 
 def empty_product(framework: Framework, a: Any, b: Any, out_dtype: Any) -> Any:

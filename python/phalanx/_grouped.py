@@ -79,7 +79,7 @@ def grouped_gemm_fp8_swiglu(
     framework = _frameworks.of(a_data, "a")
     operands = a_data, a_scales, b_data, b_scales, offsets, weights
     options = as_limit(limit), pow2_scales, num_sms, expected_rows, batch_invariant
-    if framework.is_traced(a_data):
+    if framework.is_traced(a_data, b_data, offsets):
         check_untraced(out)
         return Quantized(*framework.traced("grouped_gemm_fp8_swiglu", operands, None, (), options))
     if out is None:
@@ -87,9 +87,10 @@ def grouped_gemm_fp8_swiglu(
     else:
         framework.check_out(out, None)
     data, scales = out
+    framework.check_writable("gates_and_ups", gates_and_ups)
     _native.grouped_gemm_fp8_swiglu(
         *(None if array is None else framework.view(array) for array in operands),
-        None if gates_and_ups is None else framework.writable_view(gates_and_ups),
+        None if gates_and_ups is None else framework.view(gates_and_ups),
         framework.writable_view(data),
         framework.writable_view(scales),
         *options,
@@ -134,7 +135,7 @@ def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows, ba
     (a_data, a_scales), (b_data, b_scales) = as_pair(a=a), as_pair(b=b)
     framework = _frameworks.of(a_data, "a")
     operands = a_data, a_scales, b_data, b_scales, groups
-    if framework.is_traced(a_data):
+    if framework.is_traced(a_data, b_data, groups):
         return framework.traced(
             "grouped_gemm_fp8" + form, operands, out, (out_dtype,), (num_sms, expected_rows, batch_invariant)
         )
@@ -155,7 +156,7 @@ def _wgrad(a, b, offsets, out, accumulate, num_sms):
         raise ValueError("accumulate: True without `out`; expected an array to add to")
     framework = _frameworks.of(a_data, "a")
     operands = (a_data, a_scales, b_data, b_scales) + (() if offsets is None else (offsets,))
-    if framework.is_traced(a_data):
+    if framework.is_traced(a_data, b_data):
         name = "wgrad_fp8" if offsets is None else "grouped_wgrad_fp8"
         return framework.traced(name, operands, out, (), (accumulate, num_sms) if out is not None else (num_sms,))
     if out is None:

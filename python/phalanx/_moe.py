@@ -14,7 +14,8 @@ class Routing(NamedTuple):
     offsets:   int32 [E + 1], where each expert's rows begin; `grouped_gemm_fp8` reads it
     slots:     int32 [T, K], the row of each choice; -1: none. Trusted: nothing checks that a row of one's own exists
     sources:   int32 [R], t * K + k for each row; -1: padding
-    needed:    int32 [1], the capacity (masked: max_rows) without which something finds no room
+    needed:    int32 [1], the capacity (masked: max_rows) that has room for all; with an alignment, also for padding
+               behind the last expert
     max_rows:  rows of each expert in a masked target; 0: contiguous, the experts one after another
     """
 

@@ -14,7 +14,7 @@ from phalanx import _native
 from phalanx._bf16 import empty_gradient, empty_product
 from phalanx._frameworks.torch import framework
 from phalanx._grouped import empty_grouped
-from phalanx.torch import add_gradient, define_operator, nothing
+from phalanx.torch import add_gradient, define_operator, has_aligned_rows, nothing
 
 _ops = torch.ops.phalanx
 
@@ -93,10 +93,9 @@ def _wgrad(a, b, offsets, num_sms=0):
 
 def _operand(grad):
     """In BF16, rows contiguous and aligned."""
-    rows, cols = grad.shape
-    if grad.dtype == torch.bfloat16 and grad.stride(1) == 1 and grad.stride(0) % 8 == 0 and grad.stride(0) >= cols:
+    if grad.dtype == torch.bfloat16 and has_aligned_rows(grad):
         return grad
-    return framework.empty_rows(rows, cols, torch.bfloat16, grad).copy_(grad)
+    return framework.empty_rows(*grad.shape, torch.bfloat16, grad).copy_(grad)
 
 
 def _save_dense(ctx, inputs, output):
@@ -110,7 +109,11 @@ def _dense_gradient(ctx, grad):
     needs = ctx.needs_input_grad  # of the arguments that were given
     x = _operand(grad)
     grad_a = _ops.gemm_bf16(x, b.t(), None, None, ctx.num_sms) if needs[0] else None
-    grad_b = _ops.gemm_bf16(x.t(), a.t(), None, None, ctx.num_sms) if needs[1] else None
+    if needs[1]:
+        # Without rows it is a product without depth, which there is not.
+        grad_b = _ops.gemm_bf16(x.t(), a.t(), None, None, ctx.num_sms) if a.shape[0] > 0 else torch.zeros_like(b)
+    else:
+        grad_b = None
     return grad_a, grad_b, grad if ctx.has_c and needs[2] else None, None, None, None
 
 

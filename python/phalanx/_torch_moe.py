@@ -17,7 +17,7 @@ import torch
 
 from phalanx import _moe
 from phalanx._frameworks.torch import framework
-from phalanx.torch import add_gradient, define_operator
+from phalanx.torch import add_gradient, aligned_rows, define_operator
 
 _ROUTING = "Tensor, Tensor, Tensor, Tensor, Tensor"
 # SymInt: what follows from the number of tokens does not tie a trace to it.
@@ -102,7 +102,7 @@ def _route_and_permute_quantized(data, scales, topk_idx, num_experts, capacity, 
 def _sum_of_rows(ctx, grad_rows):
     """The gradient of x: every token's rows summed."""
     slots, sources = ctx.saved_tensors
-    return torch.ops.phalanx.unpermute(grad_rows.contiguous(), slots, sources, None, None, ctx.dtype)
+    return torch.ops.phalanx.unpermute(aligned_rows(grad_rows), slots, sources, None, None, ctx.dtype)
 
 
 def _keep_permute(ctx, inputs, output):
@@ -165,7 +165,7 @@ def _keep_unpermute(ctx, inputs, output):
 
 def _unpermute_gradient(ctx, grad):
     slots, sources, weights, rows = ctx.saved_tensors
-    grad = grad.contiguous()
+    grad = aligned_rows(grad)
     grad_rows, grad_weights = torch.ops.phalanx.unpermute_backward(
         grad, slots, sources, weights, rows, ctx.rows_dtype, ctx.max_rows, True
     )

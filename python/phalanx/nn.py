@@ -6,6 +6,7 @@ import torch
 
 import phalanx
 from phalanx import _frameworks, _native
+from phalanx.torch import aligned_rows
 
 
 class ExpertMLP(torch.nn.Module):
@@ -40,7 +41,8 @@ class ExpertMLP(torch.nn.Module):
 
         self.gate_up = weight(2 * intermediate, hidden)
         self.down = weight(hidden, intermediate)
-        self._quantized: tuple[tuple, tuple[torch.Tensor, ...]] | None = None
+        self._quantized: tuple[torch.Tensor, ...] | None = None
+        self._quantized_of: tuple | None = None  # gate_up, down and their versions
 
     def forward(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """y [T, hidden]. x BF16 [T, hidden]; topk_idx int32 or int64 [T, K], -1: none; topk_weights FP32 [T, K]."""
@@ -48,7 +50,7 @@ class ExpertMLP(torch.nn.Module):
         if torch.compiler.is_compiling() and (torch.is_grad_enabled() or self._quantized is None):
             weights = _quantize(gate_up, down)  # in the graph: a compiled step changes them, and cannot tell whether
         elif torch.compiler.is_compiling():
-            weights = self._quantized[1]
+            weights = self._quantized
         else:
             weights = self._quantized_from(gate_up, down)
         framework = _frameworks.of(x, "x")
@@ -67,9 +69,10 @@ class ExpertMLP(torch.nn.Module):
             versions = gate_up.data_ptr(), gate_up._version, down.data_ptr(), down._version
         except RuntimeError:  # made in inference mode: they count no changes
             versions = gate_up.data_ptr(), down.data_ptr()
-        if self._quantized is None or self._quantized[0] != versions:
-            self._quantized = versions, _quantize(gate_up, down)
-        return self._quantized[1]
+        of = self._quantized_of  # it keeps both, or another tensor could have their address and version
+        if of is None or of[0] is not gate_up or of[1] is not down or of[2] != versions:
+            self._quantized, self._quantized_of = _quantize(gate_up, down), (gate_up, down, versions)
+        return self._quantized
 
 
 def _forward(x, topk_idx, topk_weights, quantized):
@@ -119,7 +122,7 @@ class _ExpertMLP(torch.autograd.Function):
         offsets = routing.offsets
         row_weights = _take(topk_weights, routing.sources)
 
-        grad_out, grad_out_t = phalanx.quantize_both(phalanx.permute(grad.contiguous(), routing))
+        grad_out, grad_out_t = phalanx.quantize_both(phalanx.permute(aligned_rows(grad), routing))
         grad_act = phalanx.grouped_gemm_fp8(grad_out, down_t, offsets)
         grad_gate_up, grad_row_weights = phalanx.swiglu_backward(grad_act, gate_up_rows, row_weights)
         grad_gate_up, grad_gate_up_t = phalanx.quantize_both(grad_gate_up)
@@ -127,7 +130,7 @@ class _ExpertMLP(torch.autograd.Function):
 
         grads = [None, None]
         if ctx.needs_input_grad[3]:
-            rows_t = phalanx.quantize_transposed(phalanx.permute(x, routing))
+            rows_t = phalanx.quantize_transposed(phalanx.permute(aligned_rows(x), routing))
             grads[0] = phalanx.grouped_wgrad_fp8(grad_gate_up_t, rows_t, offsets).to(ctx.weight_dtypes[0])
         if ctx.needs_input_grad[4]:
             weighted = act, act_scales * row_weights[:, None]

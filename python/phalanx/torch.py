@@ -37,6 +37,26 @@ def define_operator(schema: str, fake):
     return define
 
 
+# A gradient may be any view of what torch made.
+
+
+def has_aligned_rows(x: torch.Tensor) -> bool:
+    """Whether kernels can read its rows: contiguous, and 16-byte aligned as far as the view decides."""
+    granule = 16 // x.element_size()
+    if x.storage_offset() % granule != 0:
+        return False
+    if x.is_contiguous():
+        return x.shape[-1] % granule == 0
+    return x.dim() == 2 and x.stride(1) == 1 and x.stride(0) % granule == 0 and x.stride(0) >= x.shape[1]
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a contiguous copy where that is needed; torch.compile cannot tell."""
+    if not torch.compiler.is_dynamo_compiling() and has_aligned_rows(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def _empty_product(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant=False, constant_b=False):
     return framework.empty_product(a, b, c, out_dtype)
 

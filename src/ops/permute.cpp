@@ -178,11 +178,24 @@ bool in_one_kernel(const Permutation& permutation, const Tensor& topk_idx) {
          !permutation.empty();
 }
 
+// Rows are written while others still read their indices.
+void check_apart(const char* op, const Permutation& permutation, const Tensor& topk_idx, const Routing& routing) {
+  const Arg others[] = {{op, "topk_idx", topk_idx},
+                        {op, "routing.counts", routing.counts},
+                        {op, "routing.offsets", routing.offsets},
+                        {op, "routing.needed", routing.needed}};
+  for (const Arg& other : others) {
+    check_disjoint({op, permutation.scales ? "rows.data" : "rows", permutation.rows}, other);
+    if (permutation.scales) check_disjoint({op, "rows.scales", *permutation.scales}, other);
+  }
+}
+
 void run_route_and_permute(const Permutation& permutation, const Tensor& topk_idx, const Routing& routing,
                            const RouteOptions& options) {
   constexpr const char* kOp = "route_and_permute";
   check_route(kOp, topk_idx, routing, options);
   check_permute(kOp, permutation.x, permutation.x_scales, routing, permutation.rows, permutation.scales);
+  check_apart(kOp, permutation, topk_idx, routing);
   if (in_one_kernel(permutation, topk_idx)) return route_and_permute_on_cuda(permutation, topk_idx, routing, options);
   run_route(topk_idx, routing, options);
   run_permute(permutation, routing, options.stream);
@@ -292,6 +305,7 @@ void quantize_route_and_permute(const Tensor& x, const ScaledTensor& q, const Te
   check_route(kOp, topk_idx, routing, options);
   check_permute(kOp, q.data, &q.scales, routing, rows.data, &rows.scales);
   check_disjoint({kOp, "rows.data", rows.data}, {kOp, "x", x});
+  check_apart(kOp, permutation, topk_idx, routing);
   if (x.dtype == DType::bf16 && has_vectors(x, &q.data, x.cols()) && in_one_kernel(permutation, topk_idx))
     return route_and_permute_on_cuda(permutation, topk_idx, routing, options, &x);
   quantize_rows(x, q, {.stream = options.stream});

@@ -173,6 +173,14 @@ def test_gradients():
     for ours, exact in ((a, x), (b, w), (c, y)):
         torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2e-2, atol=5e-2)
 
+    moved = torch.cat([torch.zeros(3).bfloat16(), phalanx.gemm_bf16(a, b, c=c).reshape(-1)])[3:].reshape(33, 40)
+    for ours, expected in zip(torch.autograd.grad((moved.float() * weight).sum(), (a, b, c)), (a, b, c), strict=True):
+        assert torch.equal(ours, expected.grad)
+    none = torch.autograd.grad(phalanx.gemm_bf16(a[:0], b).sum(), (a, b))
+    assert not none[0].any() and not none[1].any() and none[1].shape == b.shape
+    with pytest.raises(ValueError, match="out: given to a call that is differentiated"):
+        phalanx.gemm_bf16(a, b, out=torch.empty(33, 40).bfloat16())
+
     b.grad = None
     phalanx.gemm_bf16(a.detach(), b).float().sum().backward()
     torch.testing.assert_close(b.grad.float(), a.detach().float().sum(0).expand(40, -1), rtol=2e-2, atol=5e-2)

@@ -85,6 +85,40 @@ def test_new_weights_are_quantised_again(layer):
     assert relative_error(mlp(x, topk_idx, topk_weights), 2 * before) < 0.01
 
 
+def test_other_parameters_in_their_place(layer):
+    """Even where the allocator gives them the memory of the old ones, as it does with these sizes."""
+    device = layer[1].device
+    mlp, twin = (ExpertMLP(4, 512, 512, device=device) for _ in range(2))
+    x, topk_idx = torch.randn(5, 512, device=device).bfloat16(), torch.randint(0, 4, (5, 2), device=device)
+    inputs = x, topk_idx, torch.rand(5, 2, device=device)
+    for _ in range(3):
+        mlp(*inputs)
+        new = {name: torch.randn_like(w) for name, w in mlp.named_parameters()}
+        for name in new:
+            setattr(mlp, name, None)
+            setattr(mlp, name, torch.nn.Parameter(new[name].clone()))
+        twin.load_state_dict(new)
+        assert torch.equal(mlp(*inputs), twin(*inputs))
+
+
+def test_views_that_begin_anywhere(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    upstream = torch.randn_like(x)
+
+    def gradients(x, view):
+        leaf = x.detach().requires_grad_()
+        y = mlp(leaf, topk_idx, topk_weights)
+        return torch.autograd.grad(view(y), (leaf, topk_weights, mlp.gate_up, mlp.down), upstream)
+
+    def behind_three_others(y):
+        return torch.cat([y.new_zeros(3), y.reshape(-1)])[3:].reshape(y.shape)
+
+    expected = gradients(x, lambda y: y)
+    wide = torch.cat([x.new_zeros(70, 3), x.detach()], 1)[:, 3:]
+    for actual in (gradients(x, behind_three_others), gradients(wide, lambda y: y)):
+        assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+
+
 def test_weights_made_in_inference_mode(layer):
     mlp, x, topk_idx, topk_weights = layer
     with torch.inference_mode():

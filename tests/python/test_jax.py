@@ -40,6 +40,21 @@ def test_inputs_still_being_computed(operands):
     np.testing.assert_array_equal(d, phalanx.gemm_fp8(phalanx.quantize(x), b, out_dtype=jnp.float32))
 
 
+def test_columns_one_after_another(operands):
+    layouts = pytest.importorskip("jax.experimental.layout")
+    if not hasattr(layouts, "Format"):
+        pytest.skip("an older way to say it")
+    x = jnp.asarray(operands[0])
+    by_columns = layouts.Format(layouts.Layout((1, 0)), x.sharding)
+    a, b = phalanx.quantize(x), phalanx.quantize(jnp.asarray(operands[1]), (128, 128))
+    turned = jax.device_put(a.scales, by_columns), jax.device_put(b.scales, by_columns)  # scales have any strides
+    assert turned[0].format.layout.major_to_minor == (1, 0)
+    d = phalanx.gemm_fp8((a.data, turned[0]), (b.data, turned[1]), out_dtype=jnp.float32)
+    np.testing.assert_array_equal(d, phalanx.gemm_fp8(a, b, out_dtype=jnp.float32))
+    with pytest.raises(ValueError, match="x is .*column stride"):
+        phalanx.quantize(jax.device_put(x, by_columns))
+
+
 def test_c_stays_as_it_is(operands):
     x, w = map(jnp.asarray, operands)
     a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
@@ -56,6 +71,11 @@ def test_errors(operands):
         phalanx.gemm_fp8(a, b, out=jnp.zeros((33, 264), jnp.bfloat16))
     with pytest.raises(ValueError, match="out: JAX arrays are immutable"):
         phalanx.dequantize(a, out=x)
+    with pytest.raises(ValueError, match="gates_and_ups: JAX arrays are immutable"):
+        offsets, room = jnp.array([0, 33], jnp.int32), jnp.zeros((33, 256), jnp.bfloat16)
+        weights = phalanx.quantize(w[:256], (128, 128))
+        stack = weights.data[None], weights.scales[None]
+        phalanx.grouped_gemm_fp8_swiglu(a, stack, offsets, gates_and_ups=room)
     with pytest.raises(TypeError, match=r"jax\.jit"):
         jax.jit(phalanx.quantize)(x)
     with pytest.raises(TypeError, match=r"a\.scales: expected an array"):

@@ -57,6 +57,13 @@ def test_route_errors(change, error, parts):
     assert all(part in str(info.value) for part in parts), info.value
 
 
+def test_rows_apart_from_what_routing_reads():
+    memory = np.zeros((8, 16), np.float32)
+    topk_idx = memory.view(np.int32)[:2, :2]
+    with pytest.raises(ValueError, match="rows is.*overlaps that of topk_idx"):
+        phalanx.route_and_permute(np.ones((2, 16), np.float32), topk_idx, 2, out=memory[:4])
+
+
 def test_errors_of_rows():
     routing = phalanx.route(np.zeros((3, 2), np.int32), 4)
     x, rows, weights = np.ones((3, 8), np.float32), np.ones((6, 8), np.float32), np.ones((3, 2), np.float32)

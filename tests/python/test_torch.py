@@ -125,6 +125,22 @@ def test_export(x, b, strict):
     assert same_bits(program.module()(x[:5]), module(x[:5]))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_new_weights_for_a_constant(x, strict):
+    """What is traced need not come first."""
+
+    class Product(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = phalanx.quantize(x)  # not a buffer
+
+        def forward(self, w):
+            return phalanx.gemm_fp8(self.a, phalanx.quantize(w, (128, 128)))
+
+    w, module = torch.randn(264, x.shape[1]), Product()
+    assert same_bits(torch.export.export(module, (w,), strict=strict).module()(w), module(w))
+
+
 def test_fake_kernels_tell_the_truth(x, b):
     """Shapes, strides and dtypes of fake results are those of real ones."""
     a = phalanx.quantize(x)

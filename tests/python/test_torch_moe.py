@@ -63,6 +63,24 @@ def test_gradients_in_bf16(tokens, topk_idx):
     assert torch.autograd.grad(y.sum(), x)[0].dtype == torch.bfloat16
 
 
+def behind_three_others(y):
+    """The gradient of y is a view that begins 3 elements into its memory."""
+    return torch.cat([y.new_zeros(3), y.reshape(-1)])[3:].reshape(y.shape)
+
+
+@pytest.mark.parametrize("target", [{}, {"max_rows": 5}], ids=str)
+def test_gradients_that_begin_anywhere(topk_idx, target):
+    x, weights = torch.randn(5, 8, requires_grad=True), torch.rand(5, 2, requires_grad=True)
+    upstream, routing = torch.randn(5, 8), phalanx.route(topk_idx, 4, **target)
+
+    def gradients(view):
+        y = view(phalanx.unpermute(view(phalanx.permute(x, routing)) * 2, routing, weights))
+        return torch.autograd.grad(y, (x, weights), upstream)
+
+    for ours, expected in zip(gradients(behind_three_others), gradients(lambda y: y), strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("target", [{}, {"alignment": 8}, {"max_rows": 5}], ids=str)
 def test_one_trace_for_any_number_of_tokens(topk_idx, fused, target):

@@ -66,6 +66,9 @@ class Framework:
     def writable_view(self, array: Any) -> Any:
         return self.view(array)
 
+    def check_writable(self, name: str, array: Any) -> None:
+        """A caller's array, not a new one, may be written."""
+
     def stream(self, like: Any) -> int | None:
         """The current stream of `like`'s device; None leaves it to tvm-ffi (or to no one, on the CPU)."""
         return None
@@ -82,8 +85,8 @@ class Framework:
         if dtype is not None and dtype_of("out", out) != dtype:
             raise ValueError(f"{name}: {dtype}; expected that of out, {out.dtype}, or none")
 
-    def is_traced(self, array: Any) -> bool:
-        """Whether calls on this array go to `traced`."""
+    def is_traced(self, *arrays: Any) -> bool:
+        """Whether calls on these arrays go to `traced`: one of them is enough."""
         return False
 
     def needs_gradient(self, *arrays: Any) -> bool:

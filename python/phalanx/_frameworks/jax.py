@@ -1,4 +1,4 @@
-"""JAX, eager calls. Arrays are immutable and row-major: every result is a fresh array, written before anyone sees it.
+"""JAX, eager calls. Arrays are immutable: every result is a fresh array, written before anyone sees it.
 
 JAX does not tell its streams, so inputs are waited for, the work runs on the legacy default stream, and is waited for
 too. Inside jax.jit none of this applies; that wants a registration with jax.ffi, which is not there yet.
@@ -40,8 +40,7 @@ class Jax(Framework):
         ffi_device = (
             tvm_ffi.device("cuda", device.local_hardware_id) if device.platform == "gpu" else tvm_ffi.device("cpu")
         )
-        strides = tuple(int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim))
-        return view_or_reason(array.unsafe_buffer_pointer(), array, ffi_device, strides=strides)
+        return view_or_reason(array.unsafe_buffer_pointer(), array, ffi_device, strides=_strides(array))
 
     def stream(self, like):
         return _DEFAULT_STREAM
@@ -55,17 +54,26 @@ class Jax(Framework):
         device = _device(like)
         return device.platform == "gpu", device.local_hardware_id or 0
 
+    def check_writable(self, name, array):
+        if array is not None:
+            raise ValueError(f"{name}: JAX arrays are immutable; expected none")
+
     def check_out(self, out, dtype, name="out_dtype"):
-        _check_no_out(out)
+        self.check_writable("out", out)
 
     def quantize(self, x, blocks, pow2_scales, out):
-        _check_no_out(out)
+        self.check_writable("out", out)
         return super().quantize(x, blocks, pow2_scales, out)
 
 
-def _check_no_out(out) -> None:
-    if out is not None:
-        raise ValueError("out: JAX arrays are immutable; expected none")
+def _strides(array) -> tuple[int, ...]:
+    """In elements. Most arrays are row-major, but jax.device_put and jax.jit may be asked for any order."""
+    layout = getattr(getattr(array, "format", None), "layout", None)
+    order = getattr(layout, "major_to_minor", None) or range(array.ndim)
+    strides, stride = [0] * array.ndim, 1
+    for axis in reversed(order):
+        strides[axis], stride = stride, stride * array.shape[axis]
+    return tuple(strides)
 
 
 def _device(array):

@@ -78,9 +78,12 @@ class NumPy(Framework):
         address = array.__array_interface__["data"][0]
         return view_or_reason(address, array, _CPU)
 
-    def writable_view(self, array):
+    def check_writable(self, name, array):
         if isinstance(array, np.ndarray) and not array.flags.writeable:
-            raise ValueError("out: a read-only array; expected a writable one")
+            raise ValueError(f"{name}: a read-only array; expected a writable one")
+
+    def writable_view(self, array):
+        self.check_writable("out", array)
         return self.view(array)
 
 

@@ -10,6 +10,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _is_traced = torch.compiler.is_dynamo_compiling
 
 
+def _is_special(array):
+    """A tensor, but not a plain one."""
+    return type(array) not in _PLAIN and isinstance(array, torch.Tensor)
+
+
 class Torch(Framework):
     e4m3 = torch.float8_e4m3fn
     bf16 = _BF16
@@ -33,8 +38,8 @@ class Torch(Framework):
     # Traced calls, and tensors that are none (fake, functional, users' subclasses), go through torch's dispatcher, to
     # the operators of phalanx.torch. The others call the module directly.
 
-    def is_traced(self, array):
-        return _is_traced() or type(array) not in _PLAIN
+    def is_traced(self, *arrays):
+        return _is_traced() or any(map(_is_special, arrays))
 
     def needs_gradient(self, *arrays):
         return torch.is_grad_enabled() and any(getattr(array, "requires_grad", False) for array in arrays)
@@ -46,7 +51,7 @@ class Torch(Framework):
         return out
 
     def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant, constant_b):
-        if _is_traced() or type(a) not in _PLAIN:
+        if _is_traced() or type(a) not in _PLAIN or (type(b) not in _PLAIN and _is_special(b)):
             if out is None:
                 return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms, batch_invariant, constant_b)
             self.check_out(out, out_dtype)
@@ -67,7 +72,7 @@ class Torch(Framework):
             raise ValueError(f"a.data, b.data: shapes {[*a.shape]}, {[*b.shape]}; expected two matrices") from None
         except AttributeError:
             raise (no_array("c", c) if hasattr(b, "shape") else no_array("b.data", b)) from None
-        stride = n if n % 8 == 0 else -(-n // 8) * 8  # 16 bytes of BF16, 32 of FP32
+        stride = -(-n // 8) * 8  # 16 bytes of BF16, 32 of FP32
         # empty_strided is much quicker than empty, whose arguments take longer to parse.
         return torch.empty_strided((m, n), (stride, 1), dtype=dtype, device=a.device)
 
