@@ -1,14 +1,13 @@
 // Measures every kernel on shapes of one's own and keeps the choices, which then go before the planner's.
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
-#include <thread>
 
 #include "cli/commands.h"
 #include "cli/format.h"
 #include "cli/operands.h"
+#include "cli/threads.h"
 #include "cuda/cuda.h"
 #include "jit/kernels.h"
 #include "plan/tuned.h"
@@ -37,13 +36,8 @@ struct Candidate {
 };
 
 void compile_all(const std::vector<Candidate>& candidates, const std::string& arch) {
-  std::atomic<std::size_t> next = 0;
-  std::vector<std::jthread> threads;
-  for (unsigned i = 0; i < std::max(1u, std::thread::hardware_concurrency()); ++i)
-    threads.emplace_back([&] {
-      for (std::size_t c = next++; c < candidates.size(); c = next++)
-        jit::get_cubin(jit::gemm_source(candidates[c].plan.config), arch);
-    });
+  for_each_on_threads(0, candidates.size(),
+                      [&](std::size_t i) { jit::get_cubin(jit::gemm_source(candidates[i].plan.config), arch); });
 }
 
 // Every candidate in turn, round after round, so that a clock that falls falls on all.

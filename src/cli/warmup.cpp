@@ -1,14 +1,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <map>
 #include <mutex>
-#include <thread>
 
 #include "cli/commands.h"
 #include "cli/format.h"
+#include "cli/threads.h"
 #include "jit/jit.h"
 #include "jit/kernels.h"
 #include "text/text.h"
@@ -83,18 +82,10 @@ Outcome build(const jit::KernelSource& kernel, const WarmupOptions& options) {
 std::vector<Outcome> build_all(const std::vector<jit::KernelSource>& kernels, const WarmupOptions& options) {
   std::vector<Outcome> outcomes(kernels.size());
   Progress progress(static_cast<int>(kernels.size()));
-  std::atomic<std::size_t> next = 0;
-  const auto work = [&] {
-    for (std::size_t i = next++; i < kernels.size(); i = next++) {
-      outcomes[i] = build(kernels[i], options);
-      progress.report(kernels[i].name, outcomes[i]);
-    }
-  };
-  const int num_threads = options.jobs > 0 ? options.jobs : static_cast<int>(std::thread::hardware_concurrency());
-  std::vector<std::jthread> threads;
-  for (int i = 1; i < num_threads; ++i) threads.emplace_back(work);
-  work();
-  threads.clear();  // joins
+  for_each_on_threads(options.jobs, kernels.size(), [&](std::size_t i) {
+    outcomes[i] = build(kernels[i], options);
+    progress.report(kernels[i].name, outcomes[i]);
+  });
   return outcomes;
 }
 

@@ -12,6 +12,9 @@ PROGRAM = Path(os.environ.get("PHALANX_LIBRARY_DIR", "build/python")).parent / "
 DRIVER = PROGRAM.parents[2] / "tests/driver/libcuda.so.1"
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not built")
 
+needs_driver = pytest.mark.skipif(not DRIVER.exists(), reason=f"{DRIVER} is not built")
+
+PRETENDED = {"LD_LIBRARY_PATH": str(DRIVER.parent)}
 NO_NVRTC = {"PHALANX_NVRTC": "/nonexistent/libnvrtc.so.13"}
 
 
@@ -79,10 +82,19 @@ def test_tune_says_what_it_lacks(tmp_path):
     assert (tmp_path / "tuned.json").read_text() == "mine"
 
 
-@pytest.mark.skipif(not DRIVER.exists(), reason=f"{DRIVER} is not built")
+@needs_driver
+def test_tune_fails_without_nvrtc_and_says_so_once(tmp_path):
+    there = {"PHALANX_TUNED": str(tmp_path / "tuned.json"), "PHALANX_CACHE_DIR": str(tmp_path), **PRETENDED, **NO_NVRTC}
+    result = run("tune 64x512x512", PHALANX_PACK_PATH="", **there)
+    assert result.returncode == 1
+    assert result.stderr.startswith("phalanx: PHALANX_NVRTC is '/nonexistent/libnvrtc.so.13'")
+    assert result.stderr.count("PHALANX_NVRTC is") == 1
+
+
+@needs_driver
 def test_tune_keeps_what_is_faster_and_products_use_it(tmp_path):
     """Over the driver that pretends, where a kernel takes a microsecond for each of its CTAs."""
-    there = {"LD_LIBRARY_PATH": str(DRIVER.parent), "PHALANX_TUNED": str(tmp_path / "tuned.json")}
+    there = {"PHALANX_TUNED": str(tmp_path / "tuned.json"), **PRETENDED}
     result = run("tune 64x2112x7168 --rounds 3", **there)
     assert result.returncode == 0, result.stderr
     (row,) = json.loads((tmp_path / "tuned.json").read_text())["gemm_fp8"]
