@@ -1,9 +1,10 @@
 #include "cli/machine.h"
 
+#include <charconv>
 #include <chrono>
-#include <cstdio>
 #include <cstring>
 #include <new>
+#include <string_view>
 #include <thread>
 
 #include "cuda/cuda.h"
@@ -12,6 +13,8 @@
 
 namespace phalanx::cli {
 namespace {
+
+constexpr std::string_view kCudaPrefix = "cuda:";
 
 class CpuMachine final : public Machine {
  public:
@@ -43,9 +46,12 @@ std::unique_ptr<Machine> open_machine(const std::string& device) {
     return std::make_unique<CpuMachine>();
   }
   if (device == "cuda") return open_cuda_machine(0);
-  int ordinal = 0, length = 0;
-  if (std::sscanf(device.c_str(), "cuda:%d%n", &ordinal, &length) == 1 && length == static_cast<int>(device.size()))
-    return open_cuda_machine(ordinal);
+  if (device.starts_with(kCudaPrefix)) {
+    const char* const end = device.data() + device.size();
+    int ordinal = 0;
+    const auto [stop, error] = std::from_chars(device.data() + kCudaPrefix.size(), end, ordinal);
+    if (error == std::errc{} && stop == end && ordinal >= 0) return open_cuda_machine(ordinal);
+  }
   throw Error(ErrorCode::invalid_device,
               format_text("--device: {}; expected auto, cpu, cuda or cuda:<ordinal>", device));
 }

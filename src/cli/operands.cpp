@@ -1,6 +1,6 @@
 #include "cli/operands.h"
 
-#include <cstdio>
+#include <charconv>
 #include <random>
 #include <vector>
 
@@ -42,10 +42,14 @@ Matrix random_matrix(Machine& machine, std::int64_t rows, std::int64_t cols, std
 
 Shape parse_shape(const std::string& text, const char* option) {
   Shape shape{};
-  int length = 0;
-  if (std::sscanf(text.c_str(), "%dx%dx%d%n", &shape.m, &shape.n, &shape.k, &length) == 3 &&
-      length == static_cast<int>(text.size()) && shape.m > 0 && shape.n > 0 && shape.k > 0)
-    return shape;
+  const char *at = text.data(), *const end = at + text.size();
+  const auto read = [&](int& size) {
+    const auto [stop, error] = std::from_chars(at, end, size);
+    at = stop;
+    return error == std::errc{} && size > 0;
+  };
+  const auto read_x = [&] { return at != end && *at++ == 'x'; };
+  if (read(shape.m) && read_x() && read(shape.n) && read_x() && read(shape.k) && at == end) return shape;
   throw Error(ErrorCode::invalid_argument, format_text("{}: {}; expected MxNxK, as in 64x7168x2048", option, text));
 }
 
