@@ -6,9 +6,9 @@
 
 namespace phalanx::jit {
 
-/// Holds flock(2) on `path` while it lives, and removes the file at its end. It is a courtesy that saves double work and
-/// nothing rests on it: where it cannot be had (a file system without locks, a holder that hangs), the owner goes on
-/// without. Removing the file is safe for the same reason, as long as the owner publishes its result before.
+/// Holds flock(2) on `path` while it lives, and removes the file at its end. It is a courtesy that saves double or lost
+/// work, and no more may rest on it: where it cannot be had (a file system without locks, a holder that hangs), the owner
+/// goes on without. The owner publishes its result before the end.
 class FileLock {
  public:
   FileLock(std::filesystem::path path, std::chrono::milliseconds patience);
@@ -19,6 +19,8 @@ class FileLock {
   bool held() const { return held_; }
 
  private:
+  bool try_to_lock();  // or leaves the reason in errno
+
   std::filesystem::path path_;
   int descriptor_ = -1;
   bool held_ = false;

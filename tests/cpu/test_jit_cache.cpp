@@ -339,6 +339,22 @@ TEST_F(JitCache, LockGoesOnWithoutAHolderThatHangs) {
   EXPECT_FALSE(FileLock("/nonexistent/kernel.lock", milliseconds(1000)).held());
 }
 
+TEST_F(JitCache, LockThatWasWaitedForKeepsOthersOut) {
+  const fs::path path = root_ / "kernel.lock";
+  auto holder = std::make_unique<FileLock>(path, milliseconds(0));
+  std::latch locked(1), looked(1);
+  std::jthread waiter([&] {
+    const FileLock lock(path, milliseconds(60000));
+    locked.count_down();
+    looked.wait();
+  });
+  std::this_thread::sleep_for(milliseconds(100));  // by now the waiter has opened the file that the holder removes
+  holder.reset();
+  locked.wait();
+  EXPECT_FALSE(FileLock(path, milliseconds(20)).held());
+  looked.count_down();
+}
+
 // --- errors ----------------------------------------------------------------------------------------------------------
 
 TEST_F(JitCache, ReportsAFailingCompileEachTimeAndKeepsNothing) {
