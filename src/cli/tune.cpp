@@ -1,5 +1,8 @@
 // Measures every kernel on shapes of one's own and keeps the choices, which then go before the planner's.
+#include <unistd.h>
+
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
@@ -9,6 +12,7 @@
 #include "cli/operands.h"
 #include "cli/threads.h"
 #include "cuda/cuda.h"
+#include "jit/file_lock.h"
 #include "jit/kernels.h"
 #include "plan/tuned.h"
 #include "text/text.h"
@@ -19,13 +23,22 @@ namespace {
 constexpr double kWorthwhile = 0.99;  // a choice that is not 1 % faster than the planner's is not kept: that is noise
 constexpr double kHopeless = 1.5;     // times the best, after the first rounds
 constexpr int kFirstRounds = 3;
+constexpr std::chrono::seconds kLockPatience{10};
 
-// Whole or not at all: other processes may be reading.
-void write_tuned(const std::filesystem::path& path, const plan::TunedGemms& tuned) {
+// Puts the choice into the file, or takes out the one that was there, and returns how many there are then. Other
+// processes may be tuning, so their choices are read again; and they may be reading, so the file is replaced as a whole.
+std::size_t update_tuned(const std::filesystem::path& path, const plan::TunedGemm& choice, bool keep) {
   std::filesystem::create_directories(std::filesystem::absolute(path).parent_path());
-  const std::filesystem::path partial = path.string() + ".partial";
+  const jit::FileLock lock(path.string() + ".lock", kLockPatience);
+  auto tuned = read_tuned(path);
+  if (keep)
+    tuned.put(choice);
+  else
+    tuned.erase(choice.gpu, choice.problem, choice.num_sms);
+  const std::filesystem::path partial = format_text("{}.{}.partial", path.string(), getpid());
   write_file(partial, tuned.to_json());
   std::filesystem::rename(partial, path);
+  return tuned.entries().size();
 }
 
 struct Candidate {
@@ -84,7 +97,7 @@ int tune(const TuneOptions& options) {
   if (path.empty()) throw Error(ErrorCode::invalid_argument, "no place for the choices: set PHALANX_TUNED or HOME");
   std::vector<Shape> shapes;
   for (const std::string& text : options.shapes) shapes.push_back(parse_shape(text, "tune"));
-  auto tuned = read_tuned(path);
+  std::size_t num_choices = read_tuned(path).entries().size();  // a file that is not ours is told before the work
 
   // Before the first product: then the library reads the variable at each.
   setenv("PHALANX_GEMM_CONFIG", "", 1);
@@ -114,17 +127,14 @@ int tune(const TuneOptions& options) {
     const auto best = std::min_element(candidates.begin(), candidates.end(),
                                        [](const auto& x, const auto& y) { return x.median_us() < y.median_us(); });
     const bool keep = best->median_us() < kWorthwhile * planner_us;
-    if (keep)
-      tuned.put({gpu.name, problem, num_sms, plan::format_plan(best->plan), best->median_us(), planner_us});
-    else
-      tuned.erase(gpu.name, problem, num_sms);
-    write_tuned(path, tuned);
+    num_choices = update_tuned(
+        path, {gpu.name, problem, num_sms, plan::format_plan(best->plan), best->median_us(), planner_us}, keep);
     print_text("{:>7} {:>7} {:>7} {:>11.2f} {:>9.2f} {:>6.1f}%  {}\n", m, n, k, planner_us, best->median_us(),
                100 * (planner_us / best->median_us() - 1),
                keep ? jit::gemm_source(best->plan.config).name : "the planner's");
     std::fflush(stdout);
   }
-  print_text("{} choices in {}\n", tuned.entries().size(), path.string());
+  print_text("{} choices in {}\n", num_choices, path.string());
   return 0;
 }
 

@@ -115,6 +115,18 @@ def test_tune_keeps_what_is_faster_and_products_use_it(tmp_path):
     assert f"compiled {kernel} " not in kernels_used("--m 64 --n 2112 --k 7040", "another")
 
 
+@needs_driver
+def test_tunes_at_once_keep_the_choices_of_all(tmp_path):
+    there = {**os.environ, "PHALANX_TUNED": str(tmp_path / "tuned.json"), **PRETENDED}
+    columns = [2112, 2240, 2368]
+    arguments = [["tune", f"64x{n}x7168", f"32x{n}x7168", "--rounds", "1"] for n in columns]
+    tunes = [subprocess.Popen([PROGRAM, *words], stdout=subprocess.DEVNULL, env=there) for words in arguments]
+    assert [tune.wait() for tune in tunes] == [0, 0, 0]
+    rows = json.loads((tmp_path / "tuned.json").read_text())["gemm_fp8"]
+    assert sorted((row["m"], row["n"]) for row in rows) == [(m, n) for m in (32, 64) for n in columns]
+    assert list(tmp_path.iterdir()) == [tmp_path / "tuned.json"]
+
+
 def test_pack_serves_where_there_is_no_nvrtc(pack, tmp_path):
     there = {"PHALANX_CACHE_DIR": str(tmp_path / "cache"), **NO_NVRTC}
     result = run("warmup --json -", PHALANX_PACK_PATH=str(pack), **there)
