@@ -1,4 +1,4 @@
-"""Finds the NVRTC of the wheel `nvidia-cuda-nvrtc`, which no dynamic loader knows of."""
+"""Finds the NVRTC of the wheels `nvidia-cuda-nvrtc` and `nvidia-cuda-nvrtc-cu12`, which no dynamic loader knows of."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ def hint_nvrtc() -> None:
         return
     nvidia = importlib.util.find_spec("nvidia")
     for root in (nvidia.submodule_search_locations or ()) if nvidia else ():
-        for path in (Path(root, "cu13/lib/libnvrtc.so.13"), Path(root, "cuda_nvrtc/lib/libnvrtc.so.13")):
+        for path in (Path(root, "cu13/lib/libnvrtc.so.13"), Path(root, "cuda_nvrtc/lib/libnvrtc.so.12")):
             if path.exists():
                 os.environ[HINT] = str(path)
                 return

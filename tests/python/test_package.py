@@ -2,12 +2,15 @@
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import phalanx
+import pytest
+from phalanx import _nvrtc
 
 PACKAGE = Path(phalanx.__file__).parent
 HEADERS = Path(__file__).parents[2] / "include" / "phalanx"
@@ -55,6 +58,18 @@ def test_a_missing_module_says_what_to_do(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0
     assert "ImportError" in result.stderr and "PHALANX_LIBRARY_DIR" in result.stderr
+
+
+@pytest.mark.parametrize("path", ["cu13/lib/libnvrtc.so.13", "cuda_nvrtc/lib/libnvrtc.so.12"])
+def test_nvrtc_is_found_where_its_wheels_put_it(path, tmp_path, monkeypatch):
+    library = tmp_path / "nvidia" / path
+    library.parent.mkdir(parents=True)
+    library.touch()
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    _nvrtc.hint_nvrtc()
+    assert os.environ[_nvrtc.HINT] == str(library)
 
 
 def test_the_hint_to_nvrtc_is_a_file_and_can_be_overruled():
