@@ -34,11 +34,8 @@ std::vector<Shape> shapes_to_run(const BenchOptions& options, Device device) {
   const Json all = Json::parse(kShapesJson);
   std::vector<Shape> shapes;
   for (const auto& set : sets) {
-    if (!all.contains(set)) {
-      std::string names;
-      for (const auto& [name, list] : all.items()) names += (names.empty() ? "" : ", ") + name;
-      throw Error(ErrorCode::invalid_argument, format_text("--set: {}; expected one of {}", set, names));
-    }
+    if (!all.contains(set))
+      throw Error(ErrorCode::invalid_argument, format_text("--set: {}; expected one of {}", set, names_of_sets()));
     for (const auto& shape : all[set]) {
       if (shape[0] > 0) shapes.push_back({shape[0], shape[1], shape[2]});
     }
@@ -47,6 +44,13 @@ std::vector<Shape> shapes_to_run(const BenchOptions& options, Device device) {
 }
 
 }  // namespace
+
+std::string names_of_sets() {
+  const Json all = Json::parse(kShapesJson);
+  std::string names;
+  for (const auto& [name, list] : all.items()) names += (names.empty() ? "" : ", ") + name;
+  return names;
+}
 
 int bench(const BenchOptions& options) {
   const auto machine = open_machine(options.device);

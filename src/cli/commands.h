@@ -37,6 +37,8 @@ struct BenchOptions {
   double min_seconds = 0.25;  ///< repeat each shape for at least this long
   std::filesystem::path json;
 };
+/// The sets that `bench` knows: "prefill, decode, ...".
+std::string names_of_sets();
 /// Times `gemm_fp8` through the public API.
 int bench(const BenchOptions& options);
 

@@ -55,7 +55,7 @@ int run_command_line(int argc, char** argv) {
   m->needs(n)->needs(k);
   n->needs(m)->needs(k);
   k->needs(m)->needs(n);
-  bench_command->add_option("--set", bench_options.sets, "Sets of shapes: prefill, decode, square, small, odd")
+  bench_command->add_option("--set", bench_options.sets, "Sets of shapes: " + names_of_sets())
       ->delimiter(',')
       ->excludes(m);
   bench_command->add_option("--repeats", bench_options.min_repeats, "At least this many runs of each shape")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(os.environ.get("PHALANX_LIBRARY_DIR", "build/python")).parent / "src/cli/phalanx"
+SHAPES = Path(__file__).parents[1] / "cases/shapes.json"
 DRIVER = PROGRAM.parents[2] / "tests/driver/libcuda.so.1"
 pytestmark = pytest.mark.skipif(not PROGRAM.exists(), reason=f"{PROGRAM} is not built")
 
@@ -159,6 +160,12 @@ def test_bench_times_one_shape_on_the_cpu():
     assert row["shape"] == {"m": 3, "n": 20, "k": 144, "out": "f32"}
     assert row["median_us"] > 0
     assert row["tflops"] == pytest.approx(2 * 3 * 20 * 144 / row["median_us"] * 1e-6)
+
+
+def test_bench_lists_every_set_of_shapes():
+    sets = ", ".join(json.loads(SHAPES.read_text()))
+    assert sets in " ".join(run("bench --help").stdout.split())
+    assert f"expected one of {sets}" in run("bench --device cpu --set nothing").stderr
 
 
 def test_bench_ep_times_ranks_on_the_cpu():
