@@ -133,4 +133,7 @@ def empty_gradients(framework: Framework, x: Any, weights: Any, out: Any = None)
 
 
 def as_limit(limit: float | None) -> float:
-    return math.inf if limit is None else float(limit)
+    try:
+        return math.inf if limit is None else float(limit)
+    except (TypeError, ValueError):
+        raise TypeError(f"limit: {limit!r}; expected a number or None") from None

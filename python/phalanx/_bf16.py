@@ -3,8 +3,8 @@
 from typing import Any
 
 from phalanx import _frameworks, _native
-from phalanx._frameworks.base import Framework, dtype_of, matrix_shape, shape_of
-from phalanx._grouped import empty_grouped, empty_stack
+from phalanx._frameworks.base import Framework, dtype_of, matrix_shape
+from phalanx._grouped import empty_grouped, empty_stack, stack_of
 
 
 def gemm_bf16(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=False):
@@ -127,5 +127,5 @@ def empty_product(framework: Framework, a: Any, b: Any, out_dtype: Any) -> Any:
 
 def empty_gradient(framework: Framework, a: Any, b: Any, offsets: Any) -> Any:
     """A new D [G, M, N]."""
-    shape = max(shape_of("offsets", offsets)[0] - 1, 0), matrix_shape("a", a)[1], matrix_shape("b", b)[1]
+    shape = *stack_of(offsets), matrix_shape("a", a)[1], matrix_shape("b", b)[1]
     return empty_stack(framework, shape, framework.f32, a)

@@ -190,8 +190,17 @@ def empty_gradient(framework: Framework, a: Any, b: Any, offsets: Any) -> Any:
     of_a, of_b = shape_of("a.data", a), shape_of("b.data", b)
     if len(of_a) != 2 or len(of_b) != 2:
         raise ValueError(f"a.data, b.data: shapes {of_a}, {of_b}; expected two matrices")
-    stack = () if offsets is None else (max(shape_of("offsets", offsets)[0] - 1, 0),)
-    return empty_stack(framework, (*stack, of_a[0], of_b[0]), framework.f32, a)
+    return empty_stack(framework, (*stack_of(offsets), of_a[0], of_b[0]), framework.f32, a)
+
+
+def stack_of(offsets: Any) -> tuple[int, ...]:
+    """(G,), or () without offsets."""
+    if offsets is None:
+        return ()
+    shape = shape_of("offsets", offsets)
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"offsets: shape {[*shape]}; expected [G + 1], G being 1 to 512")
+    return (shape[0] - 1,)
 
 
 def empty_stack(framework: Framework, shape: tuple[int, ...], dtype: Any, like: Any) -> Any:

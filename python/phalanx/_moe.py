@@ -64,6 +64,7 @@ def permute(x, routing, out=None, zero_padding=True):
     H is a multiple of 16 bytes. PyTorch: differentiable for BF16 and FP32 (the gradients of a token's rows are summed
     in FP32).
     """
+    _check_routing(routing)
     data, scales = _split(x)
     framework = _frameworks.of(data, "x")
     if _operator_wanted(framework, out, data):
@@ -118,6 +119,7 @@ def unpermute(rows, routing, weights=None, residual=None, out=None, out_dtype=No
 
     Choices without a row add nothing. CPU and CUDA give the same bits. PyTorch: differentiable.
     """
+    _check_routing(routing)
     framework = _frameworks.of(rows, "rows")
     if out_dtype is None and out is None:
         out_dtype = rows.dtype if residual is None else dtype_of("residual", residual)
@@ -149,6 +151,7 @@ def unpermute_backward(grad_out, routing, weights=None, rows=None, rows_dtype=No
     rows_dtype:    BF16 or FP32; by default that of `rows`, else of `grad_out`
     zero_padding:  padding rows of grad_rows become zeros; else they are left as they are
     """
+    _check_routing(routing)
     framework = _frameworks.of(grad_out, "grad_out")
     if rows_dtype is None:
         rows_dtype = grad_out.dtype if rows is None else dtype_of("rows", rows)
@@ -233,6 +236,9 @@ def empty_gradients(
 
 def _capacity(topk_idx: Any, num_experts: int, capacity: int | None, alignment: int, max_rows: int) -> int:
     tokens, topk = matrix_shape("topk_idx", topk_idx)
+    for name, value in (("num_experts", num_experts), ("alignment", alignment), ("max_rows", max_rows)):
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name}: {value!r}; expected an integer")
     if num_experts < 1:
         raise ValueError(f"num_experts: {num_experts}; expected 1 to 1024")
     if max_rows < 0:
@@ -248,6 +254,11 @@ def _capacity(topk_idx: Any, num_experts: int, capacity: int | None, alignment: 
     if capacity < 0:
         raise ValueError(f"capacity: {capacity}; expected 0 or more")
     return capacity
+
+
+def _check_routing(routing: Any) -> None:
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
 
 
 def _split(x: Any) -> tuple[Any, Any]:

@@ -54,7 +54,10 @@ class ExpertMLP(torch.nn.Module):
         else:
             weights = self._quantized_from(gate_up, down)
         framework = _frameworks.of(x, "x")
+        if topk_weights.dtype != torch.float32:
+            raise TypeError(f"topk_weights: {topk_weights.dtype}; expected torch.float32")
         if framework.needs_gradient(x, topk_weights, gate_up, down):
+            _check_shapes(x, topk_idx, topk_weights, gate_up.shape[2])
             return _ExpertMLP.apply(x, topk_idx, topk_weights, gate_up, down, weights)
         if framework.is_traced(x):
             return _forward(x, topk_idx, topk_weights, weights)[0]
@@ -73,6 +76,14 @@ class ExpertMLP(torch.nn.Module):
         if of is None or of[0] is not gate_up or of[1] is not down or of[2] != versions:
             self._quantized, self._quantized_of = _quantize(gate_up, down), (gate_up, down, versions)
         return self._quantized
+
+
+def _check_shapes(x, topk_idx, topk_weights, hidden: int) -> None:
+    """As `_in_one_call` does it below."""
+    if x.shape != (topk_idx.shape[0], hidden):
+        raise ValueError(f"x: shape {[*x.shape]}; expected {[topk_idx.shape[0], hidden]}, with the T of topk_idx")
+    if topk_weights.shape != topk_idx.shape:
+        raise ValueError(f"topk_weights: shape {[*topk_weights.shape]}; expected {[*topk_idx.shape]}, that of topk_idx")
 
 
 def _forward(x, topk_idx, topk_weights, quantized):

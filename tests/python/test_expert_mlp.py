@@ -64,7 +64,7 @@ def test_in_one_call_where_nothing_is_recorded(layer):
         y = mlp(x, topk_idx, topk_weights)
         assert mlp(x[:0], topk_idx[:0], topk_weights[:0]).shape == (0, 256)
         assert not mlp(x, torch.full_like(topk_idx, -1), topk_weights).any()
-        with pytest.raises(TypeError, match="weights"):
+        with pytest.raises(TypeError, match=r"topk_weights: torch\.float64; expected torch\.float32"):
             mlp(x, topk_idx, topk_weights.double())
         with pytest.raises(ValueError, match=r"topk_weights: shape \[70, 2\]; expected \[70, 3\]"):
             mlp(x, topk_idx, topk_weights[:, :2])
@@ -74,6 +74,17 @@ def test_in_one_call_where_nothing_is_recorded(layer):
             mlp(torch.cat((x, x), 1), topk_idx, topk_weights)
         assert torch.equal(y, _forward(x, topk_idx, topk_weights, mlp.quantized_weights())[0])
     assert not y.requires_grad and torch.equal(y, mlp(x, topk_idx, topk_weights))
+
+
+def test_the_same_errors_where_calls_are_recorded(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    for message, wrong in {
+        r"topk_weights: shape \[70, 2\]; expected \[70, 3\]": (x, topk_idx, topk_weights[:, :2]),
+        r"x: shape \[69, 256\]; expected \[70, 256\]": (x[1:], topk_idx, topk_weights),
+        r"x: shape \[70, 512\]; expected \[70, 256\]": (torch.cat((x, x), 1), topk_idx, topk_weights),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            mlp(*wrong)
 
 
 def test_new_weights_are_quantised_again(layer):

@@ -206,6 +206,8 @@ def test_wrong_arguments(operands):
         phalanx.wgrad_fp8((a, sfa), (a, sfa[:1]))
     with pytest.raises(ValueError, match=r"d is.*G is 0, expected 1 to 512"):
         phalanx.grouped_wgrad_fp8((a, sfa), (a, sfa), offsets[:1], out=np.empty((0, 7, 8), np.float32)[:, :, :7])
+    with pytest.raises(ValueError, match=r"offsets: shape \[1\]; expected \[G \+ 1\]"):
+        phalanx.grouped_wgrad_fp8((a, sfa), (a, sfa), offsets[:1])
     for wrong in (None, [0, 7]):
         with pytest.raises(TypeError, match="offsets: expected an array"):
             grouped((a, sfa), (b, sfb), wrong)

@@ -43,6 +43,8 @@ def test_new_arrays():
         ({"topk_idx": np.zeros((3, 33), np.int32)}, ValueError, ["topk_idx", "33", "at most 32"]),
         ({"topk_idx": np.zeros(3, np.int32)}, ValueError, ["topk_idx", "matrix"]),
         ({"num_experts": 0}, ValueError, ["num_experts", "1 to 1024"]),
+        ({"num_experts": 2.0}, TypeError, ["num_experts", "2.0", "an integer"]),
+        ({"alignment": 2.5}, TypeError, ["alignment", "2.5", "an integer"]),
         ({"num_experts": 1025}, ValueError, ["1025", "1 to 1024"]),
         ({"alignment": 0}, ValueError, ["alignment", "0"]),
         ({"alignment": 8, "max_rows": 4}, ValueError, ["alignment", "masked"]),
@@ -86,5 +88,7 @@ def test_errors_of_rows():
         with pytest.raises(ValueError) as info:
             call()
         assert part in str(info.value), info.value
+    with pytest.raises(TypeError, match="routing: expected a Routing, got NoneType"):
+        phalanx.permute(x, None)
     with pytest.raises(TypeError, match="out: expected a Quantized or a pair"):
         phalanx.permute(phalanx.quantize(np.ones((3, 16), np.float32)), routing, out=rows)

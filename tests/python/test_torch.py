@@ -153,6 +153,22 @@ def test_fake_kernels_tell_the_truth(x, b):
     torch.library.opcheck(ops.dequantize.default, (*a, torch.float16), test_utils=tests)
 
 
+def test_meta_tensors(x, b):
+    a = phalanx.quantize(x.to("meta"))
+    d = phalanx.gemm_fp8(a, phalanx.Quantized(*(part.to("meta") for part in b)))
+    assert d.is_meta and d.shape == (33, 257) and d.stride() == phalanx.gemm_fp8(phalanx.quantize(x), b).stride()
+    assert phalanx.dequantize(a).is_meta
+
+
+def test_dtypes_that_are_none(x, b):
+    a = phalanx.quantize(x)
+    d = phalanx.gemm_fp8(a, b, out_dtype=torch.float32)
+    with pytest.raises(TypeError, match="out_dtype: 'bf16'; expected a torch.dtype"):
+        phalanx.gemm_fp8(a, b, out_dtype="bf16")
+    with pytest.raises(TypeError, match="c: ndarray; expected a torch.Tensor"):
+        phalanx.gemm_fp8(a, b, c=d.numpy())
+
+
 @pytest.mark.parametrize("imports", ["import torch, phalanx", "import phalanx, torch, phalanx.torch"])
 def test_operators_are_there_after_import(imports):
     code = f"{imports}; print(torch.ops.phalanx.gemm_fp8.default._schema)"

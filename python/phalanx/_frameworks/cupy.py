@@ -6,7 +6,7 @@ import tvm_ffi
 
 from phalanx._frameworks import by_type
 from phalanx._frameworks.base import Framework
-from phalanx._frameworks.numpy import ml_dtypes, num_elements, view_or_reason
+from phalanx._frameworks.numpy import itemsize_of, ml_dtypes, num_elements, view_or_reason
 
 _E4M3 = tvm_ffi.dtype("float8_e4m3fn")
 
@@ -21,7 +21,7 @@ class CuPy(Framework):
         return np.dtype(ml_dtypes().bfloat16)
 
     def itemsize(self, dtype):
-        return np.dtype(dtype).itemsize
+        return itemsize_of(dtype)
 
     def empty(self, shape, strides, dtype, like):
         size = self.itemsize(dtype)

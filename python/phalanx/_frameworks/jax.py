@@ -13,7 +13,7 @@ import tvm_ffi
 
 from phalanx._errors import CudaError
 from phalanx._frameworks.base import Framework
-from phalanx._frameworks.numpy import view_or_reason
+from phalanx._frameworks.numpy import itemsize_of, view_or_reason
 
 _DEFAULT_STREAM = 0
 
@@ -25,7 +25,7 @@ class Jax(Framework):
     i32 = np.dtype(jnp.int32)
 
     def itemsize(self, dtype):
-        return np.dtype(dtype).itemsize
+        return itemsize_of(dtype)
 
     def empty(self, shape, strides, dtype, like):
         return jnp.empty(shape, dtype, device=_device(like))

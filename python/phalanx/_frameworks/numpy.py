@@ -33,6 +33,13 @@ def ffi_dtype(dtype: np.dtype) -> tvm_ffi.dtype:
         ) from None
 
 
+def itemsize_of(dtype: Any) -> int:
+    try:
+        return np.dtype(dtype).itemsize
+    except TypeError:
+        raise TypeError(f"dtype: {dtype!r}; expected one that NumPy knows") from None
+
+
 def element_strides(array: Any) -> tuple[int, ...]:
     if any(stride % array.itemsize for stride in array.strides):
         raise ValueError(f"strides {array.strides} (bytes); expected multiples of the {array.itemsize}-byte elements")
@@ -65,7 +72,7 @@ class NumPy(Framework):
         return np.dtype(ml_dtypes().bfloat16)
 
     def itemsize(self, dtype):
-        return np.dtype(dtype).itemsize
+        return itemsize_of(dtype)
 
     def empty(self, shape, strides, dtype, like):
         memory = np.empty(num_elements(shape, strides), dtype)

@@ -11,8 +11,8 @@ _is_traced = torch.compiler.is_dynamo_compiling
 
 
 def _is_special(array):
-    """A tensor, but not a plain one."""
-    return type(array) not in _PLAIN and isinstance(array, torch.Tensor)
+    """A tensor without memory that one could point at: not a plain one, or of the meta device."""
+    return isinstance(array, torch.Tensor) and (type(array) not in _PLAIN or array.is_meta)
 
 
 class Torch(Framework):
@@ -35,8 +35,8 @@ class Torch(Framework):
     def device_of(self, like):
         return like.device.type == "cuda", like.device.index or 0
 
-    # Traced calls, and tensors that are none (fake, functional, users' subclasses), go through torch's dispatcher, to
-    # the operators of phalanx.torch. The others call the module directly.
+    # Traced calls, and tensors that are none (fake, functional, meta, users' subclasses), go through torch's dispatcher,
+    # to the operators of phalanx.torch. The others call the module directly.
 
     def is_traced(self, *arrays):
         return _is_traced() or any(map(_is_special, arrays))
@@ -51,7 +51,7 @@ class Torch(Framework):
         return out
 
     def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant, constant_b):
-        if _is_traced() or type(a) not in _PLAIN or (type(b) not in _PLAIN and _is_special(b)):
+        if _is_traced() or type(a) not in _PLAIN or a.is_meta or (type(b) not in _PLAIN and _is_special(b)):
             if out is None:
                 return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms, batch_invariant, constant_b)
             self.check_out(out, out_dtype)
@@ -72,12 +72,16 @@ class Torch(Framework):
             raise ValueError(f"a.data, b.data: shapes {[*a.shape]}, {[*b.shape]}; expected two matrices") from None
         except AttributeError:
             raise (no_array("c", c) if hasattr(b, "shape") else no_array("b.data", b)) from None
+        if type(dtype) is not torch.dtype:
+            if out_dtype:
+                raise TypeError(f"out_dtype: {out_dtype!r}; expected a torch.dtype")
+            raise TypeError(f"c: {type(c).__name__}; expected a torch.Tensor")
         stride = -(-n // 8) * 8  # 16 bytes of BF16, 32 of FP32
         # empty_strided is much quicker than empty, whose arguments take longer to parse.
         return torch.empty_strided((m, n), (stride, 1), dtype=dtype, device=a.device)
 
     def quantize(self, x, blocks, pow2_scales, out):
-        if _is_traced() or type(x) not in _PLAIN:
+        if _is_traced() or _is_special(x):
             if out is None:
                 return torch.ops.phalanx.quantize(x, blocks, pow2_scales)
             torch.ops.phalanx.quantize_out(x, *out, blocks, pow2_scales)
@@ -85,7 +89,7 @@ class Torch(Framework):
         return super().quantize(x, blocks, pow2_scales, out)
 
     def dequantize(self, data, scales, out, dtype):
-        if _is_traced() or type(data) not in _PLAIN:
+        if _is_traced() or _is_special(data):
             if out is None:
                 return torch.ops.phalanx.dequantize(data, scales, dtype)
             self.check_out(out, dtype, "dtype")
