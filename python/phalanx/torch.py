@@ -1,9 +1,9 @@
 """`torch.ops.phalanx`: the operations as PyTorch operators, with fake kernels for torch.compile and torch.export.
 
 `phalanx.gemm_fp8` and the others call these by themselves where torch.compile or torch.export trace them, and where
-tensors are no plain ones or on the meta device. Tracers that run plain tensors (torch.jit.trace, make_fx with real ones,
-a TorchDispatchMode) do not see `phalanx.gemm_fp8`: there, call these. Importing `phalanx` after `torch` imports this
-module, as does a first eager call on a tensor; else import it yourself before the first compiled call.
+tensors are no plain ones or on the meta device. Tracers that run plain tensors (torch.jit.trace, make_fx with real
+ones, a TorchDispatchMode) do not see `phalanx.gemm_fp8`: there, call these. Importing `phalanx` after `torch` imports
+this module, as does a first eager call on a tensor; else import it yourself before the first compiled call.
 
     gemm_fp8(a, sfa, b, sfb, c=None, out_dtype=None, num_sms=0, batch_invariant=False, constant_b=False) -> D
     quantize(x, blocks, pow2_scales) -> (data, scales)        blocks: 128 x 128 rather than 1 x 128

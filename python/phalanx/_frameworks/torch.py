@@ -35,8 +35,8 @@ class Torch(Framework):
     def device_of(self, like):
         return like.device.type == "cuda", like.device.index or 0
 
-    # Traced calls, and tensors that are none (fake, functional, meta, users' subclasses), go through torch's dispatcher,
-    # to the operators of phalanx.torch. The others call the module directly.
+    # Traced calls, and tensors that are none (fake, functional, meta, users' subclasses), go through torch's
+    # dispatcher, to the operators of phalanx.torch. The others call the module directly.
 
     def is_traced(self, *arrays):
         return _is_traced() or any(map(_is_special, arrays))
@@ -51,17 +51,26 @@ class Torch(Framework):
         return out
 
     def gemm_fp8(self, a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant, constant_b):
-        if _is_traced() or type(a) not in _PLAIN or a.is_meta or (type(b) not in _PLAIN and _is_special(b)):
-            if out is None:
-                return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, num_sms, batch_invariant, constant_b)
-            self.check_out(out, out_dtype)
-            torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b)
-            return out
+        if _is_traced() or type(a) not in _PLAIN:
+            return self._traced_gemm(a, sfa, b, sfb, c, out, out_dtype, num_sms, batch_invariant, constant_b)
+        given = out
         if out is None:
             out = self.empty_product(a, b, c, out_dtype)
         else:
             self.check_out(out, out_dtype)
-        _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b, None)
+        try:
+            _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b, None)
+        except RuntimeError:  # asked only now: each question takes a part of a call's few microseconds
+            if not (_is_special(a) or _is_special(b)):
+                raise
+            return self._traced_gemm(a, sfa, b, sfb, c, given, out_dtype, num_sms, batch_invariant, constant_b)
+        return out
+
+    def _traced_gemm(self, a, sfa, b, sfb, c, out, out_dtype, *options):
+        if out is None:
+            return torch.ops.phalanx.gemm_fp8(a, sfa, b, sfb, c, out_dtype, *options)
+        self.check_out(out, out_dtype)
+        torch.ops.phalanx.gemm_fp8_out(a, sfa, b, sfb, out, c, *options)
         return out
 
     def empty_product(self, a, b, c, out_dtype):
