@@ -341,7 +341,7 @@ class ExpertParallel:
         topk_idx: ArrayT | None = None,
         topk_weights: ArrayT | None = None,
         *,
-        capacity: int,
+        capacity: int | None,
         handle: ArrayT | None = None,
         quantize: bool = False,
         pow2_scales: bool = False,

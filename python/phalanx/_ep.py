@@ -193,23 +193,30 @@ class ExpertParallel:
         x:             [T, H] BF16, or Quantized or (data, scales) of E4M3 (not JAX, which has no MN-major scales)
         topk_idx:      int32 or int64 [T, K]; outside [0, num_experts), -1 say: no expert
         topk_weights:  FP32 [T, K], for `combine`; by default 1
-        handle:        instead of topk_idx and topk_weights: the routing of an earlier dispatch
+        handle:        instead of topk_idx and topk_weights: an earlier dispatch's routing; the result has this handle
         capacity:      rows that the result has room for; nothing waits then, and what exceeds it is dropped, and raised
                        as CapacityError. By default exactly as many as there are, which on CUDA one read waits for
         quantize:      send BF16 x as E4M3, quantised on the way with `latency`, else before, by `phalanx.quantize`
-        out:           where to write; its handle, offsets, counts and row_weights too
+        out:           where to write; its offsets, counts and row_weights too, and its handle if none is given
 
         Rows are x to the bit, but that with few tokens on CUDA a NaN may lose its sign.
         """
+        _check_out(out, quantize, capacity)
         x = self._as_sent(x, quantize, pow2_scales, out)
         return self._dispatch(x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, _BOTH)
 
     def dispatch_send(
         self, x, topk_idx=None, topk_weights=None, *, capacity, handle=None, quantize=False, pow2_scales=False, out=None
     ) -> Callable[[], Dispatched]:
-        """The first half of `dispatch`; what it returns is the second, before which its arguments must not change."""
+        """The first half of `dispatch`; what it returns is the second, before which its arguments must not change.
+
+        With a capacity of None, and neither handle nor out, this half waits for the peers' routing.
+        """
+        _check_out(out, quantize, capacity)
         x = self._as_sent(x, quantize, pow2_scales, out)
         result = self._dispatch(x, topk_idx, topk_weights, handle, capacity, quantize, pow2_scales, out, _SEND)
+        if capacity is None and out is None:  # the routing has gone ahead, and the tokens by its handle
+            topk_idx, topk_weights, handle = None, None, result.handle
         options = handle, capacity, quantize, pow2_scales, result
         return lambda: self._dispatch(x, topk_idx, topk_weights, *options, _RECV)
 
@@ -250,6 +257,8 @@ class ExpertParallel:
             weights = _vector(framework, capacity, framework.f32, data)
             rows = self._empty_rows(framework, capacity, quantize or quantized, data)
             out = Dispatched(rows, offsets, counts, weights, handle)
+        elif handle is not None:
+            out = out._replace(handle=handle)
         rows, row_scales = out.rows if isinstance(out.rows, (tuple, list)) else (out.rows, None)
         _native.ep_dispatch(
             self._number,
@@ -352,6 +361,17 @@ def _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, alig
         raise ValueError(f"dtype: {dtype!r}; expected 'e4m3' or 'bf16'")
     experts = tuple(experts_per_rank or ())
     return hidden, num_experts, topk, max_tokens, dtype == "bf16", latency, num_sms, alignment, experts
+
+
+def _check_out(out: Dispatched | None, quantize: bool, capacity: int | None) -> None:
+    """It has rows as the other arguments want them."""
+    if out is None:
+        return
+    if quantize and not isinstance(out.rows, (tuple, list)):
+        raise ValueError("quantize: True; expected False, as out.rows are BF16")
+    rows = len(out.row_weights)
+    if capacity is not None and capacity != rows:
+        raise ValueError(f"capacity: {capacity}; expected {rows}, the rows of out, or none")
 
 
 def _vector(framework: Framework, length: int, dtype: Any, like: Any) -> Any:

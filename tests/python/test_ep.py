@@ -49,6 +49,63 @@ def test_quantized_input_and_numpy(seed):
         assert np.array_equal(result.rows.data.view(np.uint8), theirs.rows.data.contiguous().view(torch.uint8).numpy())
 
 
+@pytest.mark.parametrize("latency", [False, True])
+def test_the_first_half_without_a_capacity(latency, seed):
+    """The routing goes ahead of the first half, and the second must not wait for another."""
+    rng = np.random.default_rng(seed)
+    eps = make(SMALL, timeout=2.0, dtype="bf16", latency=latency)
+    for quantize in (False, True):
+        problem = cases.random_problem(SMALL, rng)
+
+        def dispatch(rank, problem=problem, quantize=quantize):
+            ep, x, inputs = eps[rank], problem.x[rank], (problem.topk_idx[rank], problem.topk_weights[rank])
+            first = ep.dispatch_send(x, *inputs, capacity=None, quantize=quantize)()
+            again = ep.dispatch_send(x, handle=first.handle, capacity=None, quantize=quantize)()
+            into = ep.dispatch_send(x, *inputs, capacity=None, out=again)()
+            assert into.handle is again.handle
+            return first, into
+
+        for rank, results in enumerate(cases.on_ranks([ep.group for ep in eps], dispatch)):
+            for result in results:
+                rows = cases.check_rows(problem, rank, result)
+                assert len(result.row_weights) == rows.offsets[-1]
+
+
+def test_a_handle_beside_out(seed):
+    """The routing is the handle's, whatever out has been before."""
+    rng = np.random.default_rng(seed)
+    eps = make(SMALL, dtype="bf16")
+    problems = [cases.random_problem(SMALL, rng, tokens=[9, 4, 6]) for _ in range(2)]
+
+    def dispatch(rank):
+        ep = eps[rank]
+        results = [ep.dispatch(p.x[rank], p.topk_idx[rank], p.topk_weights[rank], capacity=90) for p in problems]
+        handle, x = results[0].handle, problems[0].x[rank]
+        for half in (ep.dispatch, lambda *a, **o: ep.dispatch_send(*a, capacity=90, **o)()):
+            results[1].rows.zero_()
+            result = half(x, handle=handle, out=results[1])
+            assert result.rows is results[1].rows and result.handle is handle
+            cases.check_rows(problems[0], rank, result)
+
+    cases.on_ranks([ep.group for ep in eps], dispatch)
+
+
+def test_what_contradicts_out_is_refused():
+    (group,) = phalanx.Group.local(1)
+    for latency in (False, True):
+        ep = cases.Config(1, 32, 4, 2, 8).make(group, dtype="bf16", latency=latency)
+        x, idx = torch.ones(4, 32, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.int64)
+        plain, quantized = (ep.dispatch(x, idx, capacity=30, quantize=quantize) for quantize in (False, True))
+        for call in (ep.dispatch, ep.dispatch_send):
+            with pytest.raises(ValueError, match="quantize: True; expected False, as out.rows are BF16"):
+                call(x, idx, capacity=30, quantize=True, out=plain)
+            for out in (plain, quantized):
+                with pytest.raises(ValueError, match="capacity: 1; expected 30, the rows of out"):
+                    call(x, idx, capacity=1, out=out)
+        assert ep.dispatch(x, idx, capacity=30, quantize=True, out=quantized).rows is quantized.rows
+        assert ep.dispatch(x, idx, out=quantized).rows is quantized.rows
+
+
 def test_the_grouped_product_reads_the_rows(seed):
     """A layer of experts over ranks: nothing is copied between dispatch, product and combine."""
     rng = np.random.default_rng(seed)
