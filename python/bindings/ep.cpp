@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "bindings/convert.h"
 
@@ -60,7 +61,7 @@ auto translated(Call&& call) {
 
 Device device_of(std::int64_t ordinal) {
   if (ordinal < 0) return {};
-  return {DeviceType::cuda, static_cast<int>(ordinal)};
+  return {DeviceType::cuda, to_int("device", ordinal)};
 }
 
 std::optional<Tensor> optional_tensor(const char* name, const AnyView& argument) {
@@ -89,13 +90,15 @@ std::int64_t group_process(std::int64_t rank, std::int64_t size, std::int64_t or
     return all;
   };
   return translated([&] {
-    return groups().add(Group::process(int(rank), int(size), device_of(ordinal), gather, {.timeout = timeout}));
+    return groups().add(
+        Group::process(to_int("rank", rank), to_int("size", size), device_of(ordinal), gather, {.timeout = timeout}));
   });
 }
 
 std::int64_t group_nccl(ffi::Bytes id, std::int64_t rank, std::int64_t size, std::int64_t ordinal, double timeout) {
   return translated([&] {
-    return groups().add(Group::nccl(std::string(id), int(rank), int(size), device_of(ordinal), {.timeout = timeout}));
+    return groups().add(Group::nccl(std::string(id), to_int("rank", rank), to_int("size", size), device_of(ordinal),
+                                    {.timeout = timeout}));
   });
 }
 
@@ -135,6 +138,8 @@ void group_release(std::int64_t id) { groups().release(id); }
 ExpertParallelConfig to_config(std::int64_t hidden, std::int64_t num_experts, std::int64_t topk,
                                std::int64_t max_tokens, bool bf16, bool latency, std::int64_t num_sms,
                                std::int64_t alignment, const ffi::Shape& experts_per_rank) {
+  std::vector<int> experts;
+  for (const std::int64_t number : experts_per_rank) experts.push_back(to_int("experts_per_rank", number));
   return {.hidden = to_int("hidden", hidden),
           .num_experts = to_int("num_experts", num_experts),
           .topk = to_int("topk", topk),
@@ -143,7 +148,7 @@ ExpertParallelConfig to_config(std::int64_t hidden, std::int64_t num_experts, st
           .latency = latency,
           .num_sms = to_int("num_sms", num_sms),
           .alignment = to_int("alignment", alignment),
-          .experts_per_rank = {experts_per_rank.begin(), experts_per_rank.end()}};
+          .experts_per_rank = std::move(experts)};
 }
 
 std::int64_t ep_bytes(std::int64_t num_ranks, std::int64_t hidden, std::int64_t num_experts, std::int64_t topk,

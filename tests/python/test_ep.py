@@ -218,6 +218,12 @@ def test_wrong_arguments_are_named():
     for device in ("tpu", "cuda:x", -5):
         with pytest.raises(ValueError, match="device:.*expected cpu, cuda"):
             phalanx.Group.local([device])
+    with pytest.raises(ValueError, match="device: 4294967296 is out of range"):
+        phalanx.Group.local([1 << 32])
+    with pytest.raises(ValueError, match="rank: 4294967296 is out of range"):
+        phalanx.Group.process(1 << 32, 2, "cuda:0", lambda mine: [mine] * 2)
+    with pytest.raises(ValueError, match="experts_per_rank: 4294967298 is out of range"):
+        cases.Config(1, 32, 2, 2, 8, experts_per_rank=[(1 << 32) + 2]).make(phalanx.Group.local(1)[0])
     (group,) = phalanx.Group.local(1)
     ep = cases.Config(1, 32, 4, 2, 8).make(group)
     x = torch.zeros(4, 32, dtype=torch.bfloat16)
