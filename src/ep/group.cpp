@@ -54,7 +54,7 @@ std::shared_ptr<SymmetricMemory> GroupState::allocate(std::size_t bytes) {
   const auto attempt = [=](auto&& step) -> std::string {
     try {
       return std::string(kFine).append(step());
-    } catch (const Error& error) {
+    } catch (const std::exception& error) {
       return std::string(kFailed) + error.what();
     }
   };

@@ -39,7 +39,8 @@ class PrivateStream {
 
 Block allocate_block(Device device, std::size_t bytes) {
   if (device.type == DeviceType::cpu) {
-    void* memory = ::operator new(bytes, kAlignment);
+    void* memory = ::operator new(bytes, kAlignment, std::nothrow);
+    if (!memory) throw Error(ErrorCode::unsupported, format_text("{} bytes of memory cannot be had", bytes));
     std::memset(memory, 0, bytes);
     return {memory, [](void* p) { ::operator delete(p, kAlignment); }};
   }

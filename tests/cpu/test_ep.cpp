@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "cpu/ep.h"
+#include "ep/group.h"
 #include "tests/cpu/ep_rounds.h"
 
 namespace phalanx::test {
@@ -199,6 +200,19 @@ TEST(ExpertParallelFailures, ConfigurationsThatDifferAreNamed) {
     if (r == 2) config.topk = 5;
     expect_error(ErrorCode::invalid_argument, {"rank 0 has topk=2", "rank 2 has topk=5"},
                  [&] { ExpertParallel(groups[r], config); });
+  });
+}
+
+TEST(ExpertParallelFailures, MemoryThatOneRankCannotHaveFailsAll) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "sanitizers end the process";
+#endif
+  auto groups = Group::local(cpus(3), kPatient);
+  on_ranks(3, [&](int r) {
+    const std::size_t bytes = r == 1 ? std::size_t{1} << 62 : 4096;
+    expect_error(ErrorCode::unsupported, {"rank 1 of 3", "4611686018427387904 bytes"},
+                 [&] { groups[r].state()->allocate(bytes); });
+    EXPECT_EQ(groups[r].state()->allocate(4096)->bytes, 4096u);
   });
 }
 
