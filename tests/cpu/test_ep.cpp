@@ -2,6 +2,7 @@
 // fail.
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <chrono>
 #include <thread>
 
@@ -247,22 +248,83 @@ TEST(Group, WrongArgumentsAreRefused) {
   expect_error(ErrorCode::invalid_device, {"CPU"}, [] { Group::process(0, 1, {}, nullptr); });
 }
 
+/// The least and the most, as include/phalanx/ep.h says.
+std::pair<double, double> bytes_by_formula(const ExpertParallelConfig& c, int ranks, bool few) {
+  const auto padded = [](int bytes) { return (bytes + 15) / 16 * 16; };
+  const int scales = (c.hidden + 127) / 128, experts = (c.num_experts + ranks - 1) / ranks;
+  const int num_sms = c.num_sms ? c.num_sms : c.latency ? 128 : 32;
+  const double slot = c.dtype == DType::bf16 ? 2 * c.hidden : c.hidden + padded(4 * scales);
+  const double ours = ranks, peers = ranks - 1, tokens = c.max_tokens, buffers = c.latency ? 2 : 1;
+  const int pieces = c.latency ? static_cast<int>(std::bit_floor(unsigned(std::min(8, scales)))) : 1;
+  const double least = buffers * (peers * tokens * (slot + 2 * c.hidden + padded(4 * c.topk)) +
+                                  16 * ours * tokens * c.topk + (few ? tokens * slot : 0)) +
+                       (few ? 0 : 8 * ours * tokens * pieces);
+  return {least, least + 4096 + num_sms * ours * (80 + 8 * buffers * experts)};
+}
+
 TEST(ExpertParallelConfig, BytesFollowTheFormula) {
-  ExpertParallelConfig config{.hidden = 7168, .num_experts = 256, .topk = 8, .max_tokens = 8192};
-  const auto formula = [&](int ranks, bool bf16, int buffers) {
-    const double slot = bf16 ? 2 * 7168 : 7168 + 4 * 56, tokens = config.max_tokens;
-    return buffers * ((ranks - 1) * tokens * (slot + 2 * 7168 + 4 * 8) + 16.0 * ranks * tokens * 8) +
-           8.0 * ranks * tokens;
+  struct Case {
+    int ranks, tokens, num_sms, hidden, num_experts, topk;
+    bool latency, few;
   };
-  for (const int ranks : {1, 2, 8}) {
-    for (const bool bf16 : {false, true}) {
-      config.dtype = bf16 ? DType::bf16 : DType::e4m3;
-      const double bytes = double(expert_parallel_bytes(config, ranks));
-      EXPECT_GE(bytes, formula(ranks, bf16, 1));
-      EXPECT_LE(bytes, formula(ranks, bf16, 1) + 32 * ranks * 2048 + 4096);
+  const Case cases[] = {
+      {1, 8192, 0, 7168, 256, 8, false, false},
+      {2, 8192, 0, 7168, 256, 8, false, false},
+      {8, 8192, 0, 7168, 256, 8, false, false},
+      {2, 8192, 132, 7168, 256, 8, false, false},
+      {2, 8192, 2, 7168, 256, 8, false, false},
+      {2, 8192, 0, 7168, 256, 8, true, false},
+      {2, 128, 2, 7168, 256, 8, true, false},
+      {2, 8192, 64, 304, 256, 3, true, false},  // 2 pieces; weights are padded
+      {1, 128, 0, 7168, 256, 8, true, true},
+      {2, 128, 0, 7168, 256, 8, true, true},
+      {2, 128, 0, 7168, 256, 8, false, true},
+      {2, 512, 32, 7168, 256, 8, false, true},  // as many choices as SMs times experts
+      {2, 513, 32, 7168, 256, 8, false, false},
+      {8, 8192, 0, 7168, 4100, 8, false, true},  // too many experts to be counted
+      {8, 8192, 2, 7168, 3000, 8, false, true},  // counts do not fit in shared memory
+  };
+  for (const Case& c : cases) {
+    for (const DType dtype : {DType::e4m3, DType::bf16}) {
+      const ExpertParallelConfig config{.hidden = c.hidden,
+                                        .num_experts = c.num_experts,
+                                        .topk = c.topk,
+                                        .max_tokens = c.tokens,
+                                        .dtype = dtype,
+                                        .latency = c.latency,
+                                        .num_sms = c.num_sms};
+      SCOPED_TRACE(::testing::Message() << c.ranks << " ranks, " << c.tokens << " tokens, " << c.num_sms << " SMs, "
+                                        << c.num_experts << " experts, latency " << c.latency);
+      const auto [least, most] = bytes_by_formula(config, c.ranks, c.few);
+      const double bytes = double(expert_parallel_bytes(config, c.ranks));
+      EXPECT_GE(bytes, least);
+      EXPECT_LE(bytes, most);
     }
   }
-  config.dtype = DType::e4m3;
+}
+
+TEST(ExpertParallelConfig, TooFewSmsAreRefused) {
+  const auto bytes = [](int tokens, int num_sms, int num_experts, int ranks) {
+    return expert_parallel_bytes(
+        {.hidden = 7168, .num_experts = num_experts, .topk = 8, .max_tokens = tokens, .num_sms = num_sms}, ranks);
+  };
+  using E = ErrorCode;
+  expect_error(E::invalid_argument, {"num_sms is 1, expected 2 or more", "8192 tokens, top-8", "shared memory"},
+               [&] { bytes(8192, 1, 256, 2); });
+  expect_error(E::invalid_argument, {"num_sms is 2, expected 3 or more", "16384 tokens, top-8"},
+               [&] { bytes(16384, 2, 256, 2); });
+  bytes(8192, 2, 256, 2);
+  bytes(16384, 3, 256, 2);
+  expect_error(E::invalid_argument,
+               {"max_tokens is 131072, expected fewer", "524287", "by 8 SMs; or config.num_sms of 24 or more"},
+               [&] { bytes(1 << 17, 8, 256, 2); });
+  bytes(1 << 17, 24, 256, 2);
+  expect_error(E::invalid_argument, {"max_tokens is 131072, expected fewer", "among 4100 experts can be numbered"},
+               [&] { bytes(1 << 17, 8, 4100, 8); });
+}
+
+TEST(ExpertParallelConfig, WrongValuesAreNamed) {
+  ExpertParallelConfig config{.hidden = 7168, .num_experts = 256, .topk = 8, .max_tokens = 8192};
   EXPECT_LE(expert_parallel_bytes(config, 2), 240'000'000u);
   config.hidden = 100;
   expect_error(ErrorCode::invalid_argument, {"hidden is 100", "multiple of 16"},
