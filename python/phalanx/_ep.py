@@ -164,13 +164,13 @@ class ExpertParallel:
         hidden: int,
         topk: int,
         max_tokens: int,
-        num_experts: int = 1,
         dtype: str = "e4m3",
         latency: bool = False,
         num_sms: int = 0,
         experts_per_rank: Sequence[int] | None = None,
+        num_experts: int,
     ) -> int:
-        """Bytes of symmetric memory that an ExpertParallel takes on each rank; include/phalanx/ep.h has the formula."""
+        """Bytes that an ExpertParallel takes on each rank with a GPU; include/phalanx/ep.h has the formula."""
         config = _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, 1, experts_per_rank)
         return _native.ep_bytes(num_ranks, *config)
 

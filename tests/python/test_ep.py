@@ -239,7 +239,9 @@ def test_wrong_arguments_are_named():
     with pytest.raises(TypeError, match="x: expected a Quantized or a pair"):
         ep.dispatch((x, x, x), idx)
     with pytest.raises(ValueError, match="num_ranks is 0"):
-        ep.buffer_bytes(0, hidden=32, topk=2, max_tokens=8)
+        ep.buffer_bytes(0, hidden=32, num_experts=4, topk=2, max_tokens=8)
+    with pytest.raises(TypeError, match="num_experts"):
+        ep.buffer_bytes(1, hidden=32, topk=2, max_tokens=8)
     with pytest.raises(ValueError, match="topk is 40"):
         cases.Config(1, 32, 4, 40, 8).make(group)
     ep.close()
