@@ -114,6 +114,9 @@ class Dispatched(NamedTuple):
 
     rows: Any
     offsets: Any
+
+    Rows from offsets[-1] on, with a capacity, are as `out` had them: without one whatever the memory held, NaN perhaps.
+    Only `phalanx.torch_ep.dispatch` makes them, and their row_weights, 0.
     counts: Any
     row_weights: Any
     handle: Any

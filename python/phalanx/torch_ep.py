@@ -13,6 +13,10 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ep, topk_idx, topk_weights, capacity):
         result = ep.dispatch(x, topk_idx, topk_weights, capacity=capacity)
+        if capacity is not None:  # what lies behind was not written, and gradients of parameters would sum 0 * NaN
+            behind = torch.arange(capacity, device=x.device) >= result.offsets[-1]
+            result.rows.masked_fill_(behind[:, None], 0)
+            result.row_weights.masked_fill_(behind, 0)
         ctx.ep, ctx.tokens = ep, len(x)
         ctx.save_for_backward(result.handle)
         ctx.mark_non_differentiable(*result[1:])
@@ -43,15 +47,19 @@ class _Combine(torch.autograd.Function):
         values = (grad_rows * torch.where(real, rows, 0).float()).sum(1)
         _, grad_weights = ctx.ep.combine_values(rows, values, handle, tokens=ctx.tokens)
         row_weights = torch.where(real[:, 0], row_weights, 0)
+        grad_weights = grad_weights if ctx.needs_input_grad[1] else None
         return (grad_rows * row_weights[:, None]).to(rows.dtype), grad_weights, None, None, None
 
 
-def dispatch(ep, x, topk_idx, topk_weights, capacity=None):
-    """`ep.dispatch` of BF16 x. Returns (rows, result): rows carry the gradient, result is the phalanx.Dispatched."""
-    result = Dispatched(*_Dispatch.apply(x, ep, topk_idx, topk_weights.detach(), capacity))
+def dispatch(ep, x, topk_idx, topk_weights=None, capacity=None):
+    """`ep.dispatch` of BF16 x, by an ExpertParallel with dtype="bf16". Returns (rows, result): rows carry the gradient,
+    result is the phalanx.Dispatched. Rows behind the last offset are 0."""
+    weights = None if topk_weights is None else topk_weights.detach()
+    result = Dispatched(*_Dispatch.apply(x, ep, topk_idx, weights, capacity))
     return result.rows, result
 
 
-def combine(ep, rows, result, topk_weights, *, tokens):
-    """`ep.combine` of BF16 rows with the weights that were dispatched, to which the gradient goes."""
+def combine(ep, rows, result, topk_weights=None, *, tokens):
+    """`ep.combine` of BF16 rows with the weights that were dispatched (None where none were), to which the gradient
+    goes."""
     return _Combine.apply(rows, topk_weights, ep, result, tokens)

@@ -189,6 +189,44 @@ def test_gradients(seed):
         torch.testing.assert_close(grad_weights, weights.grad, rtol=0.03, atol=0.15)
 
 
+@pytest.fixture
+def nan_in_new_memory():
+    """torch.empty and its like are filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_with_room_to_spare(seed, nan_in_new_memory):
+    """What lies behind the last row adds nothing to the gradient of a parameter of all rows. There are no weights."""
+    import phalanx.torch_ep as torch_ep
+
+    config = cases.Config(2, 32, 5, 2, 6)
+    eps = make(config, dtype="bf16")
+    problem = cases.random_problem(config, np.random.default_rng(seed), tokens=[6, 5])
+    first = config.first_experts()
+
+    def layer(rank):
+        scale = torch.full((1, 32), 0.5, dtype=torch.bfloat16, requires_grad=True)
+        x = problem.x[rank].clone().requires_grad_()
+        rows, result = torch_ep.dispatch(eps[rank], x, problem.topk_idx[rank], capacity=30)
+        end = result.offsets[-1]
+        assert end < 30 and not rows[end:].any() and not result.row_weights[end:].any()
+        out = torch_ep.combine(eps[rank], rows * scale, result, tokens=len(x))
+        out.backward(torch.ones_like(out))
+        return out.detach(), x.grad, scale.grad
+
+    for rank, (out, grad_x, grad_scale) in enumerate(cases.on_ranks([ep.group for ep in eps], layer)):
+        x, times = problem.x[rank].float(), (problem.topk_idx[rank] >= 0).sum(1, keepdim=True)
+        torch.testing.assert_close(out.float(), 0.5 * times * x, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(grad_x.float(), 0.5 * times.expand(-1, 32).float(), rtol=0.03, atol=0.03)
+        wanted = torch.zeros(1, 32)
+        for theirs, idx in zip(problem.x, problem.topk_idx, strict=True):
+            here = (idx >= first[rank]) & (idx < first[rank + 1])
+            wanted += (here.sum(1, keepdim=True) * theirs.float()).sum(0)
+        torch.testing.assert_close(grad_scale.float(), wanted, rtol=0.03, atol=0.1)
+
+
 def test_buffer_bytes_of_uneven_experts():
     """The tables are as long as the fullest rank's."""
     sizes = {"hidden": 256, "topk": 4, "max_tokens": 8192, "num_experts": 256}
