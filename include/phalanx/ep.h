@@ -84,6 +84,10 @@ struct EpCombine {
 /// any order that is the same on all ranks.
 ///
 /// Rows are sorted by (local expert, source rank, source token). Same routing, same bits.
+///
+/// Before it is destroyed all ranks wait for their streams, and then for each other by Group::barrier: peers' last
+/// kernels may still write to this rank's memory, which between processes is freed at once, of local groups with the last
+/// rank's ExpertParallel.
 class PHALANX_API ExpertParallel {
  public:
   /// Collective: allocates the symmetric memory and compares the configurations.

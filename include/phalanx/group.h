@@ -60,7 +60,9 @@ class PHALANX_API Group {
   /// thread; for local groups it reaches all ranks, and for others those whose memory this rank has mapped.
   void abort();
 
-  /// Leaves the group. Local: no rank may be inside an operation. The last owner does the same.
+  /// Leaves the group. Local: no rank may be inside an operation. Between processes every rank first waits for its
+  /// streams, then all for each other with `barrier`: peers' last kernels may still write to this rank's memory. The last
+  /// owner does the same.
   void close();
 
   const std::shared_ptr<ep::GroupState>& state() const { return state_; }

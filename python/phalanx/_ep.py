@@ -91,7 +91,11 @@ class Group:
         _native.group_abort(self._number)
 
     def close(self) -> None:
-        """Leaves the group; further calls raise AbortedError."""
+        """Leaves the group; further calls raise AbortedError.
+
+        Between processes synchronise every rank's streams and pass a `barrier` before, and before each
+        `ExpertParallel.close`.
+        """
         _native.group_close(self._number)
 
     def __del__(self):
@@ -110,13 +114,13 @@ class Dispatched(NamedTuple):
     counts:       int32 [local experts], rows without padding
     row_weights:  FP32 [R], the topk_weights of each row; 0 for padding
     handle:       int32, for `combine`, and for dispatches with the same routing
+
+    Rows from offsets[-1] on, with a capacity, are as `out` had them: without one whatever the memory held, NaN perhaps.
+    Only `phalanx.torch_ep.dispatch` makes them, and their row_weights, 0.
     """
 
     rows: Any
     offsets: Any
-
-    Rows from offsets[-1] on, with a capacity, are as `out` had them: without one whatever the memory held, NaN perhaps.
-    Only `phalanx.torch_ep.dispatch` makes them, and their row_weights, 0.
     counts: Any
     row_weights: Any
     handle: Any
@@ -165,13 +169,13 @@ class ExpertParallel:
         num_ranks: int,
         *,
         hidden: int,
+        num_experts: int,
         topk: int,
         max_tokens: int,
         dtype: str = "e4m3",
         latency: bool = False,
         num_sms: int = 0,
         experts_per_rank: Sequence[int] | None = None,
-        num_experts: int,
     ) -> int:
         """Bytes that an ExpertParallel takes on each rank with a GPU; include/phalanx/ep.h has the formula."""
         config = _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, 1, experts_per_rank)
@@ -343,7 +347,10 @@ class ExpertParallel:
         _native.ep_check(self._number)
 
     def close(self) -> None:
-        """Frees the symmetric memory, of local groups with the last rank's; further calls raise AbortedError."""
+        """Frees the symmetric memory, of local groups with the last rank's; further calls raise AbortedError.
+
+        Synchronise every rank's streams and pass `group.barrier()` before: peers' last kernels may still write to it.
+        """
         _native.ep_release(self._number)
 
     def __del__(self):

@@ -39,6 +39,13 @@ def join(group_id: bytes, rank: int, size: int, timeout: float) -> phalanx.Group
     return phalanx.Group.nccl(group_id, rank, size, rank, timeout=timeout)
 
 
+def close(ep) -> None:
+    """When all ranks are done: their last kernels may still write to this one's memory."""
+    torch.cuda.synchronize()
+    ep.group.barrier()
+    ep.close()
+
+
 def check_round(ep, problem: cases.Problem, seed: int, e4m3: bool, exact: bool, split: bool) -> None:
     """This rank's part of a dispatch and a combine, every byte."""
     rank, config = ep.group.rank, problem.config
@@ -72,7 +79,7 @@ def rounds(rank: int, size: int, ids: list[bytes], seed: int) -> None:
             for round in range(4 if config.hidden < 7168 else 2):
                 problem = cases.random_problem(config, rng, hot=0.3 * (round % 2))
                 check_round(ep, problem, seed + round, round % 2 == 0, round == 1, round == 2)
-            ep.close()
+            close(ep)
     graphs(group, rng)
 
 
@@ -103,6 +110,8 @@ def graphs(group: phalanx.Group, rng: np.random.Generator) -> None:
         torch.cuda.synchronize()  # a rank without tokens compares nothing, and must not leave before the others
         assert torch.equal(out.view(torch.int16), first.view(torch.int16)), f"turn {turn}"
         ep.check()
+    for ep, *_ in captured:
+        close(ep)
 
 
 def faults(rank: int, size: int, ids: list[bytes], seed: int) -> None:
@@ -136,7 +145,9 @@ def faults(rank: int, size: int, ids: list[bytes], seed: int) -> None:
             return
         group = join(group_id, rank, last, 3.0)
         problem = cases.random_problem(cases.Config(last, 256, 4 * last, 2, 16), rng, tokens=[16] * last)
-        check_round(problem.config.make(group, dtype="bf16", latency=latency), problem, seed, True, False, False)
+        ep = problem.config.make(group, dtype="bf16", latency=latency)
+        check_round(ep, problem, seed, True, False, False)
+        close(ep)
 
 
 def without_the_last(rank: int, size: int, ids: list[bytes]) -> None:
