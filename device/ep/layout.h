@@ -144,8 +144,8 @@ constexpr u32 ep_something(u32 word) { return word == kEpNothing ? word >> 1 : w
 
 // --- flags ----------------------------------------------------------------------------------------------------------
 
-// A flag grows from operation to operation and within one: epoch, then what is sent, then how many pieces. The format
-// lies below the epoch, where it does not disturb the order: all flags of one epoch should have the same.
+// A flag grows from operation to operation, modulo 2^32, and within one: epoch, then what is sent, then how many pieces.
+// The format lies below the epoch, where it does not disturb the order: all flags of one epoch should have the same.
 constexpr u64 ep_flag(u64 epoch, u32 format, u32 count) { return epoch << 32 | u64(format) << 24 | count; }
 constexpr u32 ep_flag_format(u64 flag) { return u32(flag) >> 24; }
 constexpr u64 ep_flag_epoch(u64 flag) { return flag >> 32; }
@@ -155,6 +155,16 @@ enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEp
 
 // Where no flag is waited for, what 32 bits hold goes with its epoch in one word.
 constexpr u64 ep_word(u64 epoch, u32 bits) { return epoch << 32 | bits; }
+
+// Epochs are counted in 64 bits, of which flags and words hold the low 32: these begin again after 2^32 operations. A flag
+// has come if it is ahead of what is wanted by no more than ranks can be: three operations, and there is room. All else is
+// old, even if by more than 2^31 operations: many flags are raised only if there are tokens for them.
+constexpr u32 kEpMostAhead = 256;
+constexpr u64 kEpOrder = ~(u64(0xff) << 24);  // all but the format
+constexpr bool ep_flag_has_come(u64 seen, u64 wanted) {
+  return u32(((seen & kEpOrder) - (wanted & kEpOrder)) >> 32) < kEpMostAhead;
+}
+constexpr bool ep_is_of(u64 flag_or_word, u64 epoch) { return u32(flag_or_word >> 32) == u32(epoch); }
 
 // A choice: its number among those of the expert, and the expert. -1: none. Where "counted", the number is among the
 // choices of its CTA, and the expert counted from the first of all; else among all of its source, and from the first of

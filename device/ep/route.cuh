@@ -49,7 +49,7 @@ __device__ __noinline__ u64 ep_wait_for_word(const EpCommon& c, u64 epoch, int p
 #pragma unroll 1
   for (;;) {
     const u64 seen = ptx::load_relaxed_sys(word);
-    if (ep_flag_epoch(seen) == epoch || !patience.lasts(seen)) return seen;
+    if (ep_is_of(seen, epoch) || !patience.lasts(seen)) return seen;
   }
 }
 
@@ -57,7 +57,7 @@ __device__ __noinline__ u64 ep_wait_for_word(const EpCommon& c, u64 epoch, int p
 __device__ __forceinline__ int ep_wait_for_header(const EpDispatchParams& p, const EpOperation& op, int source) {
   const EpCommon& c = p.c;
   const u64 seen = ep_wait_for_word(c, op.epoch, source, ep_words_at(op, c.rank, c.layout.headers, source));
-  if (ep_flag_epoch(seen) != op.epoch) return -1;
+  if (!ep_is_of(seen, op.epoch)) return -1;
   if (ep_flag_format(seen) == ep_sent_format(p)) return ep_flag_count(seen);
   ep_record(c, kEpMismatch, kEpPhaseRouting, source, ep_flag(op.epoch, ep_sent_format(p), 0), seen, 0);
   return -1;
@@ -79,9 +79,9 @@ __device__ __forceinline__ bool ep_wait_for_choices(const EpDispatchParams& p, c
     ep_load_ahead(
         role.thread(), half, num_ranks * num_local, [&](int i) { return ptx::load_relaxed_sys(word(i)); },
         [&](int i, u64 seen) {
-          if (fine && ep_flag_epoch(seen) != op.epoch)
+          if (fine && !ep_is_of(seen, op.epoch))
             seen = ep_wait_for_word(c, op.epoch, c.by.local_experts.of(i), word(i));
-          fine = fine && ep_flag_epoch(seen) == op.epoch;
+          fine = fine && ep_is_of(seen, op.epoch);
           state.total(0)[i] = int(u32(seen));
           state.before(0)[i] = 0;
         });
@@ -99,7 +99,7 @@ __device__ __forceinline__ bool ep_wait_for_choices(const EpDispatchParams& p, c
     for (int i = lane; fine && i < tokens.size() * c.shape.topk; i += 32) {
       const i64 at = ep_choice(c, s, tokens.begin) + i;
       const u64 seen = ep_wait_for_word(c, op.epoch, s, ep_words_at(op, c.rank, c.layout.choices, at));
-      fine = ep_flag_epoch(seen) == op.epoch;
+      fine = ep_is_of(seen, op.epoch);
       state.rows(s)[i] = int(u32(seen));
     }
     fine = __all_sync(0xffffffffu, fine);
@@ -298,9 +298,9 @@ __device__ __forceinline__ bool ep_keep_rows(const EpDispatchParams& p, const Ep
           return Kept{rows[i], p.route ? ptx::load_relaxed_sys(sent + i) : u64(__float_as_uint(weights[i]))};
         },
         [&](int i, Kept kept) {
-          if (!kCounted && p.route && ep_flag_epoch(kept.word) != op.epoch) {
+          if (!kCounted && p.route && !ep_is_of(kept.word, op.epoch)) {
             if (fine) kept.word = ep_wait_for_word(c, op.epoch, s, sent + i);
-            fine = ep_flag_epoch(kept.word) == op.epoch;
+            fine = ep_is_of(kept.word, op.epoch);
           }
           const float weight = __uint_as_float(u32(kCounted && p.route ? kept.word >> 32 : kept.word));
           if (p.route) {

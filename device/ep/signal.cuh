@@ -92,10 +92,9 @@ struct EpPatience {
 
 // By one thread: until the flag of this rank has the epoch and count of `expected`, or more. False: it failed.
 __device__ __noinline__ bool ep_wait(const EpCommon& c, EpPhase phase, int peer, const u64* flag, u64 expected) {
-  constexpr u64 kOrder = ~(u64(0xff) << 24);  // all but the format
   EpPatience patience(c, phase, peer, expected);
   u64 seen = ptx::load_acquire_sys(flag);
-  while ((seen & kOrder) < (expected & kOrder)) {
+  while (!ep_flag_has_come(seen, expected)) {
     if (!patience.lasts(seen)) return false;
     seen = ptx::load_acquire_sys(flag);
   }

@@ -10,13 +10,12 @@ std::atomic<void (*)(int)> ep_delay = nullptr;
 
 bool EpOperation::wait(EpPhase phase, int peer, u64* flag, u64 expected) const {
   delay();
-  constexpr u64 kOrder = ~(u64{0xff} << 24);  // all but the format
   const std::atomic_ref value(*flag);
   const std::atomic_ref stop(words(c_.rank)->stop);
   const auto start = std::chrono::steady_clock::now();
   for (int spins = 0;; ++spins) {
     const u64 seen = value.load(std::memory_order_acquire);
-    if ((seen & kOrder) >= (expected & kOrder)) {
+    if (ep_flag_has_come(seen, expected)) {
       if (ep_flag_epoch(seen) != ep_flag_epoch(expected) || ep_flag_format(seen) == ep_flag_format(expected))
         return true;
       return fail(kEpMismatch, phase, peer, expected, seen);

@@ -9,6 +9,7 @@
 #include "cpu/ep.h"
 #include "ep/group.h"
 #include "tests/cpu/ep_rounds.h"
+#include "tests/simt/ep_past.h"
 
 namespace phalanx::test {
 namespace {
@@ -80,6 +81,43 @@ TEST(ExpertParallel, HandlesCanBeUsedAgain) {
   });
 }
 
+TEST(ExpertParallel, EpochsOfMoreThan32Bits) {
+  std::mt19937 rng(kSeed);
+  const Delays delays;
+  const ExpertParallelConfig throughput{
+      .hidden = 48, .num_experts = 7, .topk = 3, .max_tokens = 12, .dtype = DType::bf16};
+  for (const bool latency : {false, true}) {
+    for (const EpPast& past : kEpPasts) {
+      ExpertParallelConfig config = throughput;
+      config.latency = latency;
+      SCOPED_TRACE(::testing::Message() << "after " << past.done << " operations, latency " << latency);
+      auto groups = Group::local(cpus(3), kPatient);
+      auto eps = make_all(groups, config);
+      begin_after(past, eps, random_problem(3, config, rng));
+      for (int round = 0; round < 6; ++round) {
+        const Style style{
+            .e4m3 = round % 2 == 0, .exact = round == 1, .split = round % 3 == 2, .values = round % 2 == 1};
+        run_round(eps, random_problem(3, config, rng), style, unsigned(rng()));
+        if (HasFatalFailure()) return;
+      }
+    }
+  }
+}
+
+TEST(ExpertParallel, FlagsComeInOrderAlthoughEpochsWrap) {
+  for (const u64 epoch : {u64{1}, u64{1} << 31, (u64{1} << 32) - 1, u64{1} << 32, (u64{1} << 32) + 1}) {
+    const u64 wanted = ep_flag(epoch, kEpSums, 5);
+    for (const u32 format : {0u, u32(kEpSums), 255u}) {
+      EXPECT_TRUE(ep_flag_has_come(ep_flag(epoch, format, 5), wanted));
+      EXPECT_TRUE(ep_flag_has_come(ep_flag(epoch, format, 6), wanted));
+      EXPECT_FALSE(ep_flag_has_come(ep_flag(epoch, format, 4), wanted));
+      for (const u64 ahead : {1, 3}) EXPECT_TRUE(ep_flag_has_come(ep_flag(epoch + ahead, format, 1), wanted));
+      for (const u64 ago : {u64{1}, u64{2}, u64{1} << 31, u64{3} << 30})
+        EXPECT_FALSE(ep_flag_has_come(ep_flag(epoch - ago, format, 9), wanted));
+    }
+  }
+}
+
 TEST(ExpertParallel, OverflowIsReportedAndNothingWrittenBeyond) {
   std::mt19937 rng(kSeed);
   const ExpertParallelConfig config{.hidden = 32, .num_experts = 4, .topk = 4, .max_tokens = 16, .dtype = DType::bf16};
@@ -146,6 +184,16 @@ TEST(ExpertParallelFailures, ADeadRankIsNamedAndTheGroupCanBeBuiltAnew) {
   auto groups = Group::local(cpus(3), kPatient);
   auto eps = make_all(groups, kSmall);
   run_round(eps, full_problem(3, rng), {}, 1);
+}
+
+TEST(ExpertParallelFailures, OperationsOfMoreThan32BitsAreNamed) {
+  std::mt19937 rng(kSeed);
+  auto groups = Group::local(cpus(2), kHasty);
+  auto eps = make_all(groups, kSmall);
+  const EpProblem p = full_problem(2, rng);
+  begin_after({(u64{1} << 32) + 2, (u64{1} << 32) + 2}, eps, p);
+  Rank mine(p, 0, eps[0], eps[0].max_rows(), false);
+  expect_error(ErrorCode::timeout, {"peer 1", "routing", "operation 4294967299"}, [&] { eps[0].dispatch(mine.args); });
 }
 
 TEST(ExpertParallelFailures, ARankThatDiesBeforeItsCombineIsNamed) {

@@ -6,6 +6,7 @@
 #include "device/ep/dispatch.cuh"
 #include "simt.h"
 #include "tests/cpu/ep_rounds.h"
+#include "tests/simt/ep_past.h"
 
 namespace phalanx {
 
@@ -105,6 +106,26 @@ TEST_P(Simulated, ManyTokensAndFewExperts) {
       run_round(eps, random_problem(n, config, rng, 10, round * 30), {.e4m3 = round < 2, .exact = round == 1},
                 unsigned(rng()));
       if (HasFatalFailure()) return;
+    }
+  }
+}
+
+TEST_P(Simulated, EpochsOfMoreThan32Bits) {
+  std::mt19937 rng(kSeed + GetParam().all);
+  for (const auto& [max_tokens, latency] : {std::pair{30, false}, {30, true}, {3, true}, {2, false}}) {
+    const ExpertParallelConfig config{
+        .hidden = 272, .num_experts = 7, .topk = 4, .max_tokens = max_tokens, .dtype = DType::bf16, .latency = latency};
+    for (const EpPast& past : kEpPasts) {
+      SCOPED_TRACE(::testing::Message() << "after " << past.done << " operations, max_tokens " << max_tokens
+                                        << ", latency " << latency);
+      auto groups = Group::local(cpus(2), kPatient);
+      auto eps = make_all(groups, config);
+      begin_after(past, eps, random_problem(2, config, rng));
+      for (int round = 0; round < 5; ++round) {
+        const Style style{.e4m3 = round % 2 == 0, .exact = round == 1, .split = round == 2, .values = round % 2 == 1};
+        run_round(eps, random_problem(2, config, rng), style, unsigned(rng()));
+        if (HasFatalFailure()) return;
+      }
     }
   }
 }
