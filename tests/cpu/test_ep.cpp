@@ -8,8 +8,8 @@
 
 #include "cpu/ep.h"
 #include "ep/group.h"
+#include "tests/cpu/ep_past.h"
 #include "tests/cpu/ep_rounds.h"
-#include "tests/simt/ep_past.h"
 
 namespace phalanx::test {
 namespace {

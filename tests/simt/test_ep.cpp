@@ -5,8 +5,8 @@
 #include "device/ep/combine.cuh"
 #include "device/ep/dispatch.cuh"
 #include "simt.h"
+#include "tests/cpu/ep_past.h"
 #include "tests/cpu/ep_rounds.h"
-#include "tests/simt/ep_past.h"
 
 namespace phalanx {
 
