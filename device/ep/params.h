@@ -83,6 +83,9 @@ struct EpDispatchParams {
   int pow2_scales;
 };
 
+// What is sent with the routing, as its header says: all ranks should send the same.
+constexpr EpFormat ep_sent_format(const EpDispatchParams& p) { return p.copy ? p.format : kEpRouting; }
+
 struct EpCombineParams {
   EpCommon c;
   const void* rows;  // [capacity, H] BF16

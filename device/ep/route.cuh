@@ -53,14 +53,18 @@ __device__ __noinline__ u64 ep_wait_for_word(const EpCommon& c, u64 epoch, int p
   }
 }
 
-// By one thread: how many tokens the source has, which sends of them what this rank expects. Below 0 if that did not come.
+// By one thread: how many tokens the source has, by its header, and sends of them what this rank expects. Below 0: it does not.
+__device__ __forceinline__ int ep_tokens_of(const EpDispatchParams& p, const EpOperation& op, int source, u64 header) {
+  if (ep_flag_format(header) == ep_sent_format(p)) return ep_flag_count(header);
+  ep_record(p.c, kEpMismatch, kEpPhaseRouting, source, ep_flag(op.epoch, ep_sent_format(p), 0), header, 0);
+  return -1;
+}
+
+// The same, when the header has come. Below 0 also if it has not.
 __device__ __forceinline__ int ep_wait_for_header(const EpDispatchParams& p, const EpOperation& op, int source) {
   const EpCommon& c = p.c;
   const u64 seen = ep_wait_for_word(c, op.epoch, source, ep_words_at(op, c.rank, c.layout.headers, source));
-  if (!ep_is_of(seen, op.epoch)) return -1;
-  if (ep_flag_format(seen) == ep_sent_format(p)) return ep_flag_count(seen);
-  ep_record(c, kEpMismatch, kEpPhaseRouting, source, ep_flag(op.epoch, ep_sent_format(p), 0), seen, 0);
-  return -1;
+  return ep_is_of(seen, op.epoch) ? ep_tokens_of(p, op, source, seen) : -1;
 }
 
 // Few tokens: how many choices of each expert every source has, and the choices of this CTA's tokens, into the place of
@@ -108,9 +112,9 @@ __device__ __forceinline__ bool ep_wait_for_choices(const EpDispatchParams& p, c
 }
 
 // Many tokens: total and before from the counts of the senders' CTAs, each behind its flag.
-__device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRole& role, const EpRouteState& state,
-                                              EpShared& shared) {
-  const EpCommon& c = op.c;
+__device__ __forceinline__ bool ep_add_counts(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                              const EpRouteState& state, EpShared& shared) {
+  const EpCommon& c = p.c;
   const int num_local = ep_num_local_experts(c), num_ctas = c.shape.num_ctas, num_receivers = ep_num_receivers(c.shape);
   bool fine = true;
 #pragma unroll 1
@@ -120,8 +124,11 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
                    ep_flag(op.epoch, kEpRouting, 1));
   }
   if (!role.all(fine, &shared.failed)) return false;
-  if (const int s = role.thread(); s < c.shape.num_ranks)
-    state.set_num_tokens(s, ep_flag_count(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.headers, s))));
+  if (const int s = role.thread(); s < c.shape.num_ranks) {
+    const int tokens = ep_tokens_of(p, op, s, ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.headers, s)));
+    fine = tokens >= 0;
+    state.set_num_tokens(s, fine ? tokens : 0);
+  }
   const int* counts = reinterpret_cast<const int*>(op.buffer(c.rank, c.layout.counts));
 #pragma unroll 1
   for (int i = role.thread(); i < c.shape.num_ranks * num_local; i += role.num_threads()) {
@@ -138,7 +145,7 @@ __device__ __forceinline__ bool ep_add_counts(const EpOperation& op, const EpRol
     state.before(0)[i] = before;
     if (c.shape.staged) state.places(source)[e] = column[i64(blockIdx.x) * c.shape.max_local_experts];
   }
-  return true;
+  return fine;
 }
 
 // First rows of the experts; `before` becomes the row of this CTA's first choice, `places` its place.
@@ -149,7 +156,7 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
   const int num_local = ep_num_local_experts(c), num_ranks = c.shape.num_ranks;
   bool fine;
   if constexpr (kCounted)
-    fine = ep_add_counts(op, role, state, shared);
+    fine = ep_add_counts(p, op, role, state, shared);
   else
     fine = ep_wait_for_choices(p, op, role, state);
   if (!role.all(fine, &shared.failed)) return false;

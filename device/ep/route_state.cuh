@@ -89,8 +89,6 @@ __device__ __forceinline__ int ep_expert_of(const EpDispatchParams& p, EpChoice 
   return choice.low < end ? int(choice.low) : -1;
 }
 
-__device__ __forceinline__ EpFormat ep_sent_format(const EpDispatchParams& p) { return p.copy ? p.format : kEpRouting; }
-
 // The slot at rank `at` for the token of rank `from`.
 template <bool kCounted>
 __device__ __forceinline__ u8* ep_dispatch_slot(const EpOperation& op, int at, int from, i64 token) {

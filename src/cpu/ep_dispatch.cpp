@@ -64,14 +64,16 @@ void keep_routing(const EpDispatchParams& p, const EpHandle& handle) {
   }
 }
 
-void send_routing(const EpCommon& c, const EpOperation& op, const EpHandle& handle) {
+void send_routing(const EpDispatchParams& p, const EpOperation& op, const EpHandle& handle) {
+  const EpCommon& c = p.c;
+  const u64 header = ep_flag(op.epoch(), ep_sent_format(p), c.num_tokens);
   const i64 choices = i64(c.num_tokens) * c.shape.topk, at = handle.choice(c.rank, 0) * 4;
   for (int r = 0; r < c.shape.num_ranks; ++r) {
     if (r == c.rank) continue;
     op.delay();
     std::memcpy(op.buffer(r, c.layout.choices) + at, handle.experts(0), choices * 4);
     std::memcpy(op.buffer(r, c.layout.weights) + at, handle.weights(c.rank, 0), choices * 4);
-    std::memcpy(op.buffer(r, c.layout.headers) + c.rank * 8, &c.num_tokens, sizeof(int));
+    std::memcpy(op.buffer(r, c.layout.headers) + c.rank * 8, &header, sizeof(header));
     op.signal(op.word(r, c.layout.route_flags, c.rank), ep_flag(op.epoch(), kEpRouting, 1));
   }
 }
@@ -93,12 +95,17 @@ void send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpHandl
   }
 }
 
-bool receive_routing(const EpCommon& c, const EpOperation& op, const EpHandle& handle) {
+bool receive_routing(const EpDispatchParams& p, const EpOperation& op, const EpHandle& handle) {
+  const EpCommon& c = p.c;
   for (int s = 0; s < c.shape.num_ranks; ++s) {
     if (s == c.rank) continue;
     if (!op.wait(kEpPhaseRouting, s, op.word(c.rank, c.layout.route_flags, s), ep_flag(op.epoch(), kEpRouting, 1)))
       return false;
-    std::memcpy(&handle.num_tokens(s), op.buffer(c.rank, c.layout.headers) + s * 8, sizeof(int));
+    u64 header = 0;
+    std::memcpy(&header, op.buffer(c.rank, c.layout.headers) + s * 8, sizeof(header));
+    if (ep_flag_format(header) != ep_sent_format(p))
+      return op.fail(kEpMismatch, kEpPhaseRouting, s, ep_flag(op.epoch(), ep_sent_format(p), 0), header);
+    handle.num_tokens(s) = int(ep_flag_count(header));
     const i64 bytes = i64(handle.num_tokens(s)) * c.shape.topk * 4;
     std::memcpy(handle.weights(s, 0), op.buffer(c.rank, c.layout.weights) + handle.choice(s, 0) * 4, bytes);
   }
@@ -178,7 +185,7 @@ bool dispatch_receive(const EpDispatchParams& p, const EpHandle& handle, const S
   const EpCommon& c = p.c;
   EpOperation op(c, kEpDispatchRecv);
   if (p.route) {
-    if (!receive_routing(c, op, handle)) return false;
+    if (!receive_routing(p, op, handle)) return false;
     assign_rows(p, op, handle);
   }
   const int num_local = ep_num_local_experts(c);
@@ -209,7 +216,7 @@ void ep_dispatch(const EpDispatchParams& p) {
     if (!op.wait_for_credits(kEpPhaseDispatchCredit, p.c.layout.dispatch_credit)) return;
     if (p.route) {
       keep_routing(p, handle);
-      send_routing(p.c, op, handle);
+      send_routing(p, op, handle);
     }
     if (p.copy) send_tokens(p, op, handle, source);
     op.finish();

@@ -39,6 +39,9 @@ class EpOperation {
   /// The peers have read what this rank has put into the same buffer before.
   bool wait_for_credits(EpPhase phase, i64 credits) const;
 
+  /// Says why; always false.
+  bool fail(EpState state, EpPhase phase, int peer, u64 expected, u64 seen, u64 who = 0) const;
+
   void give_credits(i64 credits) const;
 
   void delay() const {
@@ -48,8 +51,6 @@ class EpOperation {
  private:
   u64* epoch_word(EpSequence s) const { return word(c_.rank, c_.layout.epochs, s * c_.shape.num_ctas); }
   EpWords* words(int r) const { return reinterpret_cast<EpWords*>(c_.peers[r]); }
-
-  bool fail(EpState state, EpPhase phase, int peer, u64 expected, u64 seen, u64 who = 0) const;
 
   const EpCommon& c_;
   const u64 epoch_;

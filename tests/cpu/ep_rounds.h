@@ -219,4 +219,26 @@ inline std::vector<ExpertParallel> make_all(std::vector<Group>& groups, const Ex
   return eps;
 }
 
+/// With two buffers: rank 0 has sent BF16 and then E4M3 when rank 1 first expects E4M3.
+inline void expect_other_types_named_later(const ExpertParallelConfig& config) {
+  std::mt19937 rng(kSeed);
+  auto groups = Group::local(cpus(2), kHasty);
+  auto eps = make_all(groups, config);
+  const EpProblem p = random_problem(2, config, rng);
+  on_ranks(2, [&](int r) {
+    std::vector<std::unique_ptr<Rank>> sent;
+    for (const bool e4m3 : {false, true}) {
+      if (r != 0) break;
+      Rank& mine = *sent.emplace_back(std::make_unique<Rank>(p, r, eps[r], eps[r].max_rows(), e4m3));
+      mine.args.part = EpPart::send;
+      eps[r].dispatch(mine.args);
+    }
+    groups[r].barrier();
+    Rank mine(p, r, eps[r], eps[r].max_rows(), true);
+    if (r == 1)
+      expect_error(ErrorCode::invalid_argument, {"peer 0", "expected e4m3 tokens", "sent bf16 tokens"},
+                   [&] { eps[r].dispatch(mine.args); });
+  });
+}
+
 }  // namespace phalanx::test

@@ -242,6 +242,12 @@ TEST(ExpertParallelFailures, OtherTypesOnOtherRanksAreNamed) {
   });
 }
 
+TEST(ExpertParallelFailures, OtherTypesAreNamedByThoseWhoComeLater) {
+  ExpertParallelConfig config = kSmall;
+  config.latency = true;
+  expect_other_types_named_later(config);
+}
+
 TEST(ExpertParallelFailures, ConfigurationsThatDifferAreNamed) {
   auto groups = Group::local(cpus(3), kHasty);
   on_ranks(3, [&](int r) {

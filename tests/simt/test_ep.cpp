@@ -145,6 +145,12 @@ TEST_P(Simulated, AMissingRankIsNamed) {
   }
 }
 
+TEST_P(Simulated, OtherTypesAreNamedByThoseWhoComeLater) {
+  for (const int max_tokens : {2, 40})
+    expect_other_types_named_later(
+        {.hidden = 272, .num_experts = 4, .topk = 4, .max_tokens = max_tokens, .dtype = DType::bf16, .latency = true});
+}
+
 TEST_P(Simulated, ARankThatDoesNotCombineIsNamed) {
   std::mt19937 rng(kSeed);
   for (const bool latency : {false, true}) {
