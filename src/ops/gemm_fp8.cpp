@@ -93,8 +93,7 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   p.rows_a = std::min(config.block_m, m);
   p.a = Rows(a.data).map(std::min(slice, m), kBlockK);
   p.a_last = last != 0 && m > slice ? Rows(a.data).map(last, kBlockK) : p.a;
-  // Weights that are only streamed: 1 to 3 % of a chain. With more rows to a tile it is none, and K 512 takes 14 % longer.
-  const bool once = m <= config.block_m && config.block_m <= 64;
+  const bool once = m <= config.block_m && reads_b_once(config);
   p.b = Rows(b.data).map(config.block_n / config.cluster_m, kBlockK, once);
   if (config.stores_by_tma()) {
     p.d = Rows(d).map(config.consumer_rows(), config.panel_columns());

@@ -122,7 +122,7 @@ struct RowsProduct {
     GemmParams& p = params;
     p.rows_a = config().block_m;
     p.a = a_rows.map(config().rows_of_request(), kBlockK);
-    p.b = b_rows.map(config().rows_of_request_b(), kBlockK, config().block_m <= 64);
+    p.b = b_rows.map(config().rows_of_request_b(), kBlockK, reads_b_once(config()));
     p.sfa_by_tma = sfa.by_tma;
     p.sfa_map = sfa.map();
     p.sfa = floats(a.scales), p.sfb = floats(b.scales);
