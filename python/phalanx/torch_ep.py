@@ -7,6 +7,7 @@ run forward and backward in the same order, as all collective work.
 import torch
 
 from phalanx._ep import Dispatched
+from phalanx.torch import aligned_rows
 
 
 class _Dispatch(torch.autograd.Function):
@@ -25,7 +26,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_rows, *_):
         (handle,) = ctx.saved_tensors
-        grad = ctx.ep.combine(grad_rows.contiguous(), handle, tokens=ctx.tokens, weighted=False)
+        grad = ctx.ep.combine(aligned_rows(grad_rows), handle, tokens=ctx.tokens, weighted=False)
         return grad, None, None, None, None
 
 
@@ -40,7 +41,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad_out):
         rows, handle, row_weights = ctx.saved_tensors
         capacity = len(rows)
-        grad = ctx.ep.dispatch(grad_out.contiguous(), handle=handle, capacity=capacity)
+        grad = ctx.ep.dispatch(aligned_rows(grad_out), handle=handle, capacity=capacity)
         end = grad.offsets[-1]
         real = (torch.arange(capacity, device=rows.device) < end)[:, None]  # what lies behind was not written
         grad_rows = torch.where(real, grad.rows, 0).float()

@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from cases import ep as cases  # noqa: E402
+from cases.views import behind_three_others  # noqa: E402
 
 SMALL = cases.Config(num_ranks=3, hidden=64, num_experts=7, topk=3, max_tokens=9)
 
@@ -187,6 +188,28 @@ def test_gradients(seed):
         torch.testing.assert_close(out.float(), wanted, rtol=0.03, atol=0.03)
         torch.testing.assert_close(grad_x.float(), x.grad, rtol=0.03, atol=0.03)
         torch.testing.assert_close(grad_weights, weights.grad, rtol=0.03, atol=0.15)
+
+
+def test_gradients_that_begin_anywhere(seed):
+    import phalanx.torch_ep as torch_ep
+
+    rng = np.random.default_rng(seed)
+    config = cases.Config(2, 32, 5, 2, 6)
+    eps = make(config, dtype="bf16")
+    problem = cases.random_problem(config, rng, tokens=[6, 5])
+    upstream = torch.from_numpy(rng.standard_normal((6, 32), dtype=np.float32)).bfloat16()
+
+    def gradients(view):
+        def layer(rank):
+            inputs = [y.clone().requires_grad_() for y in (problem.x[rank], problem.topk_weights[rank])]
+            rows, result = torch_ep.dispatch(eps[rank], inputs[0], problem.topk_idx[rank], inputs[1])
+            out = torch_ep.combine(eps[rank], view(rows) * 2, result, inputs[1], tokens=len(inputs[0]))
+            return torch.autograd.grad(view(out), inputs, upstream[: len(out)])
+
+        return cases.on_ranks([ep.group for ep in eps], layer)
+
+    for ours, expected in zip(gradients(behind_three_others), gradients(lambda y: y), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
 
 
 @pytest.fixture
