@@ -19,7 +19,7 @@ struct GemmOptions {
   /// `num_sms`. Costs a little where few rows would have K split among SMs.
   bool batch_invariant = false;
   /// B was complete before the kernel ahead of this one in the stream began, as weights are. With at most 16 rows, and
-  /// all SMs to use, the first part of it is then read while that kernel still runs.
+  /// all SMs to use, the first part of it is then read while that kernel still runs, and K may be summed in other parts.
   bool constant_b = false;
 };
 

@@ -30,7 +30,8 @@ def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=
     batch_invariant:  a row of D depends, to the bit, on its row of A (and C) and on B alone: not on M, its place, the
                 other rows or num_sms. Costs a little where few rows would have K split among SMs
     constant_b: b was complete before the kernel ahead of this one in the stream began, as weights are. With at
-                most 16 rows, and all SMs to use, the first part of it is then read while that kernel still runs
+                most 16 rows, and all SMs to use, the first part of it is then read while that kernel still runs, and
+                K may be summed in other parts
 
     M >= 0, N >= 1, K >= 1; bases 16-byte aligned, row strides multiples of 16 bytes. Work is enqueued on the library's
     current stream; on the CPU, and with JAX, it is done on return. Same input, same bits. Not differentiable. Under

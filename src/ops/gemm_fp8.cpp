@@ -21,7 +21,7 @@ struct PlanKey {
   friend bool operator==(const PlanKey&, const PlanKey&) = default;
   std::size_t hash() const {
     const plan::GemmProblem& p = problem;
-    return hash_of(p.m, p.n, p.k, p.out, p.batch_invariant, p.all_sms, num_sms, device);
+    return hash_of(p.m, p.n, p.k, p.out, p.batch_invariant, p.all_sms, p.constant_b, num_sms, device);
   }
 };
 
@@ -82,8 +82,8 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   const OutType out = d.dtype == DType::bf16 ? OutType::bf16 : OutType::f32;
 
   const cuda::ContextGuard context(place.ordinal);
-  const PlannedGemm chosen =
-      tuned_gemm({{m, n, k, out, options.batch_invariant, place.all_sms}, place.num_sms, place.ordinal});
+  const PlannedGemm chosen = tuned_gemm(
+      {{m, n, k, out, options.batch_invariant, place.all_sms, options.constant_b}, place.num_sms, place.ordinal});
   const GemmConfig& config = chosen.plan.config;
 
   GemmParams p{};

@@ -47,12 +47,9 @@ std::vector<GemmConfig> make_configs() {
   return list;
 }
 
-// Where the few rows' kernels may be used: they take two CTAs an SM and sum K in parts that other kernels do not have.
-bool streams_weights(const GemmProblem& p) { return p.all_sms && p.m <= 16 && !p.batch_invariant; }
-
 // A split of K gives work to each SM, if each has enough of it to be worth the sum. More of it costs more than it brings, unless
 // a CTA would still have many k-blocks: then the second CTA of each SM keeps more loads under way (docs/tuning.md).
-const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
+const GemmConfig& weight_streaming_config(const GemmProblem& p, int num_sms) {
   constexpr int kLongK = 64, kFewest = 6;
   const GemmConfig* best = nullptr;
   for (const GemmConfig& config : all_gemm_configs()) {
@@ -63,7 +60,16 @@ const GemmConfig* weight_streaming_config(const GemmProblem& p, int num_sms) {
     const bool fits = ctas <= num_sms || (long_k && ctas <= max_ctas(config, p, num_sms));
     if (config.split_k == 1 || (fits && k_blocks / config.split_k >= kFewest)) best = &config;
   }
-  return best;
+  return *best;
+}
+
+// The few rows' kernels take two CTAs an SM and sum K in parts that other kernels do not have. With more than 8 rows they are
+// up to 6 % slower than tiles of 64, unless they may begin before the kernel ahead has ended, or tiles are too few for the
+// SMs (docs/tuning.md).
+bool streams_weights(const GemmProblem& p, int num_sms) {
+  constexpr int kFewTiles = 4;  // parts of K
+  if (!p.all_sms || p.m > 16 || p.batch_invariant) return false;
+  return p.m <= 8 || p.constant_b || weight_streaming_config(p, num_sms).split_k >= kFewTiles;
 }
 
 // Of 64 rows of long K, each CTA reads as much of A from L2 as of B from memory. Four that share it are 2 to 6 % faster in a
@@ -146,8 +152,8 @@ GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& pro
 }
 
 GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
-  if (streams_weights(problem))
-    return plan_with(*weight_streaming_config(problem, num_sms), kDefaultGroupM, problem, num_sms);
+  if (streams_weights(problem, num_sms))
+    return plan_with(weight_streaming_config(problem, num_sms), kDefaultGroupM, problem, num_sms);
   const GemmConfig* best = nullptr;
   double best_cycles = 0;
   for (const GemmConfig& config : all_gemm_configs()) {

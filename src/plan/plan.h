@@ -14,6 +14,7 @@ struct GemmProblem {
   OutType out;
   bool batch_invariant = false;  ///< the split of K may not depend on M
   bool all_sms = false;          ///< no other kernel needs SMs: two CTAs may share each
+  bool constant_b = false;       ///< the first of B may be read before the kernel ahead has ended
 
   friend bool operator==(const GemmProblem&, const GemmProblem&) = default;
 };

@@ -13,7 +13,8 @@ constexpr int kFormat = 1;
 
 bool is_for(const TunedGemm& entry, std::string_view gpu, const GemmProblem& problem, int num_sms) {
   GemmProblem wanted = entry.problem;
-  wanted.all_sms = problem.all_sms;  // as num_sms says
+  wanted.all_sms = problem.all_sms;        // as num_sms says
+  wanted.constant_b = problem.constant_b;  // what is measured stands alone
   return wanted == problem && entry.num_sms == num_sms && entry.gpu == gpu;
 }
 

@@ -32,8 +32,9 @@ TEST(Plan, ReturnsOnlyEnumeratedConfigs) {
   const auto& all = plan::all_gemm_configs();
   for (int i = 0; i < 20000; ++i) {
     const auto size = [&] { return 1 + int(std::exp(std::uniform_real_distribution(0.0, 10.0)(rng))); };
-    const plan::GemmProblem problem{size(),         size(),        size(), rng() % 2 ? OutType::bf16 : OutType::f32,
-                                    rng() % 4 == 0, rng() % 2 == 0};
+    const plan::GemmProblem problem{
+        size(),         size(),         size(),        rng() % 2 ? OutType::bf16 : OutType::f32,
+        rng() % 4 == 0, rng() % 2 == 0, rng() % 2 == 0};
     const int num_sms = 1 + rng() % 132;
     const plan::GemmPlan p = plan::plan_gemm(problem, num_sms);
     ASSERT_NE(std::find(all.begin(), all.end(), p.config), all.end());
@@ -45,16 +46,21 @@ std::string table_of_choices() {
   constexpr std::pair<int, int> kLayers[] = {{2112, 7168}, {24576, 1536}, {32768, 512}, {7168, 16384},
                                              {4096, 7168}, {7168, 2048},  {8192, 8192}, {576, 7168},
                                              {9216, 4096}, {4096, 8192},  {576, 512},   {2112, 768}};
-  std::string table = "# M N K out SMs: kernel, CTAs\n";
+  std::string table = "# M N K out SMs, with constant_b if that makes a difference: kernel, CTAs\n";
   constexpr int kAllSms = 132;
   for (const auto& [out, num_sms] : {std::pair{OutType::bf16, kAllSms}, {OutType::bf16, 108}, {OutType::f32, kAllSms}})
     for (const int m : {1, 9, 16, 17, 64, 65, 128, 129, 256, 512, 1024, 4096})
-      for (const auto& [n, k] : kLayers) {
-        const plan::GemmPlan p =
-            plan::plan_gemm({.m = m, .n = n, .k = k, .out = out, .all_sms = num_sms == kAllSms}, num_sms);
-        table += fmt::format("{} {} {} {} {}: {}, {}\n", m, n, k, out == OutType::bf16 ? "bf16" : "f32", num_sms,
-                             jit::gemm_source(p.config).name, p.num_ctas);
-      }
+      for (const auto& [n, k] : kLayers)
+        for (const bool constant_b : {false, true}) {
+          const plan::GemmProblem problem{
+              .m = m, .n = n, .k = k, .out = out, .all_sms = num_sms == kAllSms, .constant_b = constant_b};
+          const plan::GemmPlan p = plan::plan_gemm(problem, num_sms);
+          plan::GemmProblem otherwise = problem;
+          otherwise.constant_b = false;
+          if (constant_b && p == plan::plan_gemm(otherwise, num_sms)) continue;
+          table += fmt::format("{} {} {} {} {}{}: {}, {}\n", m, n, k, out == OutType::bf16 ? "bf16" : "f32", num_sms,
+                               constant_b ? " constant_b" : "", jit::gemm_source(p.config).name, p.num_ctas);
+        }
   return table;
 }
 
