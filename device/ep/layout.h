@@ -212,7 +212,6 @@ struct EpRouteSmem {
   int offsets, counts;  // [local experts + 1], [local experts]
   int num_tokens;       // [R]
   int ranges;           // EpRange [R]: this CTA's tokens
-  int rows;             // [R][choices of a CTA]: where they are few, else only the handle has them
   // Of senders.
   int own;   // [choices of a CTA]
   int sent;  // [2][E], or where "counted" [routing warps][E]
@@ -222,6 +221,8 @@ struct EpRouteSmem {
   int done;                        // [R]: pieces of a source that have been written
   int staged_rows, staged_tokens;  // [choices of a CTA], in order
   int stage;                       // [2][tokens of a CTA][pitch]: scales of the sources in turn
+  // Of receivers, if there is room, else only the handle has them.
+  int rows;  // [R][choices of a CTA]
   // What is between one and the next.
   int tokens_per_cta, choices_per_cta, seen_words, stage_pitch;
   i64 words;
@@ -231,7 +232,8 @@ constexpr int ep_tokens_per_cta(const EpShape& s) { return ceil_div(s.max_tokens
 constexpr int ep_choices_per_cta(const EpShape& s) { return ep_tokens_per_cta(s) * s.topk; }
 
 constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
-  constexpr i64 kMaxRows = 8192;
+  // With more shared memory L1 has 28 KB, too few for the loads that are on their way.
+  constexpr i64 kMaxRows = 8192, kMaxWords = (192 << 10) / 4;
   const i64 ranks = s.num_ranks, local = local_experts, choices = ep_choices_per_cta(s);
   EpRouteSmem l{};
   l.tokens_per_cta = ep_tokens_per_cta(s);
@@ -249,7 +251,6 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.counts = take(local);
   l.num_tokens = take(ranks);
   l.ranges = take(2 * ranks);
-  l.rows = take(ranks * choices <= kMaxRows ? ranks * choices : 0);
   l.own = take(choices);
   l.sent = take((s.counted ? kEpRouteWarps : 2) * i64(s.num_experts));
   l.seen = take(s.counted ? ranks * l.seen_words : 0);
@@ -258,6 +259,8 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.staged_rows = take(s.staged ? choices : 0);
   l.staged_tokens = take(s.staged ? choices : 0);
   l.stage = take(s.staged ? 2 * i64(l.tokens_per_cta) * l.stage_pitch : 0);
+  const i64 rows = ranks * choices;
+  l.rows = take(rows <= kMaxRows && l.words + rows <= kMaxWords ? rows : 0);
   return l;
 }
 constexpr i64 kEpMaxRouteSmemBytes = 48 << 10;  // of experts and sources alone

@@ -19,7 +19,7 @@ struct EpRouteState {
     num_tokens(s) = count;
     range(s) = ep_tokens_of_cta(count, blockIdx.x, p.c.by.receivers);
   }
-  __device__ __forceinline__ bool has_rows() const { return p.smem.rows != p.smem.own; }
+  __device__ __forceinline__ bool has_rows() const { return p.smem.rows < p.smem.words; }
   // Of this CTA's tokens of a source.
   __device__ __forceinline__ int* rows(int s) const {
     if (has_rows()) return smem + p.smem.rows + s * p.smem.choices_per_cta;
