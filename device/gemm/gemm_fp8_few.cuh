@@ -267,7 +267,7 @@ __device__ __forceinline__ void gemm_fp8_few(const GemmParams& p) {
   const SharedMemory<C> smem{smem_base};
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
 
-  ptx::grid_launch_dependents();
+  if (!p.leaves_sms) ptx::grid_launch_dependents();
   if (threadIdx.x == (kConsumerWarps + 2) * 32) {  // of a warp that has nothing else to do
     const auto pipe = smem.pipeline();
     for (int s = 0; s < C.num_stages; ++s) {

@@ -9,11 +9,12 @@ namespace phalanx {
 struct GemmParams {
   // First what every role needs before its first load: one or two lines of constant memory.
   int m, n, k;
-  int rows_a;        // block_m, or less: those that a tile of few rows has; not of gemm_fp8 without groups
-  int group_m;       // see DenseTiles
-  int sfa_by_tma;    // else a warp copies `sfa` float by float
-  int constant_b;    // B was complete before the previous kernel of the stream began; few rows only
-  int streams_b;     // few CTAs read each tile of B: it leaves L2 first. Of few rows always
+  int rows_a;      // block_m, or less: those that a tile of few rows has; not of gemm_fp8 without groups
+  int group_m;     // see DenseTiles
+  int sfa_by_tma;  // else a warp copies `sfa` float by float
+  int constant_b;  // B was complete before the previous kernel of the stream began; few rows only
+  int streams_b;   // few CTAs read each tile of B: it leaves L2 first. Of few rows always
+  int leaves_sms;  // to others, of other streams: the next kernel of this one may not begin early, as it would take them
   const float* sfa;  // [m, ceil(k / 128)]
   const float* sfb;  // [ceil(n / 128), ceil(k / 128)]
   i64 sfa_stride_m, sfa_stride_k, sfb_stride_n, sfb_stride_k;

@@ -171,7 +171,7 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / kWarpgroup, 0);  // tells the compiler that a warp agrees
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32 % 4, 0);
 
-  ptx::grid_launch_dependents();
+  if (!p.leaves_sms) ptx::grid_launch_dependents();
   if (threadIdx.x == C.num_threads() - 32) {  // of a warp that has nothing else to do meanwhile
     if constexpr (C.grouping == Grouping::rows && C.scaled() && C.may_read_b_once()) prefetch_weights<C>(p);
     init_barriers<C>(p, smem);

@@ -14,7 +14,9 @@ struct GemmOptions {
   /// Added to the product; of D's shape, dtype and device. May be D itself, else disjoint from it.
   std::optional<Tensor> c;
   Stream stream{};
-  int num_sms = 0;  ///< SMs that the kernel may use, to leave room for others; 0 means all
+  /// SMs that the kernel may use, to leave room for others; 0 means all. With fewer, the stream's next kernel does not begin
+  /// before this one ends, as it would take what is left.
+  int num_sms = 0;
   /// A row of D depends, to the bit, on its row of A (and C) and on B alone: not on M, its place, the other rows or
   /// `num_sms`. Costs a little where few rows would have K split among SMs.
   bool batch_invariant = false;

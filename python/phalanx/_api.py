@@ -26,7 +26,8 @@ def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=
     out:        [M, N] BF16 or FP32, written and returned. Without it a new array, whose row stride is padded to 16
                 bytes where N is not a multiple of 8 (FP32: 4)
     out_dtype:  BF16 or FP32, as the array library names it; by default that of `out`, else of `c`, else BF16
-    num_sms:    SMs that the kernel may use, to leave room for others; 0: all
+    num_sms:    SMs that the kernel may use, to leave room for others; 0: all. With fewer, the stream's next kernel does
+                not begin before this one ends, as it would take what is left
     batch_invariant:  a row of D depends, to the bit, on its row of A (and C) and on B alone: not on M, its place, the
                 other rows or num_sms. Costs a little where few rows would have K split among SMs
     constant_b: b was complete before the kernel ahead of this one in the stream began, as weights are. With at

@@ -81,7 +81,7 @@ void run_dense(const Tensor& a, const Tensor& b, const Tensor& d, const GemmOpti
     p.c_ptr = options.c->data, p.c_stride = row_stride(*options.c);
   }
   p.m = m, p.n = n, p.k = k;
-  launch(chosen, p, options.stream);
+  launch(chosen, p, place, options.stream);
 }
 
 void run_rows(GroupsBy by, const Tensor& a, const Tensor& b, const Tensor& groups, const Tensor& d,
@@ -107,7 +107,7 @@ void run_rows(GroupsBy by, const Tensor& a, const Tensor& b, const Tensor& group
   p.m = int(s.m), p.n = s.n, p.k = s.k;
   p.groups = groups_of(by, &groups, s.num_groups, s.limit, place);
   p.groups.a_pitch = a_rows.pitch, p.groups.b_pitch = of_b.lines.pitch, p.groups.d_pitch = d_rows.pitch;
-  launch(chosen, p, options.stream);
+  launch(chosen, p, place, options.stream);
 }
 
 void run_columns(const Tensor& a, const Tensor& b, const Tensor& offsets, const Tensor& d,
@@ -134,7 +134,7 @@ void run_columns(const Tensor& a, const Tensor& b, const Tensor& offsets, const 
   p.m = m, p.n = n, p.k = tokens;
   p.groups = groups_of(GroupsBy::offsets, &offsets, num_groups, tokens, place);
   p.groups.d_pitch = d_rows.pitch;
-  launch(chosen, p, options.stream);
+  launch(chosen, p, place, options.stream);
 }
 
 using RowsOnCpu = void(const Tensor& a, const Tensor& b, const Tensor& groups, const Tensor& d, bool batch_invariant);

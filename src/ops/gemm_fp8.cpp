@@ -112,7 +112,7 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   p.d_ptr = d.data, p.d_stride = row_stride(d);
   if (options.c) p.c_ptr = options.c->data, p.c_stride = row_stride(*options.c);
   p.m = m, p.n = n, p.k = k;
-  launch(chosen, p, options.stream);
+  launch(chosen, p, place, options.stream);
 }
 
 }  // namespace

@@ -131,6 +131,7 @@ struct RowsProduct {
     p.sfb_stride_n = b.scales.strides[1], p.sfb_stride_k = b.scales.strides[2];
     p.m = int(s.m), p.n = s.n, p.k = s.k;
     p.group_m = chosen.plan.group_m;
+    p.leaves_sms = !place.all_sms;
     p.streams_b = plan::weights_leave_l2_first(config(), problem);
     const int64_t rows_each = expected_rows > 0 ? expected_rows : s.m / s.num_groups;
     p.groups = groups_of(by, &groups, s.num_groups, s.limit, place);
@@ -149,7 +150,7 @@ struct RowsProduct {
     if (config().stores_by_tma()) params.d = d_rows.map(config().consumer_rows(), config().panel_columns());
     params.d_ptr = d.data, params.d_stride = row_stride(d_rows.matrix);
     params.groups.d_pitch = d_rows.pitch;
-    launch(chosen, params, stream);
+    launch(chosen, params, place, stream);
   }
 };
 
@@ -217,7 +218,7 @@ void run_columns(const ScaledTensor& a, const ScaledTensor& b, const Tensor* off
   p.m = m, p.n = n, p.k = k;
   p.groups = groups_of(GroupsBy::offsets, offsets, num_groups, k, place);
   p.groups.d_pitch = d_rows.pitch;
-  launch(chosen, p, options.stream);
+  launch(chosen, p, place, options.stream);
 }
 
 using RowsOnCpu = void(const ScaledTensor& a, const ScaledTensor& b, const Tensor& groups, const Tensor& d,

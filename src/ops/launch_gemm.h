@@ -83,9 +83,10 @@ inline void launch(const PlannedGemm& planned, const void* params, Stream stream
       stream.handle);
 }
 
-/// The same of a kernel that wants `p`, which lacks only what the plan says.
-inline void launch(const PlannedGemm& planned, GemmParams& p, Stream stream) {
+/// The same of a kernel that wants `p`, which lacks only what the plan and the place say.
+inline void launch(const PlannedGemm& planned, GemmParams& p, const Place& place, Stream stream) {
   p.group_m = planned.plan.group_m;
+  p.leaves_sms = !place.all_sms;
   launch(planned, static_cast<const void*>(&p), stream);
 }
 

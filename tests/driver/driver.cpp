@@ -2,6 +2,7 @@
 // host's. Kernels do not run, but their launches and tensor maps are held to the rules of the real driver. A kernel "takes" a
 // microsecond for each CTA.
 #include "cuda/driver.h"
+#include "device/gemm/params.h"
 
 #include <cstdint>
 #include <cstdio>
@@ -87,7 +88,7 @@ CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char*) {
   return *kernel = reinterpret_cast<CUkernel>(library), kSuccess;
 }
 
-CUresult cuLaunchKernelEx(const LaunchConfig* config, CUfunction function, void**, void**) {
+CUresult cuLaunchKernelEx(const LaunchConfig* config, CUfunction function, void** params, void**) {
   auto& driver = pretended_driver();
   if (driver.launch_error != 0) return driver.launch_error;
   unsigned cluster = 1;
@@ -108,6 +109,7 @@ CUresult cuLaunchKernelEx(const LaunchConfig* config, CUfunction function, void*
   driver.num_ctas = config->grid_x;
   driver.stream = config->stream;
   driver.programmatic = programmatic;
+  driver.leaves_sms = static_cast<const phalanx::GemmParams*>(params[0])->leaves_sms != 0;
   return kSuccess;
 }
 

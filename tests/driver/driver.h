@@ -17,6 +17,7 @@ struct PretendedDriver {
   unsigned num_ctas = 0;
   void* stream = nullptr;
   bool programmatic = false;
+  bool leaves_sms = false;  ///< only products are launched here
 };
 
 PretendedDriver& pretended_driver();

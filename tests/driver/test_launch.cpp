@@ -65,6 +65,7 @@ TEST_F(Launch, RandomShapesMakeSoundMapsAndLaunches) {
     ASSERT_NO_THROW(product.run(options)) << to_string(product.a.data) << " " << to_string(product.d);
     ASSERT_EQ(driver.launches, before + 1);
     EXPECT_TRUE(driver.programmatic);
+    EXPECT_EQ(driver.leaves_sms, options.num_sms > 0) << "so that the next kernel does not take what is left to others";
     if (options.num_sms > 0) {
       EXPECT_LE(driver.num_ctas, unsigned(options.num_sms)) << to_string(product.a.data);
     }
