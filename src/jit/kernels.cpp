@@ -63,7 +63,8 @@ std::vector<KernelSource> all_kernels() {
     kernels.push_back(swiglu_quantize_source({type}));
     kernels.push_back(swiglu_backward_source({type}));
   }
-  kernels.insert(kernels.end(), {swiglu_quantize_both_source(), swiglu_backward_both_source()});
+  kernels.insert(kernels.end(), {swiglu_quantize_both_source(), swiglu_backward_both_source(false),
+                                 swiglu_backward_both_source(true)});
   kernels.insert(kernels.end(),
                  {route_source(), permute_source(), route_and_permute_source(false), route_and_permute_source(true)});
   for (const bool rows_f32 : {false, true}) {

@@ -16,7 +16,7 @@ KernelSource dequantize_source(const DequantizeConfig& config);
 KernelSource swiglu_quantize_source(const SwigluConfig& config);
 KernelSource swiglu_backward_source(const SwigluBackwardConfig& config);
 KernelSource swiglu_quantize_both_source();
-KernelSource swiglu_backward_both_source();
+KernelSource swiglu_backward_both_source(bool pairs);
 KernelSource route_source();
 KernelSource permute_source();
 KernelSource route_and_permute_source(bool quantize);

@@ -78,9 +78,10 @@ KernelSource swiglu_quantize_both_source() {
                 ".type = FloatType::bf16", "SwigluParams", ", kConfig.min_ctas()");
 }
 
-KernelSource swiglu_backward_both_source() {
-  return kernel("swiglu_backward_both_bf16", "swiglu_backward_both", "swiglu_tiles", "SwigluTilesConfig",
-                ".type = FloatType::bf16", "SwigluBackwardBothParams", ", kConfig.min_ctas()");
+KernelSource swiglu_backward_both_source(bool pairs) {
+  return kernel(pairs ? "swiglu_backward_both_pairs_bf16" : "swiglu_backward_both_bf16", "swiglu_backward_both",
+                "swiglu_tiles", "SwigluTilesConfig", format_text(".type = FloatType::bf16, .pairs = {}", pairs),
+                "SwigluBackwardBothParams", ", kConfig.min_ctas()");
 }
 
 }  // namespace phalanx::jit

@@ -104,14 +104,24 @@ void quantize_both_on_cuda(const Tensor& x, const ScaledTensor& q, const ScaledT
   kernel.launch({.num_ctas = num_ctas, .num_threads = kConfig.num_threads()}, &params, options.stream.handle);
 }
 
+// A block of columns must not have gates and ups both, unless they take turns; and there must be work for all SMs.
+bool backward_in_pairs(const Tensor& x, bool vectors, const SwigluOptions& options) {
+  constexpr int64_t kEnoughCtas = 264;  // two an SM
+  const int64_t cols = x.cols() / 2;
+  return vectors && (options.interleaved || cols % kQuantizeBlock == 0) &&
+         SquareTiles::num_ctas(x.rows(), cols) >= kEnoughCtas;
+}
+
 void backward_both_on_cuda(const Tensor& x, const Tensor& grad, const ScaledTensor& q, const ScaledTensor& q_t,
                            const SwigluOptions& options) {
   const int ordinal = x.device.index;
   require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
-  constexpr SwigluTilesConfig kConfig{FloatType::bf16};
-  static KernelOfDevice kernels;
-  const cuda::Kernel& kernel = kernels.get(ordinal, jit::swiglu_backward_both_source);
+  const bool vectors = gate_up_has_vectors(x, q.data) && rows_are_aligned(grad, 16);
+  const SwigluTilesConfig config{FloatType::bf16, backward_in_pairs(x, vectors, options)};
+  static KernelOfDevice kernels[2];
+  const cuda::Kernel& kernel = kernels[config.pairs].get(
+      ordinal, [&] { return jit::swiglu_backward_both_source(config.pairs); }, config.smem_bytes());
   const SwigluBackwardBothParams params{.x = x.data,
                                         .x_stride = row_stride(x),
                                         .grad = grad.data,
@@ -124,10 +134,11 @@ void backward_both_on_cuda(const Tensor& x, const Tensor& grad, const ScaledTens
                                         .cols = int(x.cols() / 2),
                                         .limit = options.limit,
                                         .interleaved = options.interleaved,
-                                        .vectors = gate_up_has_vectors(x, q.data) && rows_are_aligned(grad, 16),
+                                        .vectors = vectors,
                                         .pow2_scales = options.pow2_scales};
-  const int num_ctas = int(SquareTiles::num_ctas(x.rows(), x.cols()));
-  kernel.launch({.num_ctas = num_ctas, .num_threads = kConfig.num_threads()}, &params, options.stream.handle);
+  const int num_ctas = int(config.num_backward_ctas(x.rows(), x.cols() / 2));
+  kernel.launch({.num_ctas = num_ctas, .num_threads = config.num_threads(), .smem_bytes = config.smem_bytes()}, &params,
+                options.stream.handle);
 }
 
 }  // namespace

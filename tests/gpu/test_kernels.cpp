@@ -289,7 +289,8 @@ void check_swiglu_both(int m, int n, bool interleaved, float limit, std::mt19937
 
 TEST_F(OnGpu, EverySwigluKernelGivesTheBytesOfTheCpu) {
   std::mt19937 rng(kSeed);
-  for (const auto& [m, n] : {std::pair{1, 8}, {5, 304}, {13, 2056}, {2050, 264}}) {  // the last by several rows at once
+  for (const auto& [m, n] :
+       {std::pair{1, 8}, {5, 304}, {13, 2056}, {2050, 264}, {2050, 2048}}) {  // by several rows at once, by pairs
     for (const bool interleaved : {false, true}) {
       for (const float limit : {std::numeric_limits<float>::infinity(), 3.0f}) {
         SCOPED_TRACE(::testing::Message() << m << "x" << n << " limit " << limit);

@@ -190,9 +190,9 @@ void run_backward(Problem<T>& problem) {
 }
 
 void run_both(Problem<cpu::Bf16>& problem) {
-  constexpr SwigluTilesConfig kConfig{FloatType::bf16};
+  constexpr SwigluTilesConfig kConfig{FloatType::bf16}, kPairs{.type = FloatType::bf16, .pairs = true};
   const int rows = problem.rows, cols = problem.cols;
-  Outputs q(rows, cols), q_t(cols, rows), g(rows, 2 * cols), g_t(2 * cols, rows);
+  Outputs q(rows, cols), q_t(cols, rows);
   const Tensor x = problem.x.tensor(), grad = problem.grad.tensor();
   cpu::swiglu_quantize_both(x, q.of_cpu(), q_t.of_cpu(), problem.options());
   const SwigluParams forward = problem.forward(q.of_kernel(), scaled_matrix(q_t.of_kernel()), 0);
@@ -202,8 +202,11 @@ void run_both(Problem<cpu::Bf16>& problem) {
   q_t.expect_equal();
 
   if (cols % 8 != 0) return;
-  cpu::swiglu_backward_both(x, grad, g.of_cpu(), g_t.of_cpu(), problem.options());
-  const SwigluBackwardBothParams backward{.x = x.data,
+  const bool vectors = has_vectors(x, nullptr, cols);
+  const auto run_backward = [&](const SwigluTilesConfig& config, const auto& kernel) {
+    Outputs g(rows, 2 * cols), g_t(2 * cols, rows);
+    cpu::swiglu_backward_both(x, grad, g.of_cpu(), g_t.of_cpu(), problem.options());
+    const SwigluBackwardBothParams params{.x = x.data,
                                           .x_stride = row_stride(x),
                                           .grad = grad.data,
                                           .grad_stride = row_stride(grad),
@@ -215,17 +218,20 @@ void run_both(Problem<cpu::Bf16>& problem) {
                                           .cols = cols,
                                           .limit = problem.limit,
                                           .interleaved = problem.interleaved,
-                                          .vectors = has_vectors(x, nullptr, cols),
+                                          .vectors = vectors,
                                           .pow2_scales = false};
-  simt::launch(int(SquareTiles::num_ctas(rows, 2 * cols)), kConfig.num_threads(),
-               [&] { swiglu_backward_both<kConfig>(backward); });
-  g.expect_equal();
-  g_t.expect_equal();
+    simt::launch(int(config.num_backward_ctas(rows, cols)), config.num_threads(), [&] { kernel(params); });
+    g.expect_equal();
+    g_t.expect_equal();
+  };
+  run_backward(kConfig, swiglu_backward_both<kConfig>);
+  if (vectors && (problem.interleaved || cols % kQuantizeBlock == 0))
+    run_backward(kPairs, swiglu_backward_both<kPairs>);
 }
 
 TYPED_TEST(Simulated, SwigluGivesTheBytesOfTheCpu) {
   std::mt19937 rng(kSeed);
-  for (const auto& [rows, cols] : {std::pair{1, 8}, {6, 304}, {17, 33}, {133, 136}}) {
+  for (const auto& [rows, cols] : {std::pair{1, 8}, {6, 304}, {17, 33}, {133, 136}, {130, 256}}) {
     if (rows > 128 && !std::is_same_v<TypeParam, cpu::Bf16>) continue;  // for the square tiles
     for (const bool interleaved : {false, true}) {
       if (interleaved && cols % 8 != 0) continue;
