@@ -133,16 +133,21 @@ __device__ __forceinline__ void store_rows(void* data, const P (&x)[kRows], i64 
 
 // |x| of the elements in a word, two to a word in 16-bit types, as signed integers: the bits without the sign, and
 // kZero added, which makes NaN and infinity negative. The maximum with kZero is of the finite ones then, or zero's.
+// FP32 as what it is: infinity becomes NaN, which a maximum passes over. That leaves the integer units, which are what
+// tiles of both ways wait for, one instruction of three.
 template <FloatType T>
 struct Magnitudes {
-  static constexpr u32 kZeroOfOne = T == FloatType::f16 ? 0x0400 : T == FloatType::bf16 ? 0x0080 : 0x00800000;
-  static constexpr u32 kZero = T == FloatType::f32 ? kZeroOfOne : kZeroOfOne * 0x10001u;
+  static constexpr u32 kZeroOfOne = T == FloatType::f16 ? 0x0400 : T == FloatType::bf16 ? 0x0080 : 0;
+  static constexpr u32 kZero = kZeroOfOne * 0x10001u;
 
   static __device__ __forceinline__ u32 of(u32 word) {
-    return T == FloatType::f32 ? (word & 0x7fffffffu) + kZero : ptx::add_u16x2(word & 0x7fff7fffu, kZero);
+    if constexpr (T != FloatType::f32) return ptx::add_u16x2(word & 0x7fff7fffu, kZero);
+    const float x = __uint_as_float(word);
+    return __float_as_uint(fabsf(__fmaf_rn(x, 0.0f, x)));
   }
   static __device__ __forceinline__ u32 max(u32 a, u32 b) {
-    return T == FloatType::f32 ? u32(::max(int(a), int(b))) : ptx::max_s16x2(a, b);
+    if constexpr (T != FloatType::f32) return ptx::max_s16x2(a, b);
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
   }
   // Of maxima: the larger of those in a word, and its value.
   static __device__ __forceinline__ u32 largest(u32 m) { return T == FloatType::f32 ? m : ::max(m & 0xffffu, m >> 16); }

@@ -52,13 +52,13 @@ struct SwigluGradient {
   float unweighted;  // h without the weight, whose gradient is the sum of it times that of h
 };
 
-template <class Math>
+template <class Math, bool kLimited = true>
 constexpr SwigluGradient swiglu_gradient(float gate, float up, float limit, float dh) {
-  const float g = Math::max(Math::min(gate, limit), kSwigluMinGate);
-  const float u = Math::max(Math::min(up, limit), -limit);
+  const float g = Math::max(kLimited ? Math::min(gate, limit) : gate, kSwigluMinGate);
+  const float u = kLimited ? Math::max(Math::min(up, limit), -limit) : up;
   const float s = sigmoid<Math>(g), silu = g * s, slope = Math::fma(silu, 1.0f - s, s);
-  const bool up_cut = up > limit || up < -limit;
-  return {.gate = gate > limit ? 0.0f : dh * u * slope, .up = up_cut ? 0.0f : dh * silu, .unweighted = silu * u};
+  const bool gate_cut = kLimited && gate > limit, up_cut = kLimited && (up > limit || up < -limit);
+  return {.gate = gate_cut ? 0.0f : dh * u * slope, .up = up_cut ? 0.0f : dh * silu, .unweighted = silu * u};
 }
 
 // Where the gate of output column c lies in a row of x, and how far behind it the up: halves [gate | up], or 8 and 8 in

@@ -53,7 +53,7 @@ __device__ __forceinline__ void swiglu_backward_rows(const SwigluBackwardParams&
     load_rows(ups, x + up, p.x_stride, rows, p.cols - col, p.vectors);
     load_rows(grads, grad, p.grad_stride, rows, p.cols - col, p.vectors);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) sum[r] += backward_piece(gates[r], ups[r], grads[r], p.limit, weight[r]);
+    for (int r = 0; r < kRows; ++r) sum[r] += backward_piece<true>(gates[r], ups[r], grads[r], p.limit, weight[r]);
     store_rows(grad_x, gates, p.grad_x_stride, rows, p.cols - col, p.vectors);
     store_rows(grad_x + up, ups, p.grad_x_stride, rows, p.cols - col, p.vectors);
   }

@@ -20,6 +20,9 @@ struct DeviceMath {
   }
 };
 
+// Whether gate and up are clamped at all; what is not need not be computed.
+__device__ __forceinline__ bool has_limit(float limit) { return limit != __uint_as_float(0x7f800000u); }
+
 // Of kRows rows from `row` on, of which `rows` exist.
 template <int kRows>
 __device__ __forceinline__ void load_weights(float (&weight)[kRows], const float* weights, i64 stride, i64 row,
@@ -62,11 +65,11 @@ __device__ __forceinline__ void weight_pieces(Piece<FloatType::f32, kCount> (&h)
 }
 
 // Turns gate and up into their gradients. Returns the sum of grad times the unweighted result.
-template <class P>
+template <bool kLimited, class P>
 __device__ __forceinline__ float backward_piece(P& gate, P& up, const P& grad, float limit, float weight) {
   float sum = 0;
   const auto gradient = [&](int i) {
-    const SwigluGradient g = swiglu_gradient<DeviceMath>(gate[i], up[i], limit, grad[i] * weight);
+    const SwigluGradient g = swiglu_gradient<DeviceMath, kLimited>(gate[i], up[i], limit, grad[i] * weight);
     sum += grad[i] * g.unweighted;
     return g;
   };

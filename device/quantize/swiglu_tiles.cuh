@@ -27,7 +27,10 @@ __device__ __forceinline__ void swiglu_quantize_both(const SwigluParams& p) {
   if (tile.rows > 0) {  // where there are few, the others' would take most of the time
     P gate[kRows], up[kRows];
     load_swiglu(gate, up, p, tile);
-    swiglu_pieces<kRows, true>(h, gate, up, p.limit);
+    if (has_limit(p.limit))
+      swiglu_pieces<kRows, true>(h, gate, up, p.limit);
+    else
+      swiglu_pieces<kRows, false>(h, gate, up, p.limit);
     weight_pieces(h, p, tile);
   }
   quantize_pieces(h, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);
@@ -86,7 +89,10 @@ __device__ __forceinline__ void swiglu_backward_pairs(const SwigluBackwardBothPa
     load_weights(weight, p.weights, p.weight_stride, row + r0, rows);
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
-      backward_piece(gates[r], ups[r], grads[r], p.limit, weight[r]);
+      if (has_limit(p.limit))
+        backward_piece<true>(gates[r], ups[r], grads[r], p.limit, weight[r]);
+      else
+        backward_piece<false>(gates[r], ups[r], grads[r], p.limit, weight[r]);
       if (p.interleaved) exchange_with_neighbour(gates[r], ups[r]);
       store_vector<P::kBytes>(mine + (r0 + r) * C.num_threads(), gates[r].word);
       store_vector<P::kBytes>(mine + (kRows + r0 + r) * C.num_threads(), ups[r].word);
@@ -132,7 +138,7 @@ __device__ __forceinline__ void swiglu_backward_both(const SwigluBackwardBothPar
     if (rows <= 0) continue;
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
-      backward_piece(gates[r], ups[r], grads[r], p.limit, weight[r]);
+      backward_piece<true>(gates[r], ups[r], grads[r], p.limit, weight[r]);
 #pragma unroll
       for (int i = 0; i < P::kWords; ++i) gradient[r0 + r].word[i] = mine.is_up ? ups[r].word[i] : gates[r].word[i];
     }
