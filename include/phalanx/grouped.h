@@ -17,7 +17,7 @@ inline constexpr int kMaxGroups = 512;
 
 struct GroupedGemmOptions {
   Stream stream{};
-  int num_sms = 0;        ///< SMs that the kernel may use, to leave room for others; 0 means all
+  int num_sms = 0;        ///< SMs that the kernel may use, as in GemmOptions; 0 means all
   int expected_rows = 0;  ///< of a group: how the kernel is chosen, never what it computes; 0 means unknown
   /// A row's result depends on that row and its group's B alone, to the bit. So it always is on CUDA; the CPU takes longer for it.
   bool batch_invariant = false;

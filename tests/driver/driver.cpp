@@ -68,6 +68,9 @@ CUresult cuCtxGetCurrent(CUcontext* context) { return *context = current, kSucce
 CUresult cuCtxSetCurrent(CUcontext context) { return current = context, kSuccess; }
 CUresult cuCtxGetDevice(CUdevice* device) { return *device = device_of(current), kSuccess; }
 
+CUresult cuMemHostAlloc(void** pointer, std::size_t bytes, unsigned) {
+  return *pointer = std::calloc(1, bytes), *pointer ? kSuccess : kInvalidValue;
+}
 CUresult cuMemAlloc_v2(CUdeviceptr* pointer, std::size_t bytes) {
   return *pointer = reinterpret_cast<CUdeviceptr>(std::aligned_alloc(256, (bytes + 255) / 256 * 256)), kSuccess;
 }

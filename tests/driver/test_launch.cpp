@@ -1,20 +1,29 @@
 // The host's side of a CUDA product, from checks to the launch, over the pretended driver.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <random>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "cuda/driver.h"
 #include "phalanx/gemm.h"
+#include "phalanx/gemm_bf16.h"
+#include "phalanx/grouped.h"
 #include "tests/driver/driver.h"
 
 namespace phalanx::test {
 namespace {
 
-// Operands of any shape at places of their own. Nobody reads them.
+// A place of its own for so many bytes, which nobody reads.
+void* somewhere(std::int64_t bytes) {
+  static std::atomic<std::int64_t> next{1ll << 40};
+  return reinterpret_cast<void*>(next.fetch_add((bytes + 511) / 256 * 256));
+}
+constexpr Device kCuda{DeviceType::cuda, 0};
+
+// Operands of any shape.
 class Product {
  public:
   Product(std::int64_t m, std::int64_t n, std::int64_t k, int ordinal = 0, int pad = 0, DType out = DType::bf16)
@@ -22,11 +31,11 @@ class Product {
     const std::int64_t k_blocks = (k + 127) / 128, n_blocks = (n + 127) / 128, units = 16 / size_of(out);
     const auto padded = [](std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; };
     const std::int64_t row = padded(k, 16) + 16 * pad, out_row = padded(n, units) + units * pad;
-    a = {row_major(place(m * row), DType::e4m3, m, k, device_, row),
-         col_major(place(4 * (m + 4) * k_blocks), DType::f32, m, k_blocks, device_, padded(m, 4))};
-    b = {row_major(place(n * row), DType::e4m3, n, k, device_, row),
-         row_major(place(4 * n_blocks * k_blocks), DType::f32, n_blocks, k_blocks, device_)};
-    d = row_major(place(m * out_row * size_of(out)), out, m, n, device_, out_row);
+    a = {row_major(somewhere(m * row), DType::e4m3, m, k, device_, row),
+         col_major(somewhere(4 * (m + 4) * k_blocks), DType::f32, m, k_blocks, device_, padded(m, 4))};
+    b = {row_major(somewhere(n * row), DType::e4m3, n, k, device_, row),
+         row_major(somewhere(4 * n_blocks * k_blocks), DType::f32, n_blocks, k_blocks, device_)};
+    d = row_major(somewhere(m * out_row * size_of(out)), out, m, n, device_, out_row);
   }
 
   void run(const GemmOptions& options = {}) const { gemm_fp8(a, b, d, options); }
@@ -35,12 +44,7 @@ class Product {
   Tensor d;
 
  private:
-  void* place(std::int64_t bytes) {
-    return reinterpret_cast<void*>(std::exchange(next_, next_ + (bytes + 511) / 256 * 256));
-  }
-
   Device device_;
-  std::int64_t next_ = 1ll << 40;
 };
 
 class Launch : public testing::Test {
@@ -69,6 +73,50 @@ TEST_F(Launch, RandomShapesMakeSoundMapsAndLaunches) {
     if (options.num_sms > 0) {
       EXPECT_LE(driver.num_ctas, unsigned(options.num_sms)) << to_string(product.a.data);
     }
+  }
+}
+
+TEST_F(Launch, ProductsOfEveryKindLeaveTheSmsThatTheyAreNotGiven) {
+  constexpr int kRows = 4096, kGroups = 4, kColumns = 512, kDepth = 1024;
+  const auto matrix = [](DType dtype, std::int64_t rows, std::int64_t cols) {
+    return row_major(somewhere(rows * cols * size_of(dtype)), dtype, rows, cols, kCuda);
+  };
+  const auto stack = [](DType dtype, std::int64_t rows, std::int64_t cols) -> Tensor {
+    void* data = somewhere(kGroups * rows * cols * size_of(dtype));
+    return {data, dtype, kCuda, 3, {kGroups, rows, cols}, {rows * cols, cols, 1}};
+  };
+  const ScaledTensor a{matrix(DType::e4m3, kRows, kDepth),
+                       col_major(somewhere(4 * kRows * kDepth / 128), DType::f32, kRows, kDepth / 128, kCuda)};
+  const ScaledTensor experts{stack(DType::e4m3, kColumns, kDepth), stack(DType::f32, kColumns / 128, kDepth / 128)};
+  const ScaledTensor q{matrix(DType::e4m3, kRows, kColumns / 2),
+                       col_major(somewhere(4 * kRows * kColumns / 256), DType::f32, kRows, kColumns / 256, kCuda)};
+  const Tensor offsets{somewhere(4 * (kGroups + 1)), DType::int32, kCuda, 1, {kGroups + 1}, {1}},
+      d = matrix(DType::bf16, kRows, kColumns);
+  const Tensor a_bf16 = matrix(DType::bf16, kRows, kDepth), b_bf16 = matrix(DType::bf16, kColumns, kDepth);
+  const Tensor square = matrix(DType::f32, kRows, kRows), gradient = stack(DType::f32, kDepth, kDepth);
+  for (const int num_sms : {0, 100, kSms}) {
+    const auto expect = [&](const char* what) {
+      EXPECT_EQ(driver.leaves_sms, num_sms == 100) << what << ", " << num_sms << " SMs";
+      driver.leaves_sms = num_sms != 100;
+    };
+    driver.leaves_sms = num_sms != 100;
+    GemmOptions options;
+    GroupedGemmOptions of_groups;
+    GroupedSwigluOptions of_swiglu;
+    WgradOptions of_gradients;
+    options.num_sms = of_groups.num_sms = of_swiglu.num_sms = of_gradients.num_sms = num_sms;
+    gemm_bf16(a_bf16, b_bf16, d, options);
+    expect("gemm_bf16");
+    grouped_gemm_fp8(a, experts, offsets, d, of_groups);
+    expect("grouped_gemm_fp8");
+    grouped_gemm_bf16(a_bf16, stack(DType::bf16, kColumns, kDepth), offsets, d, of_groups);
+    expect("grouped_gemm_bf16");
+    grouped_gemm_fp8_swiglu(a, experts, offsets, q, of_swiglu);
+    expect("grouped_gemm_fp8_swiglu");
+    wgrad_fp8(a, a, square, of_gradients);
+    expect("wgrad_fp8");
+    grouped_wgrad_bf16(a_bf16, a_bf16, offsets, gradient, of_gradients);
+    expect("grouped_wgrad_bf16");
   }
 }
 
