@@ -17,7 +17,7 @@ def grouped_gemm_fp8(a, b, offsets, out=None, out_dtype=None, num_sms=0, expecte
                     a group, 0 included; nothing about them is needed on the host
     out:            [M, N] BF16 or FP32, written and returned; without it a new array. Rows of no group are not written
     out_dtype:      of the new array, as the array library names it; BF16 by default
-    num_sms:        SMs that the kernel may use, to leave room for others; 0: all
+    num_sms:        as in `gemm_fp8`
     expected_rows:  of a group: helps to choose a kernel, and nothing else
     batch_invariant:  a row's bits depend on that row and its group's B alone. On CUDA they always do; the CPU takes
                     longer for it
