@@ -14,7 +14,7 @@ constexpr int kFormat = 1;
 bool is_for(const TunedGemm& entry, std::string_view gpu, const GemmProblem& problem, int num_sms) {
   GemmProblem wanted = entry.problem;
   wanted.all_sms = problem.all_sms;        // as num_sms says
-  wanted.constant_b = problem.constant_b;  // what is measured stands alone
+  wanted.constant_b = problem.constant_b;  // see find
   return wanted == problem && entry.num_sms == num_sms && entry.gpu == gpu;
 }
 
@@ -92,7 +92,9 @@ std::optional<GemmPlan> TunedGemms::find(std::string_view gpu, const GemmProblem
   const auto plan = parse_plan(entry->config, problem, num_sms);
   const auto& kernels = all_gemm_configs();
   if (!plan || std::find(kernels.begin(), kernels.end(), plan->config) == kernels.end()) return std::nullopt;
-  return plan;
+  // It was the fastest alone. Where weights may come early, a kernel that makes use of that is not given up for one that does not.
+  const bool gives_up = problem.constant_b && !plan->config.few_rows() && plan_gemm(problem, num_sms).config.few_rows();
+  return gives_up ? std::nullopt : plan;
 }
 
 void TunedGemms::put(TunedGemm entry) {

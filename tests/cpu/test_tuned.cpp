@@ -54,6 +54,24 @@ TEST(Tuned, FindsExactlyWhatWasMeasured) {
     EXPECT_FALSE(read.find("NVIDIA H200", other, 132));
 }
 
+TEST(Tuned, ConstantWeightsKeepTheKernelThatReadsThemEarly) {
+  const GemmProblem alone{.m = 5, .n = 7168, .k = 2048, .out = OutType::bf16, .all_sms = true};
+  GemmProblem in_chain = alone, many_rows = kProblem;
+  in_chain.constant_b = many_rows.constant_b = true;
+  const GemmConfig few = plan_gemm(in_chain, 132).config;
+  ASSERT_TRUE(few.few_rows());
+  const GemmConfig tile = plan_gemm(kProblem, 132).config;
+
+  TunedGemms tuned;
+  tuned.put(entry_for(alone, tile));
+  EXPECT_EQ(tuned.find("NVIDIA H200", alone, 132)->config, tile);
+  EXPECT_FALSE(tuned.find("NVIDIA H200", in_chain, 132));
+  tuned.put(entry_for(alone, few));
+  EXPECT_EQ(tuned.find("NVIDIA H200", in_chain, 132)->config, few);
+  tuned.put(entry_for(kProblem, other_config(kProblem)));
+  EXPECT_EQ(tuned.find("NVIDIA H200", many_rows, 132)->config, other_config(kProblem));
+}
+
 TEST(Tuned, ALaterMeasurementReplacesAnEarlierOne) {
   TunedGemms tuned;
   tuned.put(entry_for(kProblem, plan_gemm(kProblem, 132).config));
