@@ -130,8 +130,6 @@ struct RowsProduct {
     p.sfa_stride_m = sa[a.scales.ndim - 2], p.sfa_stride_k = sa[a.scales.ndim - 1];
     p.sfb_stride_n = b.scales.strides[1], p.sfb_stride_k = b.scales.strides[2];
     p.m = int(s.m), p.n = s.n, p.k = s.k;
-    p.group_m = chosen.plan.group_m;
-    p.leaves_sms = !place.all_sms;
     p.streams_b = plan::weights_leave_l2_first(config(), problem);
     const int64_t rows_each = expected_rows > 0 ? expected_rows : s.m / s.num_groups;
     p.groups = groups_of(by, &groups, s.num_groups, s.limit, place);
@@ -182,7 +180,7 @@ void run_swiglu(const ScaledTensor& a, const ScaledTensor& b, const Tensor& offs
                      .limit = options.limit,
                      .pow2_scales = options.pow2_scales};
   const cuda::ContextGuard context(product.place.ordinal);
-  launch(product.chosen, static_cast<const void*>(&p), options.stream);
+  launch(product.chosen, &p, p.gemm, product.place, options.stream);
 }
 
 // Without offsets: one group of all columns.

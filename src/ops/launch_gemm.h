@@ -75,19 +75,18 @@ inline GroupParams groups_of(GroupsBy by, const Tensor* bounds, int num_groups, 
           .limit = limit};
 }
 
-/// Enqueues the kernel, with parameters that it wants as they are.
-inline void launch(const PlannedGemm& planned, const void* params, Stream stream) {
+/// Enqueues the kernel with `params`, of which `p`, a part or all, lacks only what the plan and the place say.
+inline void launch(const PlannedGemm& planned, const void* params, GemmParams& p, const Place& place, Stream stream) {
+  p.group_m = planned.plan.group_m;
+  p.leaves_sms = !place.all_sms;
   const GemmConfig& config = planned.plan.config;
   planned.kernel->launch(
       {planned.plan.num_ctas, config.num_threads(), config.cluster_size(), smem_layout(config).total}, params,
       stream.handle);
 }
 
-/// The same of a kernel that wants `p`, which lacks only what the plan and the place say.
 inline void launch(const PlannedGemm& planned, GemmParams& p, const Place& place, Stream stream) {
-  p.group_m = planned.plan.group_m;
-  p.leaves_sms = !place.all_sms;
-  launch(planned, static_cast<const void*>(&p), stream);
+  launch(planned, &p, p, place, stream);
 }
 
 }  // namespace phalanx
