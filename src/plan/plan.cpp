@@ -63,13 +63,14 @@ const GemmConfig& weight_streaming_config(const GemmProblem& p, int num_sms) {
   return *best;
 }
 
-// The few rows' kernels take two CTAs an SM and sum K in parts that other kernels do not have. With more than 8 rows they are
-// up to 6 % slower than tiles of 64, unless they may begin before the kernel ahead has ended, or tiles are too few for the
-// SMs (docs/tuning.md).
-bool streams_weights(const GemmProblem& p, int num_sms) {
+// The few rows' kernel for a product, or null. They take two CTAs an SM and sum K in parts that other kernels do not have. With
+// more than 8 rows they are up to 6 % slower than tiles of 64, unless they may begin before the kernel ahead has ended, or tiles
+// are too few for the SMs (docs/tuning.md).
+const GemmConfig* few_rows_config(const GemmProblem& p, int num_sms) {
   constexpr int kFewTiles = 4;  // parts of K
-  if (!p.all_sms || p.m > 16 || p.batch_invariant) return false;
-  return p.m <= 8 || p.constant_b || weight_streaming_config(p, num_sms).split_k >= kFewTiles;
+  if (!p.all_sms || p.m > 16 || p.batch_invariant) return nullptr;
+  const GemmConfig& config = weight_streaming_config(p, num_sms);
+  return p.m <= 8 || p.constant_b || config.split_k >= kFewTiles ? &config : nullptr;
 }
 
 // Of 64 rows of long K, each CTA reads as much of A from L2 as of B from memory. Four that share it are 2 to 6 % faster in a
@@ -152,8 +153,8 @@ GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& pro
 }
 
 GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
-  if (streams_weights(problem, num_sms))
-    return plan_with(weight_streaming_config(problem, num_sms), kDefaultGroupM, problem, num_sms);
+  if (const GemmConfig* config = few_rows_config(problem, num_sms))
+    return plan_with(*config, kDefaultGroupM, problem, num_sms);
   const GemmConfig* best = nullptr;
   double best_cycles = 0;
   for (const GemmConfig& config : all_gemm_configs()) {
