@@ -79,7 +79,9 @@ struct SwigluTilesConfig {
   constexpr int min_ctas() const { return 2; }  // of an SM: leaves 64 registers to a thread
   constexpr int num_threads() const { return SquareTiles::kThreads; }
   // Both tiles of a pair: registers do not hold them beside what they are computed from.
-  constexpr int smem_bytes() const { return pairs ? 2 * kQuantizeBlock * kQuantizeBlock * 2 : 0; }
+  constexpr int smem_bytes() const {
+    return pairs ? 2 * kQuantizeBlock * kQuantizeBlock * (16 / piece_count(type)) : 0;
+  }
   // Of the gradient of x, which has twice the columns of the result.
   constexpr u32 num_backward_ctas(i64 rows, i64 cols) const {
     return SquareTiles::num_ctas(rows, pairs ? cols : 2 * cols);

@@ -20,10 +20,7 @@ __device__ __forceinline__ void swiglu_quantize_rows(const SwigluParams& p) {
   P gate[kRows], up[kRows];
   load_swiglu(gate, up, p, tile);
   Piece<FloatType::f32, P::kCount> h[kRows];
-  if (kRows > 1 && !has_limit(p.limit))
-    swiglu_pieces<kRows, false>(h, gate, up, p.limit);
-  else
-    swiglu_pieces<kRows, true>(h, gate, up, p.limit);
+  swiglu_pieces(h, gate, up, p.limit);
   weight_pieces(h, p, tile);
   quantize_pieces(h, p.q, tile.row, tile.col, tile.rows, tile.cols, p.vectors, p.pow2_scales);
 }

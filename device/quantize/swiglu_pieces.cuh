@@ -41,14 +41,24 @@ __device__ __forceinline__ void load_swiglu(P (&gate)[kRows], P (&up)[kRows], co
   load_rows(up, from, p.x_stride, tile.rows, tile.cols, p.vectors);
 }
 
-template <int kRows, bool kLimited, FloatType T>
-__device__ __forceinline__ void swiglu_pieces(Piece<FloatType::f32, piece_count(T)> (&h)[kRows],
+template <bool kLimited, int kRows, FloatType T>
+__device__ __forceinline__ void swiglu_values(Piece<FloatType::f32, piece_count(T)> (&h)[kRows],
                                               const Piece<T> (&gate)[kRows], const Piece<T> (&up)[kRows], float limit) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
 #pragma unroll
     for (int i = 0; i < piece_count(T); ++i)
       h[r].word[i] = __float_as_uint(swiglu_value<DeviceMath, kLimited>(gate[r][i], up[r][i], limit));
+}
+
+// Most have no limit, and then no work with it. One row is too short for that.
+template <int kRows, FloatType T>
+__device__ __forceinline__ void swiglu_pieces(Piece<FloatType::f32, piece_count(T)> (&h)[kRows],
+                                              const Piece<T> (&gate)[kRows], const Piece<T> (&up)[kRows], float limit) {
+  if (kRows > 1 && !has_limit(limit))
+    swiglu_values<false>(h, gate, up, limit);
+  else
+    swiglu_values<true>(h, gate, up, limit);
 }
 
 // Most have no weights, and then no work with them.
