@@ -11,9 +11,10 @@ constexpr int kPanelRows = 64;        // rows (of M or N) in one 128-byte line o
 constexpr int kScaleBlock = 128;      // a scale of B covers 128 x 128 elements
 constexpr int kGradientColumns = 32;  // FP32 columns in the same of a gradient's panel, of 64 rows
 constexpr int kGradientPanelBytes = 64 * 128;
-constexpr int kPartialPad = 8;   // floats after each row of a split-K partial tile, against bank conflicts
-constexpr int kWarpgroup = 128;  // threads
-constexpr int kTileSlots = 4;    // tiles of a grouped product that are known ahead; see TileRing
+constexpr int kScalePartsBytes = 32;  // of a scale, where the tensor cores multiply scales: see scale_products.cuh
+constexpr int kPartialPad = 8;        // floats after each row of a split-K partial tile, against bank conflicts
+constexpr int kWarpgroup = 128;       // threads
+constexpr int kTileSlots = 4;         // tiles of a grouped product that are known ahead; see TileRing
 constexpr int kTileSlotBytes = 32;
 constexpr int kMaxSmemBytes = 232448;  // that one CTA of an SM90 may use
 constexpr int kSmemPerSm = 233472;     // that its CTAs share, 1024 of them for each
@@ -100,8 +101,8 @@ struct GemmConfig {
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, sfb, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, a_full, begun, maxima,
-      maxima_full, total;
+  int a, b, d, sfa, sfb, parts, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, a_full, begun,
+      maxima, maxima_full, scales_full, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -116,7 +117,8 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
                                                       : 0;
   s.sfa = s.d + d_bytes;
   s.sfb = s.sfa + (c.scaled() ? c.num_stages * c.scales_a_pitch() * 4 : 0);
-  s.groups = s.sfb + (c.scales_b_by_row() ? c.num_stages * c.block_n * 4 : 0);
+  s.parts = s.sfb + (c.scales_b_by_row() ? c.num_stages * c.block_n * 4 : 0);
+  s.groups = s.parts + (c.scales_b_by_row() ? c.num_stages * (c.block_m + c.block_n) * kScalePartsBytes : 0);
   s.tiles = s.groups + (c.grouped() ? (kMaxTableGroups + 1) * int(sizeof(GroupEntry)) : 0);
   s.tiles = ceil_div(s.tiles, 32) * 32;
   s.full = s.tiles + (c.grouped() ? kTileSlots * kTileSlotBytes : 0);
@@ -129,7 +131,8 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.begun = s.a_full + (c.few_rows() ? c.num_stages * 8 : 0);
   s.maxima = s.begun + (c.few_rows() ? 8 : 0);
   s.maxima_full = s.maxima + (c.gates_and_ups() ? 2 * c.block_m * 4 : 0);
-  s.total = s.maxima_full + (c.gates_and_ups() ? 4 * c.num_consumers * 8 : 0);
+  s.scales_full = s.maxima_full + (c.gates_and_ups() ? 4 * c.num_consumers * 8 : 0);
+  s.total = s.scales_full + (c.scales_b_by_row() ? 2 * c.num_stages * 8 : 0);
   return s;
 }
 

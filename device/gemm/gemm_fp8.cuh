@@ -23,9 +23,10 @@ namespace phalanx {
 // One warp, of which one thread loads. What CTAs of a cluster share, each loads a slice of into all.
 template <GemmConfig C>
 __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin) {
-  constexpr int kScaleBytes = 4 * (C.scales_a_boxes() * C.scales_a_box() + (C.scales_b_by_row() ? C.block_n : 0));
+  constexpr int kScaleBytes = 4 * C.scales_a_boxes() * C.scales_a_box();
+  const bool loads_scales = !C.scales_b_by_row() && p.sfa_by_tma;
   int rows = p.rows_a;
-  u32 stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
+  u32 stage_bytes = (rows + C.block_n) * kBlockK + (loads_scales ? kScaleBytes : 0);
   constexpr u16 kAllCtas = (1 << C.cluster_size()) - 1;
   const int rank = C.multicasts() ? ptx::cluster_ctarank() : 0;
   constexpr int kSliceA = C.block_m / C.cluster_n;
@@ -36,14 +37,14 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
     const TileOrigin at = origin_of<C>(p, t);
     if constexpr (C.rows_of_request() < C.block_m && C.cluster_n == 1) {
       rows = min_of(ceil_div(t.group_end - t.m, C.rows_of_request()) * C.rows_of_request(), C.block_m);
-      stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
+      stage_bytes = (rows + C.block_n) * kBlockK + (loads_scales ? kScaleBytes : 0);
     }
     [[maybe_unused]] int slice_rows = kSliceA;  // not where requests are of fewer rows
     [[maybe_unused]] const TensorMap* map_a = &p.a;
     if constexpr (C.grouping == Grouping::none) {  // none past the end: TMA takes longer to make zeros than to copy
       rows = min_of(p.m - t.m, C.block_m);
       if (rows < 0) rows = 0;  // of a cluster that reaches past M
-      stage_bytes = (rows + C.block_n) * kBlockK + (p.sfa_by_tma ? kScaleBytes : 0);
+      stage_bytes = (rows + C.block_n) * kBlockK + (loads_scales ? kScaleBytes : 0);
       slice_rows = min_of(rows - slice_a, kSliceA);
       if (slice_rows < kSliceA) map_a = &p.a_last;
     }
@@ -64,14 +65,12 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
           else
             ptx::tma_load_2d(smem.a(stage), map_a, full, k, at.a);
         }
-        if (p.sfa_by_tma) {
+        if (loads_scales) {
 #pragma unroll
           for (int i = 0; i < C.scales_a_boxes(); ++i)
             ptx::tma_load_2d(smem.sfa(stage) + i * C.scales_a_box_pitch(), &p.sfa_map, full,
                              at.sfa_row - at.sfa_shift() + i * (C.block_m / C.scales_a_boxes()), at.sfa_k + kb);
         }
-        if constexpr (C.scales_b_by_row())
-          if (p.sfa_by_tma) ptx::tma_load_2d(smem.sfb(stage), &p.sfb_map, full, t.n, kb);
       };
       const auto load_rows_b = [&](u8* to, int row) {
         if (C.may_read_b_once() && p.streams_b)
@@ -100,9 +99,8 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
   });
 }
 
-// One warp, only where TMA cannot read A's scales (and B's, where they are per row): cp.async copies single floats, whatever
-// their strides. It has barriers of its own, sfa_empty[s], at which every consumer thread arrives that has read its scales
-// of stage s.
+// One warp, only where TMA cannot read A's scales: cp.async copies single floats, whatever their strides. It has barriers of its
+// own, sfa_empty[s], at which every consumer thread arrives that has read its scales of stage s.
 template <GemmConfig C>
 __device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin) {
   const int lane = threadIdx.x % 32;
@@ -125,11 +123,6 @@ __device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem, co
 #pragma unroll 1
       for (int row = lane; row < rows; row += 32, scale += 32 * p.sfa_stride_m)
         ptx::cp_async_4(&smem.sfa(pipe.stage)[C.scale_a_index(row) + shift], scale);
-      if constexpr (C.scales_b_by_row()) {
-#pragma unroll 1
-        for (int row = lane; row < min_of(p.n - t.n, C.block_n); row += 32)
-          ptx::cp_async_4(&smem.sfb(pipe.stage)[row], p.sfb + (t.n + row) * p.sfb_stride_n + kb * p.sfb_stride_k);
-      }
       ptx::mbarrier_arrive_cp_async(&pipe.full[pipe.stage]);
     }
   }
@@ -240,7 +233,7 @@ struct Consumer {
       else
         ptx::mbarrier_arrive(&pipe.empty[pipe.stage]);
     }
-    if (!p.sfa_by_tma) ptx::mbarrier_arrive(&smem.sfa_empty()[pipe.stage]);
+    if (copies_scales<C>(p)) ptx::mbarrier_arrive(&smem.sfa_empty()[pipe.stage]);
   }
 
   // Of a tile that has no row for this warpgroup: its stages pass by.
@@ -329,7 +322,7 @@ __device__ __forceinline__ void run_fp8_roles(const GemmParams& p, const Consume
   const auto produce = [&](const SharedMemory<C>& smem, int warp, const Begin<C>& begin) {
     if (warp == 0)
       load_operands<C>(p, smem, begin);
-    else if (warp == 1 && !p.sfa_by_tma)
+    else if (warp == 1 && copies_scales<C>(p))
       copy_scales<C>(p, smem, begin);
     else
       begin();

@@ -2,13 +2,13 @@
 // or of many, D[g], each from its own columns of A and B.
 //
 // The roles and the ring of stages are those of gemm_fp8.cuh. What differs is the consumers' side:
-//   - B has a scale per row, so a thread needs two for every 8 columns: TMA brings them with the stage, and the stage is
-//     released when they have been used;
+//   - B has a scale per row, as A has: the tensor cores multiply them with each other (scale_products.cuh);
 //   - a group of columns begins and ends anywhere. TMA reads whole k-blocks, and where one reaches into a neighbour's
 //     columns, the consumers overwrite those with zeros before they multiply;
 //   - one CTA sums a tile of a group from its first column to its last: no sum is shared, whatever the groups' sizes.
 #pragma once
 #include "device/gemm/gemm_fp8.cuh"
+#include "device/gemm/scale_products.cuh"
 
 namespace phalanx {
 
@@ -38,36 +38,23 @@ __device__ __forceinline__ void clear_neighbours(u8* a, u8* b, int begin, int en
   ptx::named_barrier_sync(1 + C.num_consumers, kThreads);
 }
 
-// Scales of a k-block that a thread needs: of its two rows, and of two in every 8 columns.
-template <GemmConfig C>
-struct ColumnScales {
-  float a[2];
-  float2 b[C.block_n / 8];
-
-  __device__ __forceinline__ void load(const float* rows, const float* columns) {
-    a[0] = rows[0], a[1] = rows[8];
-#pragma unroll
-    for (int i = 0; i < C.block_n / 8; ++i) b[i] = reinterpret_cast<const float2*>(columns)[i * 4];
-  }
-  // Of the thread's i-th value.
-  __device__ __forceinline__ float product(int i) const { return a[i / 2 % 2] * (i % 2 ? b[i / 4].y : b[i / 4].x); }
-};
-
-// Sums the tile over `ks`, at least one k-block. While the tensor cores read shared memory, other reads of it wait long; so a
-// k-block's scales are loaded between two products, and multiplied with each other under their own:
+// Sums the tile over `ks`, at least one k-block:
 //
-//     tensor cores   | product s              |                          | product s + 1
-//     this warp      | sfa * sfb of s; full?  | += of s; scales of s + 1 | sfa * sfb of s + 1; full?
+//     tensor cores   | sfa * sfb, product s |            | sfa * sfb, product s + 1
+//     this warp      | is s + 1 there?      | += of s    | is s + 2 there?
+//
+// A register file has two banks, of even and of odd registers, and an instruction that reads three of one takes twice as long. Sum,
+// scale and product of a value would be such three, as each begins at an even one; so neighbouring columns' scales change places.
 template <GemmConfig C>
-__device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, const KRange& ks) {
+__device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, const KRange& ks, u64 parts_a,
+                                            u64 parts_b) {
   static_assert(C.num_waves() == 1);
   using Wgmma = typename Consumer<C>::Wgmma;
-  constexpr int kValues = C.block_n / 2;
-  int column = threadIdx.x % 4 * 2, kb = ks.begin;
-  ptx::keep_in_register(column);
-  ColumnScales<C> scales;
-  const auto load_scales = [&](int stage) {
-    scales.load(self.smem.sfa(stage) + self.first_row, self.smem.sfb(stage) + column);
+  constexpr int kValues = C.block_n / 2, kStageParts = (C.block_m + C.block_n) * kScalePartsBytes;
+  int kb = ks.begin;
+  const auto wait = [](const auto& pipe) {
+    pipe.wait_full();
+    ptx::fence_proxy_async();  // WGMMA reads what plain stores have written
   };
   const auto clear_others = [&] {
     const int stage = self.pipe.stage, begin = t.group_begin - kb * kBlockK, end = t.group_end - kb * kBlockK;
@@ -75,30 +62,27 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
       clear_neighbours<C>(self.smem.a(stage), self.smem.b(stage), begin, end);
   };
 
-  self.pipe.wait_full();
-  load_scales(self.pipe.stage);
+  wait(self.pipe);
   clear_others();
   bool more = true;
 #pragma unroll 1
   while (more) {
     const int stage = self.pipe.stage;
-    float partial[kValues], products[kValues];
+    float partial[kValues], scales[kValues];
+    ptx::WgmmaTf32<C.block_n>::multiply(scales, ptx::wgmma_advance(parts_a, stage * kStageParts),
+                                        ptx::wgmma_advance(parts_b, stage * kStageParts), false);
     Wgmma::multiply(partial, ptx::wgmma_advance(self.first_a, stage * C.block_m * kBlockK),
                     ptx::wgmma_advance(self.first_b, stage * C.block_n * kBlockK), false);
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) products[i] = scales.product(i);
-    Wgmma::pin(products);
     auto next = self.pipe;
     next.advance();
     more = ++kb < ks.end;
-    if (more) next.wait_full();  // here also because ptxas moves no multiplication across its loop, down to the sums
+    if (more) wait(next);
     ptx::wgmma_wait<0>();
+    self.release_stage();
+    Wgmma::pin(scales);  // after the release: no sum goes before it
     Wgmma::pin(partial);
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) self.acc[0][i] += products[i] * partial[i];
-    load_scales(more ? next.stage : stage);  // no branch: they are to run among the sums
-    __syncwarp();                            // every lane has read its scales
-    self.release_stage();
+    for (int i = 0; i < kValues; ++i) self.acc[0][i] += scales[i ^ 1] * partial[i];
     self.pipe = next;
     if (more) clear_others();
   }
@@ -107,14 +91,21 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
 template <GemmConfig C>
 __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
   static_assert(C.grouping == Grouping::columns && C.out == OutType::f32 && C.split_k == 1);
-  run_fp8_roles<C>(p, [&](const SharedMemory<C>& smem, int consumer, const Begin<C>&) {
+  const auto produce = [&](const SharedMemory<C>& smem, int warp, const Begin<C>& begin) {
+    if (warp == 0) load_operands<C>(p, smem, begin);
+    if (warp == 1) split_scales<C, false>(p, smem);
+    if (warp == 3) split_scales<C, true>(p, smem);
+  };
+  run_roles<C>(p, produce, [&](const SharedMemory<C>& smem, int consumer, const Begin<C>&) {
     Consumer<C> self(p, smem, consumer);
+    const u64 parts_a = ptx::wgmma_descriptor_plain(smem.parts_a(0) + consumer * C.consumer_rows() * kScalePartsBytes),
+              parts_b = ptx::wgmma_descriptor_plain(smem.parts_b(0));
     auto tiles = my_tiles<C>(p, smem);
     for (Tile t; tiles.next(t);) {
       const KRange ks = k_range(t);
       if (ks.begin == ks.end && p.c_ptr != nullptr) continue;  // nothing to add
       self.clear();
-      if (ks.begin < ks.end) sum_columns<C>(self, t, ks);
+      if (ks.begin < ks.end) sum_columns<C>(self, t, ks, parts_a, parts_b);
       smem.gradient().store(p, output_tile<C>(p, t), consumer, self.acc);
     }
     ptx::tma_store_wait_read();

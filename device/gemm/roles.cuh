@@ -26,6 +26,15 @@ struct SharedMemory {
     return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.scales_a_pitch();
   }
   __device__ float* sfb(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfb) + stage * C.block_n; }
+  // Scales in parts: of A's rows, and of B's behind them.
+  __device__ u8* parts_a(int stage) const {
+    return base + kLayout.parts + stage * (C.block_m + C.block_n) * kScalePartsBytes;
+  }
+  __device__ u8* parts_b(int stage) const { return parts_a(stage) + C.block_m * kScalePartsBytes; }
+  // Of scales that TMA brings before they are parts, A's or B's.
+  __device__ Pipeline<C.num_stages> scale_slots(bool of_b) const {
+    return {reinterpret_cast<u64*>(base + kLayout.scales_full) + of_b * C.num_stages, nullptr};
+  }
   __device__ GroupEntry* groups() const { return reinterpret_cast<GroupEntry*>(base + kLayout.groups); }
   __device__ TileRing tiles() const {
     return {reinterpret_cast<TileRing::Slot*>(base + kLayout.tiles), reinterpret_cast<u64*>(base + kLayout.tile_full),
@@ -134,16 +143,25 @@ __device__ __forceinline__ void load_tiles(const GemmParams& p, const SharedMemo
     for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
 }
 
+// Whether a warp copies A's scales into the stages.
+template <GemmConfig C>
+__device__ __forceinline__ bool copies_scales(const GemmParams& p) {
+  return C.scaled() && !C.scales_b_by_row() && !p.sfa_by_tma;
+}
+
 // One thread.
 template <GemmConfig C>
 __device__ __forceinline__ void init_barriers(const GemmParams& p, const SharedMemory<C>& smem) {
   const auto pipe = smem.pipeline();
+  const int scale_warps = C.scales_b_by_row() ? 2 : copies_scales<C>(p);
   for (int s = 0; s < C.num_stages; ++s) {
-    ptx::mbarrier_init(&pipe.full[s], p.sfa_by_tma ? 1 : 1 + 32);  // the producer, and the lanes of copy_scales
+    ptx::mbarrier_init(&pipe.full[s], 1 + 32 * scale_warps);  // the producer, and lanes
     ptx::mbarrier_init(&pipe.empty[s],
                        C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
   }
-  if (!p.sfa_by_tma)
+  if constexpr (C.scales_b_by_row())
+    for (int s = 0; s < 2 * C.num_stages; ++s) ptx::mbarrier_init(&smem.scale_slots(false).full[s], 1);
+  if (copies_scales<C>(p))
     for (int s = 0; s < C.num_stages; ++s) ptx::mbarrier_init(&smem.sfa_empty()[s], C.num_consumers * kWarpgroup);
   if constexpr (C.stores_by_tma())
     for (int i = 0; i < C.num_consumers; ++i) ptx::mbarrier_init(&smem.staged().c_full[i], 1);
@@ -154,7 +172,7 @@ __device__ __forceinline__ void init_barriers(const GemmParams& p, const SharedM
 #pragma unroll 1
     for (int s = 0; s < kTileSlots; ++s) {
       ptx::mbarrier_init(&tiles.full[s], 1);
-      ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + (p.sfa_by_tma ? 1 : 2));  // warps, and the producer
+      ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + scale_warps + 1);  // and the thread that loads
     }
   }
   ptx::fence_mbarrier_init();

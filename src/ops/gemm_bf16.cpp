@@ -56,7 +56,6 @@ GemmParams operands(const GemmConfig& config, const Operand& a, const Operand& b
   p.rows_a = rows_a;
   p.a = a.map(rows_a / config.cluster_n);
   p.b = b.map(config.block_n / config.cluster_m);
-  p.sfa_by_tma = 1;  // there are no scales for a warp to copy
   return p;
 }
 
@@ -124,7 +123,6 @@ void run_columns(const Tensor& a, const Tensor& b, const Tensor& offsets, const 
 
   const Rows d_rows(d);
   GemmParams p{};
-  p.sfa_by_tma = 1;
   p.rows_a = config.block_m;
   if (tokens > 0)  // else nothing is read
     p.a = Rows(a).map(kBf16BlockK, kPanelRows), p.b = Rows(b).map(kBf16BlockK, kPanelRows);

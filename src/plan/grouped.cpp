@@ -44,9 +44,8 @@ std::vector<GemmConfig> make_configs() {
 }
 
 // Cycles for a k-block of a tile of which `rows` rows are of D.
-double cycles_of(const GemmConfig& c, const GroupedProblem& p, int rows) {
+double cycles_of(const GemmConfig& c, int rows) {
   constexpr double kMmaLoss = 1.37, kMmaLossWide = 1.34, kMmaLossTwoWaves = 1.26, kMmaLoss3 = 1.235, kWaveLatency = 236;
-  constexpr double kRowScaleLoss = 1.4;                 // two multiplications a value
   constexpr double kNotShared = 1.012;                  // of three consumers whose A no other CTA shares
   constexpr double kSmBytes = 46, kLoadLatency = 2294;  // one SM, per cycle
   const int consumers = std::min(ceil_div(rows, c.consumer_rows()), c.num_consumers);
@@ -58,7 +57,6 @@ double cycles_of(const GemmConfig& c, const GroupedProblem& p, int rows) {
   if (consumers > 1) mma = std::max(mma, consumers * 2 * n * loss);
   if (c.num_consumers == 3 && !c.multicasts()) mma *= kNotShared;
   mma *= c.num_waves();
-  if (p.grouping == Grouping::columns) mma *= kRowScaleLoss;
   const double loaded_a =
       c.cluster_n > 1 ? double(c.block_m) / c.cluster_n : ceil_div(rows, c.rows_of_request()) * c.rows_of_request();
   return std::max({mma, (loaded_a + n / c.cluster_m) * kBlockK / kSmBytes, kLoadLatency / c.num_stages});
@@ -104,7 +102,7 @@ double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms
     const int full = rows / c.block_m, rest = rows % c.block_m;
     tiles[i] = full + (rest > 0);
     mean_tiles += tiles[i] / spread.size();
-    cycles += (full * cycles_of(c, p, c.block_m) + (rest > 0 ? cycles_of(c, p, rest) : 0)) / spread.size();
+    cycles += (full * cycles_of(c, c.block_m) + (rest > 0 ? cycles_of(c, rest) : 0)) / spread.size();
   }
   const double k_blocks = std::ceil(double(p.k) / (by_rows ? 1 : p.num_groups) / kBlockK);
   const double swiglu = c.gates_and_ups() ? c.num_consumers * (kSwiglu + kTwoScales * k_blocks) : 0;

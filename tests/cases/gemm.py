@@ -33,7 +33,8 @@ class GemmFp8Case:
     c: str = "none"  # none, apart, or alias: C is D
     sfa_layout: str = "mn"  # mn or k: which stride is 1
     pad: int = 0  # further 16-byte units at the end of the rows of A, B and D
-    values: str = "normal"  # normal: quantised activations and weights; exact: see docs/numerics.md; bits: any E4M3
+    # normal: quantised activations and weights; bits: any E4M3; exact: see docs/numerics.md; scales: exact but for them
+    values: str = "normal"
     seed: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
@@ -99,15 +100,26 @@ class GemmFp8Case:
     def _exact(self, rng):
         """Small integers and equal powers of two: every step is exact, so the result must be."""
 
-        def integers(rows):
-            return rng.integers(-8, 9, (rows, self.k)).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
-
         sfa = np.exp2(rng.integers(-4, 5, (self.m, 1))).repeat(num_blocks(self.k), 1)
         sfb = np.exp2(rng.integers(-4, 5, (num_blocks(self.n), 1))).repeat(num_blocks(self.k), 1)
         for scales in (sfa, sfb):  # one block of each row weighs double: a scale in the wrong place shows
             rows = len(scales)
             scales[np.arange(rows), rng.integers(0, num_blocks(self.k), rows)] *= 2
-        return (integers(self.m), sfa.astype(np.float32)), (integers(self.n), sfb.astype(np.float32))
+        return (self._integers(rng, self.m), sfa.astype(np.float32)), (
+            self._integers(rng, self.n),
+            sfb.astype(np.float32),
+        )
+
+    def _integers(self, rng, rows: int) -> np.ndarray:
+        return rng.integers(-8, 9, (rows, self.k)).astype(np.float32).astype(ml_dtypes.float8_e4m3fn)
+
+    def _scales(self, rng):
+        """Small integers, and scales of 24 bits: the bound is that of the scales' product and of the sums alone."""
+
+        def scales(rows: int) -> np.ndarray:
+            return np.exp2(rng.uniform(-2, 2, (rows, num_blocks(self.k)))).astype(np.float32)
+
+        return (self._integers(rng, self.m), scales(self.m)), (self._integers(rng, self.n), scales(num_blocks(self.n)))
 
     def _bits(self, rng):
         """Every finite E4M3 value, and scales over twenty octaves."""
@@ -152,11 +164,18 @@ class GemmFp8Case:
         a, b = self._dequantized(inputs, floor=2.0**-6)
         s = a @ b.T
         nb = num_blocks(self.k)
-        if inputs.arrays.device == "cpu":
+        if self.values == "scales":
+            e_p = 0.0
+        elif inputs.arrays.device == "cpu":
             e_p = 1.01 * 129 * 2.0**-24 * s
         else:
             e_p = 1.02 * 34 * 2.0**-13 * self._accumulator_magnitudes(inputs, a, b)
-        return self._rounded(e_p + 1.01 * (nb + 2) * 2.0**-24 * (s + e_p), reference) + nb * 2.0**-100
+        roundings = nb + self._scale_roundings(inputs) + 1
+        return self._rounded(e_p + 1.01 * roundings * 2.0**-24 * (s + e_p), reference) + nb * 2.0**-100
+
+    def _scale_roundings(self, inputs: GemmInputs) -> int:
+        """The error of sfa * sfb, in units of 2^-24."""
+        return 1
 
     def _rounded(self, bound: Any, reference: Any) -> Any:
         """The bound after C has been added and D rounded."""

@@ -24,6 +24,7 @@ TEST(GroupedPlan, ConfigsAreValidAndDistinct) {
     EXPECT_LE(c.scales_a_box(), 256) << "the most that TMA copies of a row";
     EXPECT_EQ(smem_layout(c).sfa % 128, 0) << "as TMA wants";
     EXPECT_EQ(smem_layout(c).sfb % 128, 0);
+    EXPECT_EQ(smem_layout(c).parts % 16, 0) << "as WGMMA wants";
     EXPECT_EQ(smem_layout(c).groups % int(alignof(GroupEntry)), 0);
     EXPECT_EQ(smem_layout(c).full % 8, 0);
     EXPECT_TRUE(names.insert(jit::gemm_source(c).name).second) << "twice: " << jit::gemm_source(c).name;

@@ -27,7 +27,7 @@ def bits(tensor):
 
 @pytest.mark.parametrize("shape", shapes("small", "odd", "edge"), ids=str)
 @pytest.mark.parametrize("out", ["bf16", "f32"])
-@pytest.mark.parametrize("values", ["normal", "exact", "bits"])
+@pytest.mark.parametrize("values", ["normal", "exact", "bits", "scales"])
 def test_shapes(arrays, shape, out, values):
     run(GemmFp8Case(*shape, out=out, values=values), arrays)
 

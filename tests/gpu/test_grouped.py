@@ -1,5 +1,6 @@
 """The grouped products and weight gradients on the GPU: every case within its bound; groups only the device knows."""
 
+import math
 import random
 
 import numpy as np
@@ -142,7 +143,7 @@ def test_swiglu_of_random_groups(arrays, seed):
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("values", ["normal", "exact", "bits"])
+@pytest.mark.parametrize("values", ["normal", "exact", "bits", "scales"])
 @pytest.mark.parametrize("sfa_layout", ["mn", "k"])
 def test_wgrad(arrays, accumulate, values, sfa_layout):
     run(WgradCase(270, 200, 1000, accumulate=accumulate, values=values, sfa_layout=sfa_layout, pad=1), arrays)
@@ -168,6 +169,22 @@ def test_random_gradients(arrays, seed):
     for _ in range(120):
         sizes = random_sizes(rng, rng.randint(1, 9), rng.choice((20, 700)))
         run(WgradCase.random(rng, sizes, 400, seed), arrays, num_sms=rng.choice((0, 0, 1, 50)))
+
+
+def test_gradient_of_scales_that_are_not_finite(arrays):
+    """As if each product of scales were one of FP32: infinity by a number is infinity, by 0 NaN."""
+    case = WgradCase(200, 200, 300, values="scales")
+    inputs = case.make(arrays)
+    for x in (inputs.a.array, inputs.b.array):
+        x.view(torch.uint8).fill_(0x38)  # 1
+    few_bits_nan = torch.tensor(0x7F800001, dtype=torch.int32).view(torch.float32)
+    for row, scale in ((3, math.inf), (5, math.nan), (64, 0.0), (70, few_bits_nan), (199, -math.inf)):
+        inputs.sfa.array[row, 1] = inputs.sfb.array[row, 1] = scale
+    case.run(inputs)
+    sfa, sfb = inputs.sfa.array, inputs.sfb.array
+    weights = torch.tensor([128.0, 128.0, 44.0], device="cuda")
+    expected = (sfa[:, None, :] * sfb[None, :, :] * weights).sum(2)
+    torch.testing.assert_close(inputs.out.array, expected, equal_nan=True, rtol=1e-5, atol=0)
 
 
 def test_gradient_of_no_tokens(arrays):

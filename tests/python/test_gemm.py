@@ -28,7 +28,7 @@ def test_c(arrays, c, out):
     run(GemmFp8Case(130, 264, 300, out=out, c=c), arrays)
 
 
-@pytest.mark.parametrize("values", ["exact", "bits"])
+@pytest.mark.parametrize("values", ["exact", "bits", "scales"])
 @pytest.mark.parametrize("sfa_layout", ["mn", "k"])
 @pytest.mark.parametrize("pad", [0, 3])
 def test_values_and_layouts(arrays, values, sfa_layout, pad):

@@ -88,7 +88,7 @@ def test_batch_invariant(arrays, form):
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("values", ["normal", "exact", "bits"])
+@pytest.mark.parametrize("values", ["normal", "exact", "bits", "scales"])
 @pytest.mark.parametrize("sfa_layout", ["mn", "k"])
 def test_wgrad(arrays, accumulate, values, sfa_layout):
     run(WgradCase(70, 200, 300, accumulate=accumulate, values=values, sfa_layout=sfa_layout, pad=1), arrays)

@@ -176,7 +176,7 @@ void check_rows(Order sfa_order) {
 }
 
 template <GemmConfig C>
-void check_gradients(bool accumulate) {
+void check_gradients(bool accumulate, Order order = Order::col_major) {
   constexpr int kM = 150, kN = 200;
   SCOPED_TRACE(::testing::Message() << "gradients, tile " << C.block_m << "x" << C.block_n);
   std::mt19937 rng(kSeed);
@@ -193,7 +193,6 @@ void check_gradients(bool accumulate) {
   if (accumulate) p.c_ptr = out.data, p.c_stride = p.d_stride;
   p.m = kM, p.n = kN, p.k = kRows;
   p.groups.d_pitch = kM;
-  p.sfa_by_tma = 1;
   if constexpr (C.operand == Operand::bf16) {
     Matrix<cpu::Bf16> a(kRows, kM, 1), b(kRows, kN, 1);
     a.fill(bf16), b.fill(bf16);
@@ -203,12 +202,13 @@ void check_gradients(bool accumulate) {
   } else {
     constexpr int kKBlocks = ceil_div(kRows, kBlockK);
     Matrix<cpu::E4m3> a(kM, kRows, 1), b(kN, kRows, 1);
-    Matrix<float> sfa(kM, kKBlocks, 0, Order::col_major), sfb(kN, kKBlocks, 0, Order::col_major);
+    Matrix<float> sfa(kM, kKBlocks, 0, order), sfb(kN, kKBlocks, 0, order);
     a.fill(integer), b.fill(integer), sfa.fill(power), sfb.fill(power);
     const Tensor scales_a = sfa.tensor(), scales_b = sfb.tensor();
     p.a = tensor_map(a.tensor(), C.block_m / C.cluster_n, kBlockK);
     p.b = tensor_map(b.tensor(), C.block_n / C.cluster_m, kBlockK);
-    p.sfa_map = scale_map(scales_a, C.scales_a_box()), p.sfb_map = scale_map(scales_b, C.block_n);
+    p.sfa_by_tma = order == Order::col_major;
+    if (p.sfa_by_tma) p.sfa_map = scale_map(scales_a, C.scales_a_box()), p.sfb_map = scale_map(scales_b, C.block_n);
     p.sfa = static_cast<const float*>(scales_a.data), p.sfb = static_cast<const float*>(scales_b.data);
     p.sfa_stride_m = scales_a.strides[0], p.sfa_stride_k = scales_a.strides[1];
     p.sfb_stride_n = scales_b.strides[0], p.sfb_stride_k = scales_b.strides[1];
@@ -249,6 +249,7 @@ TEST(SimulatedGemm, OfGradients) {
                              .major_b = Major::mn};
   for (const bool accumulate : {false, true}) {
     check_gradients<kTile>(accumulate);
+    check_gradients<kTile>(accumulate, Order::row_major);
     check_gradients<kBf16>(accumulate);
   }
 }
@@ -280,7 +281,6 @@ void check_bf16(int m, int n, int k) {
   const Tensor out = d.tensor();
   GemmParams p{};
   p.rows_a = C.block_m;
-  p.sfa_by_tma = 1;
   p.a = map(a.tensor(), kMajorA, C.block_m / C.cluster_n);
   p.b = map(b.tensor(), kMajorB, C.block_n / C.cluster_m);
   p.d = tensor_map(out, C.consumer_rows(), C.panel_columns());

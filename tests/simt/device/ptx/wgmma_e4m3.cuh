@@ -13,6 +13,9 @@ struct SimtOperand {
   const u8* k_major(int row, int byte) const {
     return simt::cta->shared + simt_swizzled(start() + row / 8 * stride() + row % 8 * 128 + byte);
   }
+  const u8* plain(int row, int byte) const {
+    return simt::cta->shared + start() + row / 8 * stride() + byte / 16 * leading() + row % 8 * 16 + byte % 16;
+  }
   const u8* mn_major(int row, int k) const {
     return simt::cta->shared +
            simt_swizzled(start() + row / 64 * leading() + k / 8 * stride() + k % 8 * 128 + row % 64 * 2);
