@@ -1,7 +1,6 @@
 #include "ops/check_tensor.h"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "ops/check.h"
@@ -14,7 +13,8 @@ using std::int64_t;
 
 constexpr int kTmaAlignment = 16;               // of bases and row strides, in bytes
 constexpr int64_t kTmaStrideLimit = 1ll << 40;  // bytes
-constexpr int64_t kMaxDim = std::numeric_limits<std::int32_t>::max();
+// Kernels count in 32 bits, and a tile reaches past the end.
+constexpr int64_t kMaxDim = (1ll << 31) - (1 << 16);
 
 // Of a matrix, or of each in a stack.
 int64_t rows_of(const Arg& arg) { return arg->shape[arg->ndim - 2]; }
