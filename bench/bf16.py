@@ -19,6 +19,7 @@ from bench import machine
 from bench.cases import load_shapes
 from bench.grouped import Case, measure, relative_error
 from bench.report import write_json
+from bench.timing import allow_gemm_configs
 
 CUBLAS, TORCH = "cublas", "torch._grouped_mm"
 
@@ -99,6 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "bf16.json")
     arguments = parser.parse_args(argv)
     machine.require_gpu()
+    if arguments.configs:
+        allow_gemm_configs()
     log = lambda message: print(f"# {message}", file=sys.stderr, flush=True)  # noqa: E731
     ceilings = {} if arguments.no_ceilings else ceiling_probes.measure(True, log, ("copy", "empty kernel", "read"))
     result = {

@@ -26,7 +26,7 @@ from bench import ceilings as ceiling_probes
 from bench import machine
 from bench.libraries import MAX_ERROR, DeepGemm
 from bench.report import write_json
-from bench.timing import Call, L2Flush, interleaved, with_environment
+from bench.timing import Call, L2Flush, allow_gemm_configs, interleaved, with_environment
 
 EXPERTS = ((4096, 7168), (7168, 2048))
 MODELS = {  # experts, then (N, K) of gate and up together and of down
@@ -335,6 +335,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "grouped.json")
     arguments = parser.parse_args(argv)
     machine.require_gpu()
+    if arguments.configs:
+        allow_gemm_configs()
     experts = tuple(tuple(int(x) for x in text.split("x")) for text in arguments.experts.split(",") if text) or EXPERTS
     log = lambda message: print(f"# {message}", file=sys.stderr, flush=True)  # noqa: E731
     ceilings = {} if arguments.no_ceilings else ceiling_probes.measure(True, log)

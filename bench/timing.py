@@ -109,6 +109,11 @@ class Captured:
         self._graph.replay()
 
 
+def allow_gemm_configs() -> None:
+    """Before the first product: who starts without PHALANX_GEMM_CONFIG never looks at it again."""
+    os.environ.setdefault("PHALANX_GEMM_CONFIG", "")
+
+
 def with_environment(variable: str, value: str | None, call: Call) -> Call:
     """`call` with an environment variable set (or unset) before it, for configurations that are read per call."""
 
