@@ -41,7 +41,7 @@ __device__ __forceinline__ void clear_rows(const ExpertRows& rows, int begin, bo
 
 __device__ __forceinline__ float* scale_row(const PermuteParams& p, int row) {
   const int expert = p.rows_per_expert.of(row);
-  return p.scales + expert * p.scale_stride_expert + (row - expert * p.rows_per_expert.value) * p.scale_stride_row;
+  return p.scales + expert * p.scale_stride_expert + p.rows_per_expert.rest(row) * p.scale_stride_row;
 }
 
 // What a thread sees to that is none of a token's: its row, and which of the row's groups of vectors.
@@ -82,7 +82,7 @@ __device__ __forceinline__ void permute(const PermuteParams& p) {
   const int row_cta = int(blockIdx.x) - p.rows.first_cta;
   if (row_cta < 0 || row_cta >= p.rows.num_ctas) {
     const int cta = row_cta < 0 ? blockIdx.x : blockIdx.x - p.rows.num_ctas;
-    const int token = p.pieces.of(cta), vector = (cta - token * p.pieces.value) * int(blockDim.x) + int(threadIdx.x);
+    const int token = p.pieces.of(cta), vector = p.pieces.rest(cta) * int(blockDim.x) + int(threadIdx.x);
     if (vector < p.rows.row_vectors) scatter_vector(p, token, p.slots + i64(token) * p.topk, vector);
     return;
   }

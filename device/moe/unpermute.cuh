@@ -88,7 +88,7 @@ __device__ __forceinline__ void unpermute(const UnpermuteParams& p) {
   ptx::grid_launch_dependents();
   ptx::grid_wait_dependencies();
   const int token = p.pieces.of(int(blockIdx.x));
-  const int vector = (int(blockIdx.x) - token * p.pieces.value) * kUnpermuteThreads + int(threadIdx.x);
+  const int vector = p.pieces.rest(int(blockIdx.x)) * kUnpermuteThreads + int(threadIdx.x);
   if (vector >= p.row_vectors) return;
   const int* slots = p.slots + i64(token) * p.topk;
   const float* weights = p.weights + token * p.weights_stride;
