@@ -239,6 +239,8 @@ TEST(SimulatedGemm, OfGroups) {
 TEST(SimulatedGemm, OfGradients) {
   constexpr GemmConfig kTile{
       .block_m = 128, .block_n = 128, .num_stages = 3, .out = OutType::f32, .grouping = Grouping::columns};
+  constexpr GemmConfig kSharedA = [&](GemmConfig c) { return c.cluster_n = 2, c; }(kTile);
+  constexpr GemmConfig kSharedB = [&](GemmConfig c) { return c.cluster_m = 2, c; }(kTile);
   constexpr GemmConfig kBf16{.block_m = 128,
                              .block_n = 128,
                              .num_stages = 3,
@@ -250,6 +252,8 @@ TEST(SimulatedGemm, OfGradients) {
   for (const bool accumulate : {false, true}) {
     check_gradients<kTile>(accumulate);
     check_gradients<kTile>(accumulate, Order::row_major);
+    check_gradients<kSharedA>(accumulate);
+    check_gradients<kSharedB>(accumulate);
     check_gradients<kBf16>(accumulate);
   }
 }
