@@ -31,7 +31,8 @@ __device__ __forceinline__ float4 parts_of(float x) {
   const bool finite = (__float_as_uint(x) & kInfinity) != kInfinity;
   const float x0 =
       finite ? __uint_as_float(__float_as_uint(x) & kTf32) : x + x;  // the NaN of additions: one in TF32, too
-  const float again = finite ? x0 : 0, x1 = finite ? x - x0 : 0;
+  const float again = finite ? x0 : 0;                               // in its second place
+  const float x1 = finite ? x - x0 : 0;
   return kOfB ? make_float4(x0, x1, again, x1) : make_float4(x0, again, x1, x1);
 }
 
