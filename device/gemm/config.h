@@ -66,6 +66,8 @@ struct GemmConfig {
   // A tile's columns: half of them gates, then the same columns of the ups, N / 2 rows further down in B.
   constexpr bool gates_and_ups() const { return out == OutType::swiglu; }
   constexpr bool scales_b_by_row() const { return scaled() && grouping == Grouping::columns; }
+  // Of a stage, the parts of A's and of B's scales, if the tensor cores multiply them.
+  constexpr int parts_pitch() const { return scales_b_by_row() ? (block_m + block_n) * kScalePartsBytes : 0; }
   // Rows of A that one request brings. Of a group's last tile only those that have rows are made, if A is not shared.
   constexpr int rows_of_request() const {
     return grouping != Grouping::rows || cluster_n > 1 ? block_m / cluster_n : block_m > 64 ? 64 : 16;
@@ -118,7 +120,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.sfa = s.d + d_bytes;
   s.sfb = s.sfa + (c.scaled() ? c.num_stages * c.scales_a_pitch() * 4 : 0);
   s.parts = s.sfb + (c.scales_b_by_row() ? c.num_stages * c.block_n * 4 : 0);
-  s.groups = s.parts + (c.scales_b_by_row() ? c.num_stages * (c.block_m + c.block_n) * kScalePartsBytes : 0);
+  s.groups = s.parts + c.num_stages * c.parts_pitch();
   s.tiles = s.groups + (c.grouped() ? (kMaxTableGroups + 1) * int(sizeof(GroupEntry)) : 0);
   s.tiles = ceil_div(s.tiles, 32) * 32;
   s.full = s.tiles + (c.grouped() ? kTileSlots * kTileSlotBytes : 0);

@@ -50,7 +50,7 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
                                             u64 parts_b) {
   static_assert(C.num_waves() == 1);
   using Wgmma = typename Consumer<C>::Wgmma;
-  constexpr int kValues = C.block_n / 2, kStageParts = (C.block_m + C.block_n) * kScalePartsBytes;
+  constexpr int kValues = C.block_n / 2;
   int kb = ks.begin;
   const auto wait = [](const auto& pipe) {
     pipe.wait_full();
@@ -69,8 +69,8 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
   while (more) {
     const int stage = self.pipe.stage;
     float partial[kValues], scales[kValues];
-    ptx::WgmmaTf32<C.block_n>::multiply(scales, ptx::wgmma_advance(parts_a, stage * kStageParts),
-                                        ptx::wgmma_advance(parts_b, stage * kStageParts), false);
+    ptx::WgmmaTf32<C.block_n>::multiply(scales, ptx::wgmma_advance(parts_a, stage * C.parts_pitch()),
+                                        ptx::wgmma_advance(parts_b, stage * C.parts_pitch()), false);
     Wgmma::multiply(partial, ptx::wgmma_advance(self.first_a, stage * C.block_m * kBlockK),
                     ptx::wgmma_advance(self.first_b, stage * C.block_n * kBlockK), false);
     auto next = self.pipe;

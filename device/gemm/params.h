@@ -11,7 +11,7 @@ struct GemmParams {
   int m, n, k;
   int rows_a;      // block_m, or less: those that a tile of few rows has; not of gemm_fp8 without groups
   int group_m;     // see DenseTiles
-  int sfa_by_tma;  // else a warp copies `sfa` float by float
+  int sfa_by_tma;  // else a warp copies `sfa` float by float; of gradients, whether both operands' scales come so
   int constant_b;  // B was complete before the previous kernel of the stream began; few rows only
   int streams_b;   // few CTAs read each tile of B: it leaves L2 first. Of few rows always
   int leaves_sms;  // to others, of other streams: the next kernel of this one may not begin early, as it would take them
@@ -27,7 +27,7 @@ struct GemmParams {
   TensorMap c;         // box: consumer_rows x panel_columns, as D's; C and D only if config.stores_by_tma()
   TensorMap d;         // of gradients, a panel: see GradientStore
   TensorMap sfa_map;   // box: scales_a_box x 1 of the transposed scales; only if sfa_by_tma
-  TensorMap sfb_map;   // the same of B's, block_n x 1, if config.scales_b_by_row()
+  TensorMap sfb_map;   // the same of B's, block_n x 1; only if config.scales_b_by_row()
   GroupParams groups;  // only if config.grouped()
 };
 

@@ -1,7 +1,8 @@
 // What all kernels of products share: the shared memory of a CTA, its tiles, and its warps' roles.
 //
 //     warpgroups 0 .. num_consumers - 1    multiply
-//     the last one, by warps               0 loads operands, 1 copies scales that TMA cannot read, 2 finds the tiles of groups
+//     the last one, by warps               0 loads operands, 1 copies scales that TMA cannot read, 2 finds the tiles of groups;
+//                                          of gradients 1 and 3 split scales
 #pragma once
 #include "device/gemm/gradient.cuh"
 #include "device/gemm/group_table.cuh"
@@ -27,11 +28,9 @@ struct SharedMemory {
   }
   __device__ float* sfb(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfb) + stage * C.block_n; }
   // Scales in parts: of A's rows, and of B's behind them.
-  __device__ u8* parts_a(int stage) const {
-    return base + kLayout.parts + stage * (C.block_m + C.block_n) * kScalePartsBytes;
-  }
+  __device__ u8* parts_a(int stage) const { return base + kLayout.parts + stage * C.parts_pitch(); }
   __device__ u8* parts_b(int stage) const { return parts_a(stage) + C.block_m * kScalePartsBytes; }
-  // Of scales that TMA brings before they are parts, A's or B's.
+  // Of scales that TMA brings before they are parts; the barriers of A's are followed by those of B's.
   __device__ Pipeline<C.num_stages> scale_slots(bool of_b) const {
     return {reinterpret_cast<u64*>(base + kLayout.scales_full) + of_b * C.num_stages, nullptr};
   }

@@ -40,13 +40,13 @@ __device__ __forceinline__ float4 parts_of(float x) {
 // those of its rows, a k-block ahead. What is past the last row reaches no value that is stored.
 template <GemmConfig C, bool kOfB>
 __device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem) {
-  constexpr int kRows = (kOfB ? C.block_n : C.block_m) / 32;  // of a lane
+  constexpr int kRows = kOfB ? C.block_n : C.block_m, kOfLane = kRows / 32;
   const int lane = threadIdx.x % 32;
   const auto operand = [&](int stage) { return kOfB ? smem.parts_b(stage) : smem.parts_a(stage); };
   const auto staged = [&](int slot) { return kOfB ? smem.sfb(slot) : smem.sfa(slot); };
 #pragma unroll 1
-  for (int i = lane; i < C.num_stages * kRows * 32; i += 32)
-    parts_of_row(operand(i / (kRows * 32)), i % (kRows * 32))[8] = make_float4(0, 0, 0, 0);
+  for (int i = lane; i < C.num_stages * kRows; i += 32)
+    parts_of_row(operand(i / kRows), i % kRows)[8] = make_float4(0, 0, 0, 0);
 
   auto pipe = smem.pipeline(), slots = smem.scale_slots(kOfB);
   auto tiles = my_tiles<C>(p, smem);
@@ -55,16 +55,16 @@ __device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem) {
     const int row = kOfB ? t.n : t.m;
     const auto load = [&](int slot, int kb) {
       if (!p.sfa_by_tma || kb >= ks.end || lane != 0) return;
-      ptx::mbarrier_arrive_expect_tx(&slots.full[slot], kRows * 32 * 4);
+      ptx::mbarrier_arrive_expect_tx(&slots.full[slot], kRows * 4);
       ptx::tma_load_2d(staged(slot), kOfB ? &p.sfb_map : &p.sfa_map, &slots.full[slot], row, kb);
     };
-    float mine[kRows] = {};
+    float mine[kOfLane] = {};
     const auto read = [&](int kb) {
       if (p.sfa_by_tma || kb >= ks.end) return;
       const float* column = kOfB ? p.sfb + kb * p.sfb_stride_k : p.sfa + kb * p.sfa_stride_k;
       const i64 stride = kOfB ? p.sfb_stride_n : p.sfa_stride_m;
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) mine[i] = column[min_of(row + lane + i * 32, (kOfB ? p.n : p.m) - 1) * stride];
+      for (int i = 0; i < kOfLane; ++i) mine[i] = column[min_of(row + lane + i * 32, (kOfB ? p.n : p.m) - 1) * stride];
     };
 
     auto first = slots;
@@ -76,14 +76,14 @@ __device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem) {
       if (p.sfa_by_tma) {
         slots.wait_full();
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) mine[i] = staged(slots.stage)[lane + i * 32];
+        for (int i = 0; i < kOfLane; ++i) mine[i] = staged(slots.stage)[lane + i * 32];
         __syncwarp();
         load(slots.stage, kb + C.num_stages);
       }
       pipe.wait_empty();
       // Neighbouring rows of B change places: sum_columns says why.
 #pragma unroll
-      for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < kOfLane; ++i)
         *parts_of_row(operand(pipe.stage), (kOfB ? lane ^ 1 : lane) + i * 32) = parts_of<kOfB>(mine[i]);
       ptx::mbarrier_arrive(&pipe.full[pipe.stage]);
       read(kb + 1);

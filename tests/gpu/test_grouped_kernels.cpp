@@ -141,7 +141,7 @@ TEST_F(OnGpu, EveryGroupedKernelGivesTheBitsOfTheCpu) {
   std::mt19937 rng(kSeed);
   for (const GemmConfig& config : plan::all_grouped_configs()) {
     if (config.gates_and_ups()) continue;
-    for (const Order order : {Order::col_major, Order::row_major}) {  // scales by TMA, by cp.async
+    for (const Order order : {Order::col_major, Order::row_major}) {  // scales by TMA, by threads
       SCOPED_TRACE(::testing::Message() << jit::gemm_source(config).name << (order == Order::row_major ? " rows" : ""));
       if (config.grouping == Grouping::columns) {
         for (const bool accumulate : {false, true}) check_columns(config, accumulate, order, rng);
