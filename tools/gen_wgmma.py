@@ -66,10 +66,6 @@ class Kind:
     steps: int = 4
     majors: bool = False
 
-    @property
-    def parameters(self) -> str:
-        return "bool kMnA, bool kMnB" if self.majors else ""
-
 
 KINDS = {
     "wgmma_e4m3.cuh": Kind(E4M3_HEADER, "WgmmaE4m3", "k32.f32.e4m3.e4m3", (8, 16, 32, 64, 96, 128, 192, 256)),
@@ -124,7 +120,7 @@ def wrapper(kind: Kind, n: int) -> str:
     )
     constants = ', "n"(kMnA ? 128 : 2), "n"(kMnB ? 128 : 2), "n"(int(kMnA)), "n"(int(kMnB))'
     return WRAPPER.format(
-        parameters=kind.parameters,
+        parameters="bool kMnA, bool kMnB" if kind.majors else "",
         name=kind.name,
         arguments=f"{n}, kMnA, kMnB" if kind.majors else n,
         count=count,
