@@ -26,7 +26,7 @@ from bench import ceilings as ceiling_probes
 from bench import machine
 from bench.libraries import MAX_ERROR, DeepGemm
 from bench.report import write_json
-from bench.timing import Call, L2Flush, allow_gemm_configs, interleaved, with_environment
+from bench.timing import Call, L2Flush, allow_gemm_configs, interleaved, with_gemm_config
 
 EXPERTS = ((4096, 7168), (7168, 2048))
 MODELS = {  # experts, then (N, K) of gate and up together and of down
@@ -294,7 +294,7 @@ def measure(case: Case, repeats: int, ceilings: dict, configs: list[str]) -> dic
         except Exception as reason:
             failed[name] = f"{type(reason).__name__}: {reason}"[:200]
     for config in configs:
-        timed[config] = with_environment("PHALANX_GEMM_CONFIG", config, case.calls["phalanx"])
+        timed[config] = with_gemm_config(config, case.calls["phalanx"])
         try:
             timed[config]()
             torch.cuda.synchronize()
@@ -304,7 +304,7 @@ def measure(case: Case, repeats: int, ceilings: dict, configs: list[str]) -> dic
     if "phalanx" not in timed:
         raise RuntimeError(f"{case.op} {case.shape}: {failed}")
     if configs:
-        timed["phalanx"] = with_environment("PHALANX_GEMM_CONFIG", "", timed["phalanx"])
+        timed["phalanx"] = with_gemm_config("", timed["phalanx"])
     samples = interleaved(timed, repeats, L2Flush())
     median = samples["phalanx"].median
     return {

@@ -18,9 +18,8 @@ from pathlib import Path
 from bench import machine
 from bench.cases import Problem, Shape, parse_shape
 from bench.libraries import MAX_ERROR, OURS, load
-from bench.timing import L2Flush, interleaved, with_environment
+from bench.timing import L2Flush, interleaved, with_gemm_config
 
-VARIABLE = "PHALANX_GEMM_CONFIG"
 PLANNER = "(planner)"
 
 
@@ -41,8 +40,8 @@ def sweep(shape: Shape, configs: list[str], peers: tuple[str, ...], repeats: int
         call = library.prepare(problem, lambda message: print(f"# {message}", file=sys.stderr))
         variants = {library.name: call}
         if library.name == OURS:
-            variants = {config: with_environment(VARIABLE, config, call) for config in configs}
-            variants[PLANNER] = with_environment(VARIABLE, None, call)
+            variants = {config: with_gemm_config(config, call) for config in configs}
+            variants[PLANNER] = with_gemm_config("", call)
         for name, variant in variants.items():
             try:
                 errors[name] = problem.check(variant, problem.out)
@@ -55,7 +54,7 @@ def sweep(shape: Shape, configs: list[str], peers: tuple[str, ...], repeats: int
                 failed.append({"config": name, "error": f"WRONG: relative error {errors[name]:.2e}"})
     problem.forget_reference()
     samples = interleaved(calls, repeats, L2Flush()) if calls else {}
-    with_environment(VARIABLE, None, lambda: None)()
+    with_gemm_config("", lambda: None)()
 
     timed = [
         {

@@ -13,6 +13,8 @@ FLUSH_BYTES = 256 << 20  # several times the L2 of 50 to 60 MB
 HEAD_START_CYCLES = 12_000_000  # 6 ms: the GPU waits while the host fills the queue
 REPEATS_PER_BLOCK = 10
 
+GEMM_CONFIG = "PHALANX_GEMM_CONFIG"
+
 Call = Callable[[], object]
 
 
@@ -110,18 +112,15 @@ class Captured:
 
 
 def allow_gemm_configs() -> None:
-    """Before the first product: who starts without PHALANX_GEMM_CONFIG never looks at it again."""
-    os.environ.setdefault("PHALANX_GEMM_CONFIG", "")
+    """Before the first product: a process that starts without the variable never looks at it again."""
+    os.environ.setdefault(GEMM_CONFIG, "")
 
 
-def with_environment(variable: str, value: str | None, call: Call) -> Call:
-    """`call` with an environment variable set (or unset) before it, for configurations that are read per call."""
+def with_gemm_config(config: str, call: Call) -> Call:
+    """`call` by this configuration of a product; by the planner's if it is empty."""
 
     def wrapped() -> object:
-        if value is None:
-            os.environ.pop(variable, None)
-        else:
-            os.environ[variable] = value
+        os.environ[GEMM_CONFIG] = config
         return call()
 
     return wrapped
