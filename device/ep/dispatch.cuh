@@ -6,13 +6,13 @@
 //                   rows, weights ----------------------------> the handle, row_weights
 //   routing warps   topk_idx ---------------------------------> peers' choices, weights;   route flags
 //                   choices --> rows of all tokens (route.cuh)
-//   all warps       x[t] of this rank, then slots as they come --> rows; those that have sent: scales, MN-major
+//   all warps       x[t] of this rank, then slots as they come --> rows
 //                   (few tokens: this rank's by slots as well, which are faster to read than x is to quantise again)
+//   sending warps   with many tokens, before: scales that x has --> peers;  scales --> rows, MN-major
 //                   all read --> credits, behind which peers may send again into the same buffer
 //
 // With many tokens, x[t] is sent by CTAs that do nothing else, to one peer after the other: rank r to r + 1, r + 2, ...,
-// and receives from r - 1, r - 2, ... So each link has one sender at a time, and a source's scales are written while
-// the next one's tokens come.
+// and receives from r - 1, r - 2, ... So each link has one sender at a time.
 #pragma once
 #include "device/ep/dispatch_send.cuh"
 #include "device/ep/route.cuh"
@@ -38,12 +38,6 @@ __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, cons
       if (p.row_weights && lane == 0) p.row_weights[row] = 0;
     }
   }
-}
-
-// Until the CTA has come so far, or has failed. `count` is shared memory that only grows. By one thread.
-__device__ __forceinline__ void ep_wait_in_cta(const int* count, int wanted, const int* failed) {
-  while (ep_look(*count) < wanted && ep_look(*failed) == 0) ptx::fence_acq_rel_cta();
-  ptx::fence_acq_rel_cta();
 }
 
 // Until piece i of a source's `count` is here. What one warp has seen of the flags, all know, and it looks at the neighbours'
@@ -75,21 +69,21 @@ __device__ __forceinline__ bool ep_await_routing(const EpShared& shared) {
 // Piece i of a source's tokens of this CTA, to its rows. By a warp.
 template <bool kCounted>
 __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, const EpOperation& op,
-                                                 const EpRouteState& state, const EpPieces& pieces, int source,
-                                                 int turn, int i) {
+                                                 const EpRouteState& state, const EpPieces& pieces, int source, int i) {
   const EpCommon& c = p.c;
   const int lane = threadIdx.x % 32, size = p.format == kEpE4m3 ? 1 : 2;
   const int token = pieces.token(i), number = token - pieces.tokens.begin;
   const EpRange cols = ep_cols(c.shape, pieces.part(i));
   const int row = lane < c.shape.topk ? state.rows(source)[number * c.shape.topk + lane] : kEpNotHere;
-  const EpTargets to = ep_rows(p, row, kCounted && c.shape.staged ? state.stage(turn, number) : nullptr);
+  const EpTargets to = ep_rows(p, row);
   if (kCounted && source == c.rank) {
     if (to.lanes != 0) ep_move_own<kCounted>(p, token, cols, to);
     return true;
   }
   u8* slot = ep_dispatch_slot<kCounted>(op, c.rank, source, token);
-  float* scales = size == 1 ? reinterpret_cast<float*>(slot + ep_scales_offset(c.shape.hidden)) : nullptr;
-  const u64 is_here = ep_flag(op.epoch, p.format, 1);
+  const bool has_scales = size == 1 && !(kCounted && ep_has_scales(p));
+  float* scales = has_scales ? ep_token_scales<kCounted>(op, c.rank, source, token) : nullptr;
+  const u64 is_here = ep_flag(op.epoch, p.sent, 1);
   if constexpr (kCounted) {
     if (to.lanes == 0) return true;
     const u64* flags = ep_piece_flag(op, c.rank, source, pieces.tokens.begin, 0);
@@ -102,87 +96,61 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   }
 }
 
-// Staged scales to their rows, in the order of rows: neighbouring lanes write neighbouring words, one block at a time.
-// By the whole role, when all pieces of the source have been written.
-__device__ __forceinline__ void ep_write_staged_scales(const EpDispatchParams& p, const EpRole& role,
-                                                       const EpRouteState& state, EpShared& shared, int source,
-                                                       int turn) {
+// Many tokens: scales that have come apart from them, to the rows, of which each CTA has other ones than those of its tokens:
+// neighbours, as four bytes here and there would take ten times as long. By a role.
+__device__ __forceinline__ void ep_write_scales(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                                const EpRouteState& state, int* failed) {
   const EpCommon& c = p.c;
-  const EpRange tokens = state.range(source);
-  const i64 base = ep_choice(c, source, tokens.begin);
-  const int* rows = state.rows(source);
-  const int* places = c.handle + c.handle_layout.places + base;
-  struct Placed {
-    int row, place;
-  };
-  if (role.thread() == 0) {
-    ep_wait_in_cta(&state.done(source), ep_pieces(c.shape, tokens).count(), &shared.failed);
-    shared.num_staged = 0;
-  }
-  role.sync();
-  ep_load_ahead(
-      role.thread(), role.num_threads(), tokens.size() * c.shape.topk,
-      [&](int i) {
-        return Placed{rows[i], places[i]};
-      },
-      [&](int i, Placed choice) {
-        if (choice.row == kEpNotHere) return;
-        state.staged_rows()[choice.place] = choice.row;
-        state.staged_tokens()[choice.place] = c.by.topk.of(i);
-        atomicAdd(&shared.num_staged, 1);
-      });
-  role.sync();
-  const int count = ep_look(shared.num_staged), blocks = ceil_div(c.shape.hidden, kQuantizeBlock);
+  const int receivers = ep_num_receivers(c.shape);
+  bool fine = true;
 #pragma unroll 1
-  for (int i = threadIdx.x % 32; i < count; i += 32) {
-    const i64 row = state.staged_rows()[i];
-    if (row >= p.capacity) continue;
-    const float* scales = state.stage(turn, state.staged_tokens()[i]);
-#pragma unroll 4
-    for (int b = role.warp(); b < blocks; b += role.num_warps) p.row_scales[row + b * p.row_scale_stride] = scales[b];
+  for (int i = role.thread(); fine && i < (c.shape.num_ranks + p.route) * receivers; i += role.num_threads()) {
+    const int source = c.by.receivers.of(i), cta = i - source * receivers;
+    const bool is_row = source == c.shape.num_ranks;  // with a handle the tokens of rows are known
+    fine = ep_wait(c, kEpPhaseTokens, is_row ? c.rank : source,
+                   is_row ? op.word(c.rank, c.layout.row_flags, cta)
+                          : op.word(c.rank, c.layout.scale_flags, source * c.shape.num_ctas + cta),
+                   ep_flag(op.epoch, is_row ? kEpRouting : p.sent, 1));
   }
-  role.sync();
-  if (role.thread() == 0) {
-    ptx::fence_acq_rel_cta();
-    *static_cast<volatile int*>(&shared.written) = turn + 1;
+  if (!role.all(fine, failed)) return;
+  const int end = min_of(state.offsets()[ep_num_local_experts(c)], p.capacity), blocks = ep_num_blocks(c);
+  const int* row_tokens = c.handle + c.handle_layout.row_tokens;
+#pragma unroll 1
+  for (int first = 32 * (int(blockIdx.x) + receivers * role.warp()); first < end;
+       first += 32 * receivers * role.num_warps) {
+    const int row = first + int(threadIdx.x) % 32, place = row < end ? row_tokens[row] : kEpNotHere;
+    if (place == kEpNotHere) continue;
+    const int source = c.by.max_tokens.of(place);
+    const EpVector* from = reinterpret_cast<const EpVector*>(
+        ep_token_scales<true>(op, c.rank, source, place - source * c.shape.max_tokens));
+    ep_load_ahead(
+        0, 1, ceil_div(blocks, 4), [&](int i) { return from[i]; },
+        [&](int i, const EpVector& v) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            if (i * 4 + j < blocks) p.row_scales[row + (i * 4 + j) * p.row_scale_stride] = __uint_as_float(v.word[j]);
+        });
   }
 }
 
-// This CTA's tokens of all sources, its own first: the others' are on their way meanwhile. All warps take pieces; those
-// that have sent write the scales of each source besides, where they are staged.
+// This CTA's tokens of all sources, its own first: the others' are on their way meanwhile. All warps take pieces.
 template <bool kCounted>
 __device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, const EpOperation& op,
-                                                  const EpRouteState& state, EpShared& shared, const EpRole& sender) {
+                                                  const EpRouteState& state, EpShared& shared) {
   const EpShape& shape = p.c.shape;
-  const bool staged = kCounted && shape.staged && p.format == kEpE4m3,
-             has_sent = int(threadIdx.x) < sender.num_threads();
   int source = p.c.rank, turn = 0, begin = 0;
   EpPieces pieces = ep_pieces(shape, state.range(source));
 #pragma unroll 1
-  for (;;) {
+  while (ep_look(shared.failed) == 0) {
     const int taken = ep_take(&shared.next);
 #pragma unroll 1
-    while (turn < shape.num_ranks && taken - begin >= pieces.count()) {
-      const bool is_last = turn == shape.num_ranks - 1;  // when nobody has anything else to do
-      if (staged && (has_sent || is_last))
-        ep_write_staged_scales(p,
-                               EpRole{is_last ? kEpAllWarps : kEpSenders, 0, is_last ? kEpDispatchWarps : kEpSendWarps},
-                               state, shared, source, turn);
+    while (taken - begin >= pieces.count()) {
+      if (++turn == shape.num_ranks) return;
       begin += pieces.count();
       source = source == 0 ? shape.num_ranks - 1 : source - 1;  // in the order in which they send
-      ++turn;
       pieces = ep_pieces(shape, state.range(source));
     }
-    if (turn == shape.num_ranks) return;
-    if (ep_look(shared.failed) != 0) continue;  // whoever meets others must still do so
-    // The stage is that of the source before the last one.
-    if (staged && turn >= 2 && threadIdx.x % 32 == 0) ep_wait_in_cta(&shared.written, turn - 1, &shared.failed);
-    __syncwarp();
-    if (!ep_receive_piece<kCounted>(p, op, state, pieces, source, turn, taken - begin)) shared.failed = 1;
-    if (!staged) continue;
-    __syncwarp();
-    ptx::fence_acq_rel_cta();
-    if (threadIdx.x % 32 == 0) atomicAdd(&state.done(source), 1);
+    if (!ep_receive_piece<kCounted>(p, op, state, pieces, source, taken - begin)) shared.failed = 1;
   }
 }
 
@@ -196,10 +164,8 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   if (threadIdx.x == 0) shared = {};
   if constexpr (kCounted) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < c.shape.num_ranks * p.smem.seen_words; i += 32 * kEpDispatchWarps) {
+    for (int i = threadIdx.x; i < c.shape.num_ranks * p.smem.seen_words; i += 32 * kEpDispatchWarps)
       state.seen(0)[i] = 0;
-      if (c.shape.staged && i < c.shape.num_ranks) state.done(i) = 0;
-    }
   } else {
     ep_clear_counts(state);
   }
@@ -219,13 +185,18 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   if (int(threadIdx.x) < sender.num_threads()) {
     if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);
     const bool sends = c.send && p.copy && (only_sends || ep_all_send(p));
-    const bool may_send = (sends || routes) && ep_may_send(send, sender, &shared.failed);
+    const bool sends_scales = kCounted && c.send && !only_sends && ep_has_scales(p);
+    const bool may_send = (sends || sends_scales || routes) && ep_may_send(send, sender, &shared.failed);
     if (routes) ptx::named_barrier_arrive(kEpMaySend, 32 * kEpDispatchWarps);
+    if (sends_scales && may_send) ep_send_scales(p, send, sender, state.turned());
     if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends);
     if (receives) known = ep_await_routing(shared);
     // Not before: a release waits for what has been sent, and all would wait for this warp.
     if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
-    if (kCounted && known) keep(first_half, first_half);
+    if constexpr (kCounted) {
+      if (known) keep(first_half, first_half);
+      if (known && ep_has_scales(p)) ep_write_scales(p, recv, first_half, state, &shared.failed);
+    }
   } else {
     if (routes) ep_send_routing<kCounted>(p, send, router, state, &shared.failed);
     if (receives) {
@@ -237,7 +208,7 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
         keep({kEpRouters, kEpSendWarps, c.by.groups.value}, {kEpRouters, kEpDispatchWarps - 1, 1});
     }
   }
-  if (known && p.copy) ep_receive_tokens<kCounted>(p, recv, state, shared, first_half);
+  if (known && p.copy) ep_receive_tokens<kCounted>(p, recv, state, shared);
   __syncthreads();
   ptx::grid_launch_dependents();  // not before: ranks may share a GPU, and what waits for a peer must not be in its way
   if (ep_look(shared.failed) != 0) return;

@@ -8,14 +8,12 @@ namespace phalanx {
 
 // --- a token on its way: read once, kEpDispatchPieces a lane at a time, and written to every target -------------------
 
-// Places of a token: lane l has one of its own if bit l of `lanes` is set. Scales go to the targets, or where they are
-// staged to shared memory once.
+// Places of a token: lane l has one of its own if bit l of `lanes` is set.
 struct EpTargets {
   u32 lanes;
   u8* data;
   float* scales;  // of the first block
   i64 scale_stride;
-  float* stage;
 };
 
 // The slots at rank `r`, one a lane; below 0 none.
@@ -23,17 +21,17 @@ template <bool kCounted>
 __device__ __forceinline__ EpTargets ep_slots(const EpOperation& op, i64 token, int r) {
   const int lane = threadIdx.x % 32;
   const bool is_first = __ffs(__match_any_sync(0xffffffffu, r)) - 1 == lane;  // of those with the same rank
-  EpTargets to{__ballot_sync(0xffffffffu, is_first && r >= 0), nullptr, nullptr, 1, nullptr};
+  EpTargets to{__ballot_sync(0xffffffffu, is_first && r >= 0), nullptr, nullptr, 1};
   if (r < 0) return to;
   to.data = ep_dispatch_slot<kCounted>(op, r, op.c.rank, token);
-  to.scales = reinterpret_cast<float*>(to.data + ep_scales_offset(op.c.shape.hidden));
+  to.scales = ep_token_scales<kCounted>(op, r, op.c.rank, token);
   return to;
 }
 
 // The rows of a token's choices, one a lane.
-__device__ __forceinline__ EpTargets ep_rows(const EpDispatchParams& p, int row, float* stage) {
+__device__ __forceinline__ EpTargets ep_rows(const EpDispatchParams& p, int row) {
   const bool has_room = row >= 0 && row < p.capacity;
-  EpTargets to{__ballot_sync(0xffffffffu, has_room), nullptr, nullptr, p.row_scale_stride, stage};
+  EpTargets to{__ballot_sync(0xffffffffu, has_room), nullptr, nullptr, p.row_scale_stride};
   if (!has_room) return to;
   to.data = static_cast<u8*>(p.rows) + row * p.row_stride * (p.format == kEpE4m3 ? 1 : 2);
   to.scales = p.row_scales + row;
@@ -52,10 +50,6 @@ __device__ __forceinline__ void ep_put_16(u8* to, const EpVector& v) {
 // The scales of up to 32 blocks, one a lane.
 template <bool kCounted>
 __device__ __forceinline__ void ep_put_scales(const EpTargets& to, int block, bool inside, float scale) {
-  if (to.stage) {
-    if (inside) to.stage[block] = scale;
-    return;
-  }
 #pragma unroll 1
   for (u32 left = to.lanes; left != 0;) {
     float* scales = reinterpret_cast<float*>(__shfl_sync(0xffffffffu, reinterpret_cast<u64>(to.scales), ep_pop(left)));
@@ -192,7 +186,7 @@ __device__ __noinline__ void ep_copy_quantized(const u8* from, EpRange cols, boo
 __device__ __forceinline__ int ep_x_size(const EpDispatchParams& p) { return p.x_format == kEpE4m3 ? 1 : 2; }
 __device__ __forceinline__ bool ep_quantizes(const EpDispatchParams& p) { return p.x_format != p.format; }
 
-// Columns of a token of this rank, in the format that is sent.
+// Columns of a token of this rank, in the format that is sent; with many tokens without the scales that it has.
 template <bool kCounted>
 __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token, EpRange cols, const EpTargets& to) {
   const int size = ep_x_size(p);
@@ -201,8 +195,8 @@ __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token
     ep_copy_quantized<kCounted>(data, cols, p.pow2_scales, to);
   else
     ep_copy<kCounted>(
-        EpRow{data, size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col}, cols, size,
-        to);
+        EpRow{data, !kCounted && size == 1 ? p.x_scales + token * p.x_scale_stride_row : nullptr, p.x_scale_stride_col},
+        cols, size, to);
 }
 
 // --- sending --------------------------------------------------------------------------------------------------------
@@ -270,7 +264,7 @@ __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const 
     if (to.lanes == 0) continue;
     if constexpr (kCounted) {
       const bool is_full = flags.count >= kEpPiecesPerFlag || flags.count + __popc(to.lanes) > 32;
-      if (is_full || shape.log2_parts != 0) flags.raise(ep_flag(op.epoch, p.format, 1));
+      if (is_full || shape.log2_parts != 0) flags.raise(ep_flag(op.epoch, p.sent, 1));
       flags.add(to.lanes, ep_piece_flag(op, r < 0 ? c.rank : r, c.rank, token, part));
       const int ahead = token_of(i + step);
       if (shape.num_senders <= kEpFewSenders && ahead < c.num_tokens)
@@ -301,8 +295,44 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
   for (int turn = 1; turn < (in_turns ? shape.num_ranks : 2); ++turn) {
     const int next = p.c.rank + turn, to = next < shape.num_ranks ? next : next - shape.num_ranks;
     ep_send_pieces<kCounted>(p, op, first, step, in_turns ? to : -1, flags);
-    if constexpr (kCounted) flags.raise(ep_flag(op.epoch, p.format, 1));
+    if constexpr (kCounted) flags.raise(ep_flag(op.epoch, p.sent, 1));
   }
+}
+
+// Many tokens: scales that x has do not go with tokens.
+__device__ __forceinline__ bool ep_has_scales(const EpDispatchParams& p) { return p.copy && p.x_format == kEpE4m3; }
+
+// Those of this CTA's tokens, to all ranks, this one too. As x has those of a block side by side, they are turned around.
+// By a role.
+__device__ __forceinline__ void ep_send_scales(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
+                                               float* turned) {
+  const EpCommon& c = p.c;
+  const int lane = threadIdx.x % 32, num_ranks = c.shape.num_ranks, all_blocks = ep_num_blocks(c);
+  const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.by.receivers);
+#pragma unroll 1
+  for (int first = tokens.begin; first < tokens.end; first += kEpTurnedTokens)
+#pragma unroll 1
+    for (int block = 0; block < all_blocks; block += kEpTurnedBlocks) {
+      const int count = min_of(kEpTurnedTokens, tokens.end - first),
+                blocks = min_of(kEpTurnedBlocks, all_blocks - block);
+      const i64 at = min_of(first + lane, tokens.end - 1) * p.x_scale_stride_row + block * p.x_scale_stride_col;
+      ep_load_ahead<8>(
+          role.warp(), role.num_warps, blocks, [&](int b) { return p.x_scales[at + b * p.x_scale_stride_col]; },
+          [&](int b, float scale) { turned[lane * kEpTurnedPitch + b] = scale; });
+      role.sync();
+#pragma unroll 1
+      for (int t = role.warp(); t < count; t += role.num_warps)
+        if (lane < ceil_div(blocks, 4)) {
+          const EpVector v = *reinterpret_cast<const EpVector*>(turned + t * kEpTurnedPitch + lane * 4);
+#pragma unroll 1
+          for (int r = 0; r < num_ranks; ++r)
+            *reinterpret_cast<EpVector*>(ep_token_scales<true>(op, r, c.rank, first + t) + block + lane * 4) = v;
+        }
+      role.sync();
+    }
+  if (const int r = role.thread(); r < num_ranks)
+    ptx::store_release_sys(op.word(r, c.layout.scale_flags, c.rank * c.shape.num_ctas + int(blockIdx.x)),
+                           ep_flag(op.epoch, p.sent, 1));
 }
 
 // This CTA's tokens into the L2, while credits are waited for. By a role.

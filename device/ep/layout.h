@@ -7,6 +7,7 @@
 //                     weights  [R][T][K]      s's topk_weights, each with the epoch; not where "counted"
 //                     counts   [R][E]         s's choices of this rank's experts, with the epoch
 //                              [R][G][E]      where "counted": by the tokens of s's CTA
+//                     scales   [R][T][H/128]  where "counted": s's scales
 //                     tokens   [R][T]         dispatch slots: s's token t, if it has an expert on d
 //                              [R - 1][T]     where "counted": d's own tokens need none
 //                     sums     [R - 1][T]     combine slots: what rank s has summed for d's token t
@@ -33,6 +34,9 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 
 // Roles of a CTA's warps in dispatch: the first ones send tokens, the others see to routing, and then all write rows.
 constexpr int kEpSendWarps = 8, kEpRouteWarps = 8, kEpDispatchWarps = kEpSendWarps + kEpRouteWarps;
+
+// Scales that go to peers apart from their tokens: what a CTA turns around in shared memory at a time. The pitch is one of 16 bytes.
+constexpr int kEpTurnedTokens = 32, kEpTurnedBlocks = 64, kEpTurnedPitch = kEpTurnedBlocks + 4;
 
 // Flags are raised for so many pieces of a warp together, as a release waits for all of the SM's stores.
 constexpr int kEpPiecesPerFlag = 8;
@@ -70,18 +74,19 @@ struct EpShape {
   int num_experts = 1, max_local_experts = 1;
   int wide = 0;     // slots hold BF16, not only E4M3
   int counted = 0;  // with many tokens: a CTA numbers its own choices only, and receivers add up the CTAs before
-  int staged = 0;   // and scales are gathered in shared memory, so that neighbouring rows' are written together
 };
 
 constexpr i64 ep_align(i64 bytes) { return (bytes + 15) / 16 * 16; }
 constexpr i64 ep_align_region(i64 bytes) { return (bytes + 127) / 128 * 128; }
 
-// E4M3 data, then FP32 scales; or BF16 data.
+// E4M3 data, then but where "counted" FP32 scales; or BF16 data.
+constexpr i64 ep_scale_bytes(int hidden) { return ep_align(4 * i64(ceil_div(hidden, kEpColumns))); }
 constexpr i64 ep_scales_offset(int hidden) { return ep_align(hidden); }
-constexpr i64 ep_e4m3_slot(int hidden) { return ep_align(hidden) + ep_align(4 * i64(ceil_div(hidden, 128))); }
 constexpr i64 ep_bf16_bytes(int hidden) { return ep_align(2 * i64(hidden)); }
 constexpr i64 ep_token_slot(const EpShape& s) {
-  return s.wide && ep_bf16_bytes(s.hidden) > ep_e4m3_slot(s.hidden) ? ep_bf16_bytes(s.hidden) : ep_e4m3_slot(s.hidden);
+  const i64 bf16 = s.wide ? ep_bf16_bytes(s.hidden) : 0,
+            e4m3 = ep_align(s.hidden) + (s.counted ? 0 : ep_scale_bytes(s.hidden));
+  return e4m3 < bf16 ? bf16 : e4m3;
 }
 // BF16 sums, then one FP32 value for each choice.
 constexpr i64 ep_sum_slot(const EpShape& s) { return ep_bf16_bytes(s.hidden) + ep_align(4 * i64(s.topk)); }
@@ -98,13 +103,14 @@ struct EpWords {
 struct EpLayout {
   i64 epochs;                           // u64 [sequences][G]: operations that a CTA of this rank has finished
   i64 dispatch_credit, combine_credit;  // u64 [R][G]: epoch that a CTA of rank d has finished to read
-  i64 route_flags;                      // u64 [R][G]
+  i64 route_flags, scale_flags;         // u64 [R][G]
+  i64 row_flags;                        // u64 [G]: the tokens of rows, written by this rank
   i64 token_flags;                      // u64 [R][T][parts], where "counted"; else [R], and only the CPU backend's
   i64 sum_flags;                        // u64 [R][G][halves]; where they halve columns, the first is both's
   i64 buffers, buffer_stride;
-  i64 headers, choices, weights, counts, tokens, sums;  // within a buffer
-  i64 token_slot, sum_slot;                             // bytes
-  i64 bytes;                                            // of it all
+  i64 headers, choices, weights, counts, scales, tokens, sums;  // within a buffer
+  i64 token_slot, sum_slot;                                     // bytes
+  i64 bytes;                                                    // of it all
 };
 
 constexpr i64 ep_flags_per_rank(const EpShape& s) {
@@ -121,14 +127,17 @@ constexpr EpLayout ep_layout(const EpShape& s) {
   l.dispatch_credit = l.epochs + ep_align_region(kEpSequences * s.num_ctas * 8);
   l.combine_credit = l.dispatch_credit + ep_align_region(ranks * s.num_ctas * 8);
   l.route_flags = l.combine_credit + ep_align_region(ranks * s.num_ctas * 8);
-  l.token_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
+  l.scale_flags = l.route_flags + ep_align_region(ranks * s.num_ctas * 8);
+  l.row_flags = l.scale_flags + ep_align_region(ranks * s.num_ctas * 8);
+  l.token_flags = l.row_flags + ep_align_region(s.num_ctas * 8);
   l.sum_flags = l.token_flags + ep_align_region(ranks * ep_flags_per_rank(s) * 8);
   l.buffers = l.sum_flags + ep_align_region(ranks * s.num_ctas * kEpHalves * 8);
   l.headers = 0;
   l.choices = ep_align_region(ranks * 8);
   l.weights = l.choices + choices;
   l.counts = l.weights + choices;
-  l.tokens = l.counts + ep_align_region(ranks * s.max_local_experts * (s.counted ? 4 * s.num_ctas : 8));
+  l.scales = l.counts + ep_align_region(ranks * s.max_local_experts * (s.counted ? 4 * s.num_ctas : 8));
+  l.tokens = l.scales + ep_align_region(s.counted ? ranks * tokens * ep_scale_bytes(s.hidden) : 0);
   l.sums = l.tokens + ep_align_region((s.counted ? peers : ranks) * tokens * l.token_slot);
   l.buffer_stride = l.sums + ep_align_region(peers * tokens * l.sum_slot);
   l.bytes = l.buffers + s.num_buffers * l.buffer_stride;
@@ -151,7 +160,7 @@ constexpr u32 ep_flag_format(u64 flag) { return u32(flag) >> 24; }
 constexpr u64 ep_flag_epoch(u64 flag) { return flag >> 32; }
 constexpr u32 ep_flag_count(u64 flag) { return u32(flag) & 0xffffffu; }
 
-enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEpSumsAndValues = 5 };
+enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEpSumsAndValues = 5, kEpQuantized = 6 };
 
 // Where no flag is waited for, what 32 bits hold goes with its epoch in one word.
 constexpr u64 ep_word(u64 epoch, u32 bits) { return epoch << 32 | bits; }
@@ -184,21 +193,21 @@ struct EpHandleLayout {
   i64 counts;      // [local experts]: rows without padding
   i64 experts;     // [T][K]: this rank's own topk_idx, -1 where it is out of range
   i64 rows;        // [R][T][K]: the row of source s's token t for its choice k here, or kEpNotHere
-  i64 places;      // [R][T][K] where "staged": its place among the rows of its CTA and source
+  i64 row_tokens;  // [rows] where "counted": s * T + t of source s's token t, or kEpNotHere for padding
   i64 weights;     // [R][T][K] FP32
   i64 words;
 };
 constexpr int kEpNotHere = -1;
 
-constexpr EpHandleLayout ep_handle_layout(const EpShape& s, int local_experts) {
+constexpr EpHandleLayout ep_handle_layout(const EpShape& s, int local_experts, int alignment) {
   const i64 choices = i64(s.max_tokens) * s.topk;
   EpHandleLayout l{};
   l.offsets = l.num_tokens + s.num_ranks;
   l.counts = l.offsets + local_experts + 1;
   l.experts = l.counts + local_experts;
   l.rows = l.experts + choices;
-  l.places = l.rows + s.num_ranks * choices;
-  l.weights = l.places + (s.staged ? s.num_ranks * choices : 0);
+  l.row_tokens = l.rows + s.num_ranks * choices;
+  l.weights = l.row_tokens + (s.counted ? s.num_ranks * choices + i64(local_experts) * (alignment - 1) : 0);
   l.words = l.weights + s.num_ranks * choices;
   return l;
 }
@@ -213,18 +222,14 @@ struct EpRouteSmem {
   int num_tokens;       // [R]
   int ranges;           // EpRange [R]: this CTA's tokens
   // Of senders.
-  int own;   // [choices of a CTA]
-  int sent;  // [2][E], or where "counted" [routing warps][E]
-  int seen;  // [R][words] where "counted": bits of this CTA's pieces whose flags have been seen
-  // Where scales are staged.
-  int places;                      // [R][local experts + 1]: of this CTA's rows of a source
-  int done;                        // [R]: pieces of a source that have been written
-  int staged_rows, staged_tokens;  // [choices of a CTA], in order
-  int stage;                       // [2][tokens of a CTA][pitch]: scales of the sources in turn
+  int turned;  // [kEpTurnedTokens][kEpTurnedPitch] where "counted": scales on their way. At a multiple of 16 bytes
+  int own;     // [choices of a CTA]
+  int sent;    // [2][E], or where "counted" [routing warps][E]
+  int seen;    // [R][words] where "counted": bits of this CTA's pieces whose flags have been seen
   // Of receivers, if there is room, else only the handle has them.
   int rows;  // [R][choices of a CTA]
   // What is between one and the next.
-  int tokens_per_cta, choices_per_cta, seen_words, stage_pitch;
+  int choices_per_cta, seen_words;
   i64 words;
 };
 constexpr int ep_num_receivers(const EpShape& s) { return s.num_ctas - s.num_senders; }
@@ -236,10 +241,8 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   constexpr i64 kMaxRows = 8192, kMaxWords = (192 << 10) / 4;
   const i64 ranks = s.num_ranks, local = local_experts, choices = ep_choices_per_cta(s);
   EpRouteSmem l{};
-  l.tokens_per_cta = ep_tokens_per_cta(s);
   l.choices_per_cta = int(choices);
-  l.seen_words = ceil_div(l.tokens_per_cta << s.log2_parts, 32);
-  l.stage_pitch = ceil_div(s.hidden, kEpColumns) | 1;  // odd: no two in one bank
+  l.seen_words = ceil_div(ep_tokens_per_cta(s) << s.log2_parts, 32);
   const auto take = [&](i64 words) {
     const i64 begin = l.words;
     l.words += words;
@@ -251,14 +254,11 @@ constexpr EpRouteSmem ep_route_smem(const EpShape& s, int local_experts) {
   l.counts = take(local);
   l.num_tokens = take(ranks);
   l.ranges = take(2 * ranks);
+  l.words = ceil_div<i64>(l.words, 4) * 4;
+  l.turned = take(s.counted ? kEpTurnedTokens * kEpTurnedPitch : 0);
   l.own = take(choices);
   l.sent = take((s.counted ? kEpRouteWarps : 2) * i64(s.num_experts));
   l.seen = take(s.counted ? ranks * l.seen_words : 0);
-  l.places = take(s.staged ? ranks * (local + 1) : 0);
-  l.done = take(s.staged ? ranks : 0);
-  l.staged_rows = take(s.staged ? choices : 0);
-  l.staged_tokens = take(s.staged ? choices : 0);
-  l.stage = take(s.staged ? 2 * i64(l.tokens_per_cta) * l.stage_pitch : 0);
   const i64 rows = ranks * choices;
   l.rows = take(rows <= kMaxRows && l.words + rows <= kMaxWords ? rows : 0);
   return l;

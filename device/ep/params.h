@@ -26,7 +26,7 @@ struct EpStatus {
 
 // What kernels divide by.
 struct EpDivisors {
-  Divisor ctas, receivers, topk, local_experts;
+  Divisor ctas, receivers, topk, local_experts, max_tokens;
   Divisor groups;  // of warps that route: each sees to other sources
 
   constexpr EpDivisors() = default;
@@ -35,6 +35,7 @@ struct EpDivisors {
         receivers(ep_num_receivers(s)),
         topk(s.topk),
         local_experts(num_local_experts),
+        max_tokens(s.max_tokens > 0 ? s.max_tokens : 1),
         groups(min_of(s.num_ranks, kEpRouteWarps)) {}
 };
 
@@ -66,6 +67,7 @@ struct EpDispatchParams {
   const float* x_scales;
   i64 x_stride, x_scale_stride_row, x_scale_stride_col;
   EpFormat x_format, format;  // BF16 may be sent as E4M3
+  EpFormat sent;              // what headers and flags say: all ranks should send the same
 
   const void* topk_idx;       // [T, K] int32 or int64
   const float* topk_weights;  // [T, K], or null: all 1
@@ -82,9 +84,6 @@ struct EpDispatchParams {
   Divisor alignment;  // of offsets
   int pow2_scales;
 };
-
-// What is sent with the routing, as its header says: all ranks should send the same.
-constexpr EpFormat ep_sent_format(const EpDispatchParams& p) { return p.copy ? p.format : kEpRouting; }
 
 struct EpCombineParams {
   EpCommon c;

@@ -55,8 +55,8 @@ __device__ __noinline__ u64 ep_wait_for_word(const EpCommon& c, u64 epoch, int p
 
 // By one thread: how many tokens the source has, by its header, and sends of them what this rank expects. Below 0: it does not.
 __device__ __forceinline__ int ep_tokens_of(const EpDispatchParams& p, const EpOperation& op, int source, u64 header) {
-  if (ep_flag_format(header) == ep_sent_format(p)) return ep_flag_count(header);
-  ep_record(p.c, kEpMismatch, kEpPhaseRouting, source, ep_flag(op.epoch, ep_sent_format(p), 0), header, 0);
+  if (ep_flag_format(header) == p.sent) return ep_flag_count(header);
+  ep_record(p.c, kEpMismatch, kEpPhaseRouting, source, ep_flag(op.epoch, p.sent, 0), header, 0);
   return -1;
 }
 
@@ -143,12 +143,11 @@ __device__ __forceinline__ bool ep_add_counts(const EpDispatchParams& p, const E
         });
     state.total(0)[i] = total;
     state.before(0)[i] = before;
-    if (c.shape.staged) state.places(source)[e] = column[i64(blockIdx.x) * c.shape.max_local_experts];
   }
   return fine;
 }
 
-// First rows of the experts; `before` becomes the row of this CTA's first choice, `places` its place.
+// First rows of the experts; `before` becomes the row of this CTA's first choice.
 template <bool kCounted>
 __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                  const EpRouteState& state, EpShared& shared) {
@@ -177,15 +176,6 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
     }
   });
   if (role.thread() == 0) state.offsets()[num_local] = rows;
-  if constexpr (kCounted) {
-#pragma unroll 1
-    for (int s = 0; c.shape.staged && s < num_ranks; ++s) {
-      int* places = state.places(s);
-      ep_scan_experts(
-          role, shared.warp_sums, num_local, [&](int e) { return places[e]; },
-          [&](int e, int first) { places[e] = first; });
-    }
-  }
   role.sync();
   return true;
 }
@@ -205,10 +195,12 @@ __device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRoute
   }
 }
 
-// Many tokens: rows from the choices, their numbers, and the rows of the CTA's first ones; places likewise.
+// Many tokens: rows from the choices, their numbers, and the rows of the CTA's first ones; and the tokens of rows, which
+// other CTAs wait for.
 __device__ __forceinline__ void ep_find_rows(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
   const EpCommon& c = op.c;
   const int num_local = ep_num_local_experts(c), first_expert = c.first_expert[c.rank];
+  int* row_tokens = c.handle + c.handle_layout.row_tokens;
   const EpShare share(role, c.by.groups);
 #pragma unroll 1
   for (int s = share.source; s < c.shape.num_ranks; s += share.num_groups) {
@@ -216,7 +208,6 @@ __device__ __forceinline__ void ep_find_rows(const EpOperation& op, const EpRole
     const int num_choices = tokens.size() * c.shape.topk;
     const i64 base = ep_choice(c, s, tokens.begin);
     int* rows = state.rows(s);
-    int* places = c.handle + c.handle_layout.places + base;
     ep_load_ahead(
         share.first, share.step, num_choices,
         [&](int i) { return int(u32(ptx::load_relaxed_sys(ep_words_at(op, c.rank, c.layout.choices, base + i)))); },
@@ -224,9 +215,18 @@ __device__ __forceinline__ void ep_find_rows(const EpOperation& op, const EpRole
           const int e = ep_choice_expert(choice) - first_expert;
           const bool is_here = choice >= 0 && e >= 0 && e < num_local;
           rows[i] = is_here ? state.before(s)[e] + ep_choice_number(choice) : kEpNotHere;
-          if (c.shape.staged) places[i] = is_here ? state.places(s)[e] + ep_choice_number(choice) : 0;
+          if (is_here) row_tokens[rows[i]] = s * c.shape.max_tokens + tokens.begin + c.by.topk.of(i);
         });
   }
+#pragma unroll 1
+  for (int e = blockIdx.x; e < num_local; e += ep_num_receivers(c.shape))
+#pragma unroll 1
+    for (int row = state.offsets()[e] + state.counts()[e] + role.thread(); row < state.offsets()[e + 1];
+         row += role.num_threads())
+      row_tokens[row] = kEpNotHere;
+  role.sync();
+  if (role.thread() == 0)
+    ptx::store_release_sys(op.word(c.rank, c.layout.row_flags, int(blockIdx.x)), ep_flag(op.epoch, kEpRouting, 1));
 }
 
 // What the handle said at an earlier dispatch.

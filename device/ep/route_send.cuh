@@ -28,7 +28,7 @@ __device__ __forceinline__ void ep_send_header(const EpDispatchParams& p, const 
   const int rank = role.thread();
   if (blockIdx.x == 0 && rank < op.c.shape.num_ranks)
     ptx::store_relaxed_sys(ep_words_at(op, rank, op.c.layout.headers, op.c.rank),
-                           ep_flag(op.epoch, ep_sent_format(p), op.c.num_tokens));
+                           ep_flag(op.epoch, p.sent, op.c.num_tokens));
 }
 
 // Numbers choices, experts or below 0, in order: next[e] is the next choice's number of e; `put` gets place, expert and

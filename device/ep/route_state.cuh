@@ -25,20 +25,10 @@ struct EpRouteState {
     if (has_rows()) return smem + p.smem.rows + s * p.smem.choices_per_cta;
     return p.c.handle + p.c.handle_layout.rows + ep_choice(p.c, s, range(s).begin);
   }
+  __device__ __forceinline__ float* turned() const { return reinterpret_cast<float*>(smem + p.smem.turned); }
   __device__ __forceinline__ int* own() const { return smem + p.smem.own; }
   __device__ __forceinline__ int* sent(int warp) const { return smem + p.smem.sent + warp * p.c.shape.num_experts; }
   __device__ __forceinline__ int* seen(int s) const { return smem + p.smem.seen + s * p.smem.seen_words; }
-  __device__ __forceinline__ int* places(int s) const {
-    return smem + p.smem.places + s * (ep_num_local_experts(p.c) + 1);
-  }
-  __device__ __forceinline__ int& done(int s) const { return smem[p.smem.done + s]; }
-  __device__ __forceinline__ int* staged_rows() const { return smem + p.smem.staged_rows; }
-  __device__ __forceinline__ int* staged_tokens() const { return smem + p.smem.staged_tokens; }
-  // Of a token, counted from the CTA's first, of the source whose turn is `turn`.
-  __device__ __forceinline__ float* stage(int turn, int token) const {
-    return reinterpret_cast<float*>(smem + p.smem.stage) +
-           (turn % 2 * p.smem.tokens_per_cta + token) * p.smem.stage_pitch;
-  }
 };
 
 // The named barriers of dispatch: all warps', two roles' own, and where one warp or role waits for others.
@@ -53,10 +43,8 @@ enum EpBarrier : int {
 // What a CTA's warps share beside it. All 0 at the start.
 struct EpShared {
   int failed;
-  int known;       // not 0: where rows go
-  int next;        // piece to be written
-  int num_staged;  // rows of the source whose scales are written
-  int written;     // sources whose scales have been
+  int known;  // not 0: where rows go
+  int next;   // piece to be written
   int warp_sums[kEpRouteWarps];
 };
 
@@ -95,6 +83,18 @@ __device__ __forceinline__ u8* ep_dispatch_slot(const EpOperation& op, int at, i
   const EpCommon& c = op.c;
   const i64 source = kCounted ? ep_peer_idx(at, from) : from;
   return op.buffer(at, c.layout.tokens) + (source * c.shape.max_tokens + token) * c.layout.token_slot;
+}
+
+__device__ __forceinline__ int ep_num_blocks(const EpCommon& c) { return ceil_div(c.shape.hidden, kEpColumns); }
+
+// The scales at rank `at` of that token of rank `from`.
+template <bool kCounted>
+__device__ __forceinline__ float* ep_token_scales(const EpOperation& op, int at, int from, i64 token) {
+  const EpCommon& c = op.c;
+  u8* scales = kCounted ? op.buffer(at, c.layout.scales) +
+                              (i64(from) * c.shape.max_tokens + token) * ep_scale_bytes(c.shape.hidden)
+                        : ep_dispatch_slot<kCounted>(op, at, from, token) + ep_scales_offset(c.shape.hidden);
+  return reinterpret_cast<float*>(scales);
 }
 
 // By the whole role: until all peers have read what was sent before.

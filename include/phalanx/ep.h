@@ -29,15 +29,15 @@ struct ExpertParallelConfig {
   std::vector<int> experts_per_rank{};  ///< empty: as even as can be, the first ranks one more
 };
 
-/// Bytes of symmetric memory on each rank with a GPU, to within 4 KB and, per SM and rank, 80 bytes and 8 B for each
+/// Bytes of symmetric memory on each rank with a GPU, to within 4 KB and, per SM and rank, 96 bytes and 8 B for each
 /// expert of a rank
 ///
-///     B * ((R - 1) * T * (slot + 2 H + 4 K) + 16 R T K) + 8 R T P
+///     B * ((R - 1) * T * (slot + 2 H + 4 K) + R T (16 K + 4 ceil(H / 128))) + 8 R T P
 ///
-/// where B = 2 for latency, else 1; slot = H + 4 ceil(H / 128) for e4m3, 2 H for bf16; 4 K and 4 ceil(H / 128) are
-/// rounded up to 16; P, the pieces of a token, 8 at most for latency, else 1; and T = max_tokens. P is 0 and B T slot
-/// come on top where T K is at most the SMs times the experts of a rank, and where a CTA's shared memory cannot hold its
-/// counts: with more than 4096 experts, or thousands and few SMs.
+/// where B = 2 for latency, else 1; slot = H for e4m3, 2 H for bf16; 4 K and 4 ceil(H / 128) are rounded up to 16; P, the
+/// pieces of a token, 8 at most for latency, else 1; and T = max_tokens. Where T K is at most the SMs times the experts
+/// of a rank, and where a CTA's shared memory cannot hold its counts (with more than 4096 experts, or thousands and few
+/// SMs), P is 0, B T slot come on top, and for bf16 there is no 4 ceil(H / 128).
 ///
 /// @throws Error invalid_argument, also where the SMs are too few for the tokens
 PHALANX_API std::size_t expert_parallel_bytes(const ExpertParallelConfig& config, int num_ranks);

@@ -66,7 +66,7 @@ void keep_routing(const EpDispatchParams& p, const EpHandle& handle) {
 
 void send_routing(const EpDispatchParams& p, const EpOperation& op, const EpHandle& handle) {
   const EpCommon& c = p.c;
-  const u64 header = ep_flag(op.epoch(), ep_sent_format(p), c.num_tokens);
+  const u64 header = ep_flag(op.epoch(), p.sent, c.num_tokens);
   const i64 choices = i64(c.num_tokens) * c.shape.topk, at = handle.choice(c.rank, 0) * 4;
   for (int r = 0; r < c.shape.num_ranks; ++r) {
     if (r == c.rank) continue;
@@ -90,7 +90,7 @@ void send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpHandl
         float* scales = reinterpret_cast<float*>(slot + ep_scales_offset(c.shape.hidden));
         for (int b = 0; b < ceil_div(c.shape.hidden, 128); ++b) scales[b] = source.scale(t, b);
       }
-      op.signal(op.word(r, c.layout.token_flags, token_flag_idx(c, c.rank)), ep_flag(op.epoch(), p.format, u32(t) + 1));
+      op.signal(op.word(r, c.layout.token_flags, token_flag_idx(c, c.rank)), ep_flag(op.epoch(), p.sent, u32(t) + 1));
     }
   }
 }
@@ -103,8 +103,8 @@ bool receive_routing(const EpDispatchParams& p, const EpOperation& op, const EpH
       return false;
     u64 header = 0;
     std::memcpy(&header, op.buffer(c.rank, c.layout.headers) + s * 8, sizeof(header));
-    if (ep_flag_format(header) != ep_sent_format(p))
-      return op.fail(kEpMismatch, kEpPhaseRouting, s, ep_flag(op.epoch(), ep_sent_format(p), 0), header);
+    if (ep_flag_format(header) != p.sent)
+      return op.fail(kEpMismatch, kEpPhaseRouting, s, ep_flag(op.epoch(), p.sent, 0), header);
     handle.num_tokens(s) = int(ep_flag_count(header));
     const i64 bytes = i64(handle.num_tokens(s)) * c.shape.topk * 4;
     std::memcpy(handle.weights(s, 0), op.buffer(c.rank, c.layout.weights) + handle.choice(s, 0) * 4, bytes);
@@ -163,7 +163,7 @@ bool receive_tokens(const EpDispatchParams& p, const EpOperation& op, const EpHa
       const u8* slot = nullptr;
       if (s != c.rank) {
         if (!op.wait(kEpPhaseTokens, s, op.word(c.rank, c.layout.token_flags, token_flag_idx(c, s)),
-                     ep_flag(op.epoch(), p.format, u32(t) + 1)))
+                     ep_flag(op.epoch(), p.sent, u32(t) + 1)))
           return false;
         slot = token_slot(op, c, c.rank, s, t);
       }

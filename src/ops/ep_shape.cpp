@@ -15,8 +15,8 @@ constexpr int kThroughputSms = 32, kLatencySms = 128;
 
 /// CTAs that only send, so that they and those that write rows take about as long, if a token's experts are anywhere.
 int num_senders(const EpShape& s) {
-  constexpr double kSendGbps = 26.5, kWriteGbps = 41;  // of an SM, measured
-  constexpr int kMost = 18;                            // more than the link takes
+  constexpr double kSendGbps = 28, kWriteGbps = 41;  // of an SM, measured
+  constexpr int kMost = 18;                          // more than the link takes
   if (s.num_ranks == 1 || s.num_ctas < 4) return 0;
   const double peers = (s.num_ranks - 1) * (1 - std::pow(1 - 1.0 / s.num_ranks, s.topk));  // that a token goes to
   const double send = peers / kSendGbps, write = s.topk / kWriteGbps;
@@ -27,10 +27,10 @@ bool fits(const EpShape& s) { return 4 * ep_route_smem(s, s.max_local_experts).w
 
 int64_t num_choices(const EpShape& s) { return int64_t{s.max_tokens} * s.topk; }
 
-/// So many CTAs, which number choices as "counted" and "staged" say: where that is less work, and fits.
+/// So many CTAs, which number choices as "counted" says: where that is less work, and fits.
 void set_ctas(EpShape& s, int num_ctas, const cpu::EpStandIn* simulated) {
   s.num_ctas = num_ctas;
-  s.num_senders = s.counted = s.staged = 0;
+  s.num_senders = s.counted = 0;
   // Adding up the counts of all CTAs must be less work than counting all choices.
   if (num_choices(s) > int64_t{num_ctas} * s.max_local_experts && s.num_experts <= kEpMaxCountedExperts &&
       ep_choices_per_cta(s) < kEpMaxCountedChoices) {
@@ -38,10 +38,6 @@ void set_ctas(EpShape& s, int num_ctas, const cpu::EpStandIn* simulated) {
     s.counted = 1;
     s.counted = fits(s);
     if (!s.counted) s.num_senders = 0;
-  }
-  if (s.counted) {
-    s.staged = 1;
-    s.staged = fits(s);
   }
 }
 

@@ -49,6 +49,8 @@ std::string format_name(std::uint64_t flag) {
       return "e4m3 tokens";
     case kEpBf16:
       return "bf16 tokens";
+    case kEpQuantized:
+      return "bf16 tokens as e4m3";
     case kEpSums:
       return "sums";
     case kEpSumsAndValues:
@@ -114,7 +116,7 @@ struct ExpertParallel::Impl {
     std::copy(first.begin(), first.end(), common.first_expert);
     common.rank = g.rank;
     common.by = EpDivisors(shape, num_local_experts());
-    common.handle_layout = ep_handle_layout(shape, num_local_experts());
+    common.handle_layout = ep_handle_layout(shape, num_local_experts(), config.alignment);
     common.status = status.get();
     common.timeout_ns = static_cast<u64>(g.timeout * 1e9);
     route_smem = ep_route_smem(shape, num_local_experts());
@@ -208,6 +210,7 @@ struct ExpertParallel::Impl {
     p.smem = route_smem;
     p.route = args.topk_idx.has_value();
     p.copy = copy;
+    p.sent = kEpRouting;
     p.alignment = Divisor(config.alignment);
     p.pow2_scales = args.pow2_scales;
     if (p.route) {
@@ -227,6 +230,8 @@ struct ExpertParallel::Impl {
       p.x_stride = row_stride(args.x);
       p.x_format = format(args.x);
       p.format = format(args.rows);
+      // With many tokens, scales that are made on the way come otherwise.
+      p.sent = p.c.shape.counted && p.x_format != p.format ? kEpQuantized : p.format;
       if (args.x_scales) {
         p.x_scales = static_cast<const float*>(args.x_scales->data);
         p.x_scale_stride_row = args.x_scales->strides[0];

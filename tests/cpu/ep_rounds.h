@@ -51,8 +51,12 @@ inline Tensor vector_of(void* data, DType dtype, std::int64_t length) { return {
 
 /// One rank's arguments and results.
 struct Rank {
-  Rank(const EpProblem& p, int rank, ExpertParallel& ep, std::int64_t capacity, bool e4m3)
+  /// `quantized`: x is E4M3, with scales of that order.
+  Rank(const EpProblem& p, int rank, ExpertParallel& ep, std::int64_t capacity, bool e4m3,
+       std::optional<Order> quantized = {})
       : x(p.tokens[rank], p.config.hidden, 1),
+        x_e4m3(p.tokens[rank], p.config.hidden, 1),
+        x_scales(p.tokens[rank], (p.config.hidden + 127) / 128, 1, quantized.value_or(Order::row_major)),
         out(p.tokens[rank], p.config.hidden, 1),
         residual(p.tokens[rank], p.config.hidden),
         rows_bf16(e4m3 ? 0 : capacity, p.config.hidden, 1),
@@ -69,6 +73,11 @@ struct Rank {
         topk_values(p.tokens[rank] * p.config.topk, -77) {
     x.fill([&](auto i, auto j) { return cpu::from_f32<cpu::Bf16>(p.x[rank][i * p.config.hidden + j]); });
     args.x = x.tensor();
+    if (quantized) {
+      quantize_rows(x.tensor(), {x_e4m3.tensor(), x_scales.tensor()});
+      args.x = x_e4m3.tensor();
+      args.x_scales = x_scales.tensor();
+    }
     args.topk_idx = row_major(topk.data(), DType::int64, p.tokens[rank], p.config.topk);
     args.topk_weights = row_major(weights.data(), DType::f32, p.tokens[rank], p.config.topk);
     args.handle = vector_of(handle.data(), DType::int32, ssize(handle));
@@ -82,7 +91,10 @@ struct Rank {
     combine.out = out.tensor();
   }
 
-  Matrix<cpu::Bf16> x, out, residual, rows_bf16, expert_rows;
+  Matrix<cpu::Bf16> x;
+  Matrix<cpu::E4m3> x_e4m3;
+  Matrix<float> x_scales;
+  Matrix<cpu::Bf16> out, residual, rows_bf16, expert_rows;
   Matrix<cpu::E4m3> rows_e4m3;
   Matrix<float> scales;
   std::vector<std::int64_t> topk;
@@ -130,7 +142,15 @@ inline void expect_rows(const EpProblem& p, Rank& mine, const EpRows& expected, 
 /// How one round is made.
 struct Style {
   bool e4m3 = false, exact = false, split = false, residual = false, weighted = true, values = false;
+  std::optional<Order> quantized = {};  ///< x is E4M3, with scales of that order
 };
+
+/// x is BF16, to be quantised on the way, or E4M3.
+inline std::optional<Order> random_x(bool e4m3, std::mt19937& rng) {
+  const unsigned kind = rng() % 3;
+  if (!e4m3 || kind == 0) return {};
+  return kind == 1 ? Order::row_major : Order::col_major;
+}
 
 inline void run_round(std::vector<ExpertParallel>& eps, const EpProblem& p, const Style& style, unsigned seed) {
   const int n = p.num_ranks();
@@ -148,7 +168,7 @@ inline void run_round(std::vector<ExpertParallel>& eps, const EpProblem& p, cons
       capacity = ep.num_rows(probe.args.handle);
       ASSERT_EQ(capacity, ssize(expected[r].rows));
     }
-    ranks[r] = std::make_unique<Rank>(p, r, ep, capacity, style.e4m3);
+    ranks[r] = std::make_unique<Rank>(p, r, ep, capacity, style.e4m3, style.quantized);
     Rank& mine = *ranks[r];
     if (style.exact) {
       mine.handle = handle;
@@ -225,16 +245,17 @@ inline void expect_other_types_named_later(const ExpertParallelConfig& config) {
   auto groups = Group::local(cpus(2), kHasty);
   auto eps = make_all(groups, config);
   const EpProblem p = random_problem(2, config, rng);
+  const auto quantized = [](bool e4m3) { return e4m3 ? std::optional(Order::row_major) : std::nullopt; };
   on_ranks(2, [&](int r) {
     std::vector<std::unique_ptr<Rank>> sent;
     for (const bool e4m3 : {false, true}) {
       if (r != 0) break;
-      Rank& mine = *sent.emplace_back(std::make_unique<Rank>(p, r, eps[r], eps[r].max_rows(), e4m3));
+      Rank& mine = *sent.emplace_back(std::make_unique<Rank>(p, r, eps[r], eps[r].max_rows(), e4m3, quantized(e4m3)));
       mine.args.part = EpPart::send;
       eps[r].dispatch(mine.args);
     }
     groups[r].barrier();
-    Rank mine(p, r, eps[r], eps[r].max_rows(), true);
+    Rank mine(p, r, eps[r], eps[r].max_rows(), true, quantized(true));
     if (r == 1)
       expect_error(ErrorCode::invalid_argument, {"peer 0", "expected e4m3 tokens", "sent bf16 tokens"},
                    [&] { eps[r].dispatch(mine.args); });

@@ -52,7 +52,8 @@ TEST(ExpertParallel, EveryRowAndSumIsTheReferences) {
                           .split = rng() % 2 == 0,
                           .residual = rng() % 2 == 0,
                           .weighted = rng() % 2 == 0,
-                          .values = rng() % 2 == 0};
+                          .values = rng() % 2 == 0,
+                          .quantized = random_x(variant == 0 || round % 2 == 0, rng)};
         run_round(eps, p, style, unsigned(rng()));
         if (HasFatalFailure()) return;
       }
@@ -307,13 +308,14 @@ std::pair<double, double> bytes_by_formula(const ExpertParallelConfig& c, int ra
   const auto padded = [](int bytes) { return (bytes + 15) / 16 * 16; };
   const int scales = (c.hidden + 127) / 128, experts = (c.num_experts + ranks - 1) / ranks;
   const int num_sms = c.num_sms ? c.num_sms : c.latency ? 128 : 32;
-  const double slot = c.dtype == DType::bf16 ? 2 * c.hidden : c.hidden + padded(4 * scales);
+  const bool wide = c.dtype == DType::bf16;
+  const double slot = wide ? 2 * c.hidden : c.hidden, of_scales = wide && few ? 0 : padded(4 * scales);
   const double ours = ranks, peers = ranks - 1, tokens = c.max_tokens, buffers = c.latency ? 2 : 1;
   const int pieces = c.latency ? static_cast<int>(std::bit_floor(unsigned(std::min(8, scales)))) : 1;
   const double least = buffers * (peers * tokens * (slot + 2 * c.hidden + padded(4 * c.topk)) +
-                                  16 * ours * tokens * c.topk + (few ? tokens * slot : 0)) +
+                                  ours * tokens * (16 * c.topk + of_scales) + (few ? tokens * slot : 0)) +
                        (few ? 0 : 8 * ours * tokens * pieces);
-  return {least, least + 4096 + num_sms * ours * (80 + 8 * buffers * experts)};
+  return {least, least + 4096 + num_sms * ours * (96 + 8 * buffers * experts)};
 }
 
 TEST(ExpertParallelConfig, BytesFollowTheFormula) {
@@ -370,9 +372,9 @@ TEST(ExpertParallelConfig, TooFewSmsAreRefused) {
   bytes(8192, 2, 256, 2);
   bytes(16384, 3, 256, 2);
   expect_error(E::invalid_argument,
-               {"max_tokens is 131072, expected fewer", "524287", "by 8 SMs; or config.num_sms of 24 or more"},
+               {"max_tokens is 131072, expected fewer", "524287", "by 8 SMs; or config.num_sms of 26 or more"},
                [&] { bytes(1 << 17, 8, 256, 2); });
-  bytes(1 << 17, 24, 256, 2);
+  bytes(1 << 17, 26, 256, 2);
   expect_error(E::invalid_argument, {"max_tokens is 131072, expected fewer", "among 4100 experts can be numbered"},
                [&] { bytes(1 << 17, 8, 4100, 8); });
 }

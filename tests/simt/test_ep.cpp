@@ -57,7 +57,8 @@ TEST_P(Simulated, EveryRowAndSumIsTheReferences) {
                           .split = round == 2,
                           .residual = rng() % 2 == 0,
                           .weighted = rng() % 2 == 0,
-                          .values = rng() % 2 == 0};
+                          .values = rng() % 2 == 0,
+                          .quantized = random_x(round % 2 == 0, rng)};
         run_round(eps, p, style, unsigned(rng()));
         if (HasFatalFailure()) return;
       }
@@ -89,22 +90,25 @@ TEST_P(Simulated, RowsLongerThanTheRings) {
   for (const bool e4m3 : {false, true}) run_round(eps, random_problem(2, config, rng), {.e4m3 = e4m3}, 1);
 }
 
-// Senders number their choices, and scales are staged.
+// Senders number their choices, and scales that x has come apart from it.
 TEST_P(Simulated, ManyTokensAndFewExperts) {
   std::mt19937 rng(kSeed + GetParam().all);
-  for (const int hidden : {272, 3 * 1024}) {
+  for (const auto& [hidden, max_tokens, n] : {std::tuple{272, 150, 2}, {3 * 1024, 30, 3}, {65 * 128, 40, 2}}) {
     const ExpertParallelConfig config{.hidden = hidden,
                                       .num_experts = 5,
                                       .topk = 8,
-                                      .max_tokens = 30,
+                                      .max_tokens = max_tokens,
                                       .dtype = DType::bf16,
                                       .alignment = int(1 + rng() % 4)};
-    const int n = hidden == 272 ? 2 : 3;
     auto groups = Group::local(cpus(n), kPatient);
     auto eps = make_all(groups, config);
-    for (int round = 0; round < 3; ++round) {
-      run_round(eps, random_problem(n, config, rng, 10, round * 30), {.e4m3 = round < 2, .exact = round == 1},
-                unsigned(rng()));
+    for (int round = 0; round < 6; ++round) {
+      const std::optional<Order> quantized[] = {{}, Order::row_major, Order::col_major};
+      const Style style{.e4m3 = round < 5,
+                        .exact = round % 2 == 1,
+                        .split = round == 2,
+                        .quantized = round < 5 ? quantized[round % 3] : std::nullopt};
+      run_round(eps, random_problem(n, config, rng, 10, round % 3 * 30), style, unsigned(rng()));
       if (HasFatalFailure()) return;
     }
   }
@@ -122,7 +126,11 @@ TEST_P(Simulated, EpochsOfMoreThan32Bits) {
       auto eps = make_all(groups, config);
       begin_after(past, eps, random_problem(2, config, rng));
       for (int round = 0; round < 5; ++round) {
-        const Style style{.e4m3 = round % 2 == 0, .exact = round == 1, .split = round == 2, .values = round % 2 == 1};
+        const Style style{.e4m3 = round % 2 == 0,
+                          .exact = round == 1,
+                          .split = round == 2,
+                          .values = round % 2 == 1,
+                          .quantized = random_x(round % 2 == 0, rng)};
         run_round(eps, random_problem(2, config, rng), style, unsigned(rng()));
         if (HasFatalFailure()) return;
       }
