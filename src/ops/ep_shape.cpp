@@ -15,11 +15,12 @@ constexpr int kThroughputSms = 32, kLatencySms = 128;
 
 /// CTAs that only send, so that they and those that write rows take about as long, if a token's experts are anywhere.
 int num_senders(const EpShape& s) {
-  constexpr double kSendGbps = 28, kWriteGbps = 41;  // of an SM, measured
-  constexpr int kMost = 18;                          // more than the link takes
+  constexpr int kMost = 18;  // more than the link takes
+  // Of an SM, measured. Where there are many, receivers have time, and the link should have none.
+  const double send_gbps = 28, write_gbps = s.num_ctas > 48 ? 50 : 41;
   if (s.num_ranks == 1 || s.num_ctas < 4) return 0;
   const double peers = (s.num_ranks - 1) * (1 - std::pow(1 - 1.0 / s.num_ranks, s.topk));  // that a token goes to
-  const double send = peers / kSendGbps, write = s.topk / kWriteGbps;
+  const double send = peers / send_gbps, write = s.topk / write_gbps;
   return std::min(kMost, static_cast<int>(std::ceil(s.num_ctas * send / (send + write))));
 }
 
