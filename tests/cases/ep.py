@@ -183,19 +183,24 @@ def on_ranks(groups, function):
 
 
 def check_round(eps, problem: Problem, rng: np.random.Generator, e4m3: bool, exact: bool, split: bool, residual: bool):
-    """One dispatch and one combine on all ranks, every byte checked."""
+    """One dispatch and one combine on all ranks, every byte checked. E4M3: from BF16, or scales of either order."""
     groups = [ep.group for ep in eps]
+    kind = str(rng.choice(["bf16", "row-major", "mn-major"])) if e4m3 else "bf16"
     tokens = [len(x) for x in problem.x]
     seeds = rng.integers(2**31, size=len(eps)).tolist()
 
     def dispatch(rank):
         ep, device = eps[rank], groups[rank].device
         x, idx, weights = (a[rank].to(device) for a in (problem.x, problem.topk_idx, problem.topk_weights))
+        if kind != "bf16":
+            data, scales = phalanx.quantize(x)
+            x = (data, scales if kind == "mn-major" else scales.contiguous())
         groups[rank].barrier()  # inputs are there: copies, too, may wait for other ranks' kernels
         capacity = None if exact else min(ep.max_rows, tokens_bound(problem) + 5)
+        options = {"capacity": capacity, "quantize": e4m3 and kind == "bf16"}
         if split and not exact:
-            return ep.dispatch_send(x, idx, weights, capacity=capacity, quantize=e4m3)()
-        return ep.dispatch(x, idx, weights, capacity=capacity, quantize=e4m3)
+            return ep.dispatch_send(x, idx, weights, **options)()
+        return ep.dispatch(x, idx, weights, **options)
 
     dispatched = on_ranks(groups, dispatch)
     rows = [check_rows(problem, rank, result) for rank, result in enumerate(dispatched)]

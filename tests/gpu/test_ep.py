@@ -56,13 +56,13 @@ def test_a_real_shape(seed):
             cases.check_round(eps, problem, rng, e4m3, False, False, True)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_many_tokens(num_ranks, seed):
+@pytest.mark.parametrize(("num_ranks", "hidden", "tokens"), [(1, 400, 300), (2, 400, 300), (2, 65 * 128, 700)])
+def test_many_tokens(num_ranks, hidden, tokens, seed):
     """More choices than SMs times local experts: with two ranks some CTAs only send."""
     rng = np.random.default_rng(seed)
-    config = cases.Config(num_ranks, 400, 10, 6, 300, alignment=4)
+    config = cases.Config(num_ranks, hidden, 10, 6, tokens, alignment=4)
     eps = make(config, NUM_GPUS > 1, dtype="bf16", num_sms=16)
-    for round in range(4):
+    for round in range(6):
         problem = cases.random_problem(config, rng, hot=0.3 * (round % 2))
         cases.check_round(eps, problem, rng, round % 2 == 0, round == 1, round == 2, round == 3)
 
