@@ -48,7 +48,7 @@ PHALANX_API std::size_t expert_parallel_bytes(const ExpertParallelConfig& config
 enum class EpPart { both, send, recv };
 
 struct EpDispatch {
-  Tensor x;                        ///< [T, H] BF16, or E4M3 with x_scales; T <= max_tokens may differ between ranks
+  Tensor x;  ///< [T, H] BF16, or E4M3 with x_scales, the same on all ranks; T <= max_tokens may differ between them
   std::optional<Tensor> x_scales;  ///< FP32 [T, ceil(H / 128)], any strides
   std::optional<Tensor>
       topk_idx;  ///< int32 or int64 [T, K], rows contiguous; outside [0, E): none. Absent: as the handle says

@@ -39,7 +39,8 @@ std::vector<GemmConfig> make_configs() {
                                 .cluster_n = 2,
                                 .out = OutType::swiglu,
                                 .grouping = Grouping::rows}));
-  list.push_back(with_stages({.out = OutType::f32, .grouping = Grouping::columns}));
+  for (const int cluster_m : {2, 1})
+    list.push_back(with_stages({.cluster_m = cluster_m, .out = OutType::f32, .grouping = Grouping::columns}));
   return list;
 }
 
@@ -95,14 +96,15 @@ double estimate_cycles(const GemmConfig& c, const GroupedProblem& p, int num_sms
   const bool by_rows = p.grouping == Grouping::rows, once = by_rows && weights_leave_l2_first(c, p);
   const Groups groups(p);
   const Spread spread = spread_of(p);
-  Spread tiles{};
+  Spread tiles{};                     // of clusters, along M
   double mean_tiles = 0, cycles = 0;  // of a group; cycles are of a k-block of all of its tiles
   for (std::size_t i = 0; i < spread.size(); ++i) {
     const int rows = int(std::min(std::ceil(groups.rows * spread[i]), 1e9));
-    const int full = rows / c.block_m, rest = rows % c.block_m;
+    const int height = c.block_m * c.cluster_m, full = rows / height, rest = rows % height;
     tiles[i] = full + (rest > 0);
     mean_tiles += tiles[i] / spread.size();
-    cycles += (full * cycles_of(c, c.block_m) + (rest > 0 ? cycles_of(c, rest) : 0)) / spread.size();
+    cycles +=
+        (full * cycles_of(c, c.block_m) + (rest > 0 ? cycles_of(c, std::min(rest, c.block_m)) : 0)) / spread.size();
   }
   const double k_blocks = std::ceil(double(p.k) / (by_rows ? 1 : p.num_groups) / kBlockK);
   const double swiglu = c.gates_and_ups() ? c.num_consumers * (kSwiglu + kTwoScales * k_blocks) : 0;
