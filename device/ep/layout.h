@@ -56,7 +56,7 @@ constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a th
 constexpr int kEpHalves = 2, kEpSumWarps = 7;
 constexpr int kEpSumPitch = kEpSumWarps * kEpPitch;  // in a stage, from one of a thread's pieces to its next
 constexpr int kEpCombineWarps = kEpHalves * (kEpSumWarps + 2) + 1;
-constexpr int kEpStages = 7;
+constexpr int kEpStages = 6;
 template <bool kFew>
 constexpr int kEpSumPieces = kFew ? 2 : 4;
 template <bool kFew>
