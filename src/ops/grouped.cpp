@@ -34,7 +34,8 @@ struct PlanKey {
   friend bool operator==(const PlanKey&, const PlanKey&) = default;
   std::size_t hash() const {
     const plan::GroupedProblem& p = problem;
-    return hash_of(int(p.grouping), p.num_groups, p.m, p.n, p.k, p.expected_rows, int(p.out), num_sms, device, either);
+    return hash_of(int(p.grouping), p.num_groups, p.m, p.n, p.k, p.expected_rows, int(p.out), p.all_sms, num_sms,
+                   device, either);
   }
 };
 
@@ -115,7 +116,8 @@ struct RowsProduct {
     if (s.m == 0) return;
 
     const cuda::ContextGuard context(place.ordinal);
-    const plan::GroupedProblem problem{Grouping::rows, s.num_groups, s.planned_m(), s.n, s.k, expected_rows, out};
+    const plan::GroupedProblem problem{Grouping::rows, s.num_groups, s.planned_m(), s.n, s.k,
+                                       expected_rows,  out,          place.all_sms};
     chosen = planned({problem, place.num_sms, place.ordinal, either});
     const Rows a_rows(a.data), b_rows(b.data);
     const ScaleColumns sfa(a.scales, config().scales_a_box());
@@ -193,7 +195,7 @@ void run_columns(const ScaledTensor& a, const ScaledTensor& b, const Tensor* off
   if (k == 0 && options.accumulate) return;
 
   const cuda::ContextGuard context(place.ordinal);
-  const plan::GroupedProblem problem{Grouping::columns, num_groups, m, n, k, 0, OutType::f32};
+  const plan::GroupedProblem problem{Grouping::columns, num_groups, m, n, k, 0, OutType::f32, place.all_sms};
   const PlannedGemm chosen = planned({problem, place.num_sms, place.ordinal});
   const GemmConfig& config = chosen.plan.config;
 

@@ -19,7 +19,9 @@ std::vector<GemmConfig> make_configs() {
     // FP32 tiles leave straight from registers: of the largest sizes, that takes a second to compile.
     if (out == OutType::bf16) {
       list.push_back(with_stages({.block_m = 256, .block_n = 128, .cluster_n = 2, .out = out}));
-      list.push_back(with_stages({.block_m = 192, .block_n = 128, .num_consumers = 3, .cluster_n = 2, .out = out}));
+      for (const int cluster_n : {2, 1})
+        list.push_back(
+            with_stages({.block_m = 192, .block_n = 128, .num_consumers = 3, .cluster_n = cluster_n, .out = out}));
       list.push_back(with_stages({.block_m = 192, .block_n = 96, .num_consumers = 3, .out = out}));
       list.push_back(with_stages({.block_m = 128, .block_n = 192, .cluster_m = 2, .out = out}));
     }
@@ -80,6 +82,12 @@ bool shares_activations(const GemmConfig& c, const GemmProblem& p, int num_sms) 
   const int tiles = ceil_div(p.n, c.block_n), slots = usable_sms(kSharingCtas, num_sms);
   return c.block_m == 64 && c.block_n == 64 && c.split_k == 1 && p.m <= c.block_m && ceil_div(p.k, kBlockK) >= kLongK &&
          tiles % kSharingCtas == 0 && tiles <= slots && tiles * 5 >= slots * 4;
+}
+
+// Whether a persistent kernel's CTAs all begin at once. Beside other kernels pairs of CTAs may not, and then 192 x 128 does without.
+bool finds_sms(const GemmConfig& c, const GemmProblem& p, int num_sms) {
+  if (p.all_sms) return c.block_m * c.block_n != 192 * kScaleBlock || c.multicasts();
+  return find_sms_beside_others(c.cluster_size(), plan_with(c, kDefaultGroupM, p, num_sms).num_ctas, num_sms);
 }
 
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in order.
@@ -163,11 +171,12 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
     if (config.split_k > 1 && plan_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;
+    if (config.split_k == 1 && !finds_sms(config, problem, num_sms)) continue;
     if (problem.m <= config.block_m - config.consumer_rows()) continue;  // a consumer would idle
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
   }
-  if (shares_activations(*best, problem, num_sms))
+  if (problem.all_sms && shares_activations(*best, problem, num_sms))
     best = &*std::find_if(all_gemm_configs().begin(), all_gemm_configs().end(), [&](const GemmConfig& config) {
       return config.cluster_n == kSharingCtas && config.out == problem.out;
     });

@@ -13,7 +13,7 @@ struct GemmProblem {
   int m, n, k;
   OutType out;
   bool batch_invariant = false;  ///< the split of K may not depend on M
-  bool all_sms = false;          ///< no other kernel needs SMs: two CTAs may share each
+  bool all_sms = false;          ///< no other kernel needs SMs: two CTAs may share each, and clusters find theirs
   bool constant_b = false;       ///< the first of B may be read before the kernel ahead has ended
 
   friend bool operator==(const GemmProblem&, const GemmProblem&) = default;

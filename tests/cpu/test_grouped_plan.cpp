@@ -46,7 +46,8 @@ TEST(GroupedPlan, ReturnsOnlyEnumeratedConfigs) {
                                        .n = size(),
                                        .k = size(),
                                        .expected_rows = rng() % 2 ? 0 : size(),
-                                       .out = !rows ? OutType::f32 : OutType(rng() % 3)};
+                                       .out = !rows ? OutType::f32 : OutType(rng() % 3),
+                                       .all_sms = rng() % 2 == 0};
     const int num_sms = std::max(int(1 + rng() % 132), problem.out == OutType::swiglu ? 2 : 1);
     const plan::GemmPlan p = plan::plan_grouped(problem, num_sms);
     ASSERT_NE(std::find(all.begin(), all.end(), p.config), all.end());
@@ -56,6 +57,8 @@ TEST(GroupedPlan, ReturnsOnlyEnumeratedConfigs) {
     ASSERT_LE(p.num_ctas, num_sms);
     ASSERT_EQ(p.num_ctas % p.config.cluster_size(), 0);
     ASSERT_EQ(p, plan::plan_grouped(problem, num_sms)) << "a pure function";
+    if (const int cluster = p.config.cluster_size(); !problem.all_sms && cluster > 1 && problem.out != OutType::swiglu)
+      ASSERT_LE(p.num_ctas + 8 * (cluster - 1), num_sms) << "a GPC's last SMs may be others'";
   }
 }
 
