@@ -57,8 +57,10 @@ TEST(GroupedPlan, ReturnsOnlyEnumeratedConfigs) {
     ASSERT_LE(p.num_ctas, num_sms);
     ASSERT_EQ(p.num_ctas % p.config.cluster_size(), 0);
     ASSERT_EQ(p, plan::plan_grouped(problem, num_sms)) << "a pure function";
-    if (const int cluster = p.config.cluster_size(); !problem.all_sms && cluster > 1 && problem.out != OutType::swiglu)
+    if (const int cluster = p.config.cluster_size();
+        !problem.all_sms && cluster > 1 && problem.out != OutType::swiglu) {
       ASSERT_LE(p.num_ctas + 8 * (cluster - 1), num_sms) << "a GPC's last SMs may be others'";
+    }
   }
 }
 

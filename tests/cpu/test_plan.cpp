@@ -39,8 +39,9 @@ TEST(Plan, ReturnsOnlyEnumeratedConfigs) {
     const plan::GemmPlan p = plan::plan_gemm(problem, num_sms);
     ASSERT_NE(std::find(all.begin(), all.end(), p.config), all.end());
     ASSERT_EQ(p, plan::plan_gemm(problem, num_sms)) << "a pure function";
-    if (const int cluster = p.config.cluster_size(); !problem.all_sms && p.config.split_k == 1 && cluster > 1)
+    if (const int cluster = p.config.cluster_size(); !problem.all_sms && p.config.split_k == 1 && cluster > 1) {
       ASSERT_LE(p.num_ctas + 8 * (cluster - 1), num_sms) << "a GPC's last SMs may be others'";
+    }
   }
 }
 
