@@ -96,8 +96,8 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   }
 }
 
-// Many tokens: scales that have come apart from them, to the rows, of which each CTA has other ones than those of its tokens:
-// neighbours, as four bytes here and there would take ten times as long. By a role.
+// Many tokens: scales that have come apart from them, to rows. Not to those of this CTA's tokens, which lie here and there, but to
+// neighbouring ones: memory takes whole lines, and parts of one would cost as much as the tokens (docs/tuning.md). By a role.
 __device__ __forceinline__ void ep_write_scales(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, int* failed) {
   const EpCommon& c = p.c;
@@ -106,11 +106,11 @@ __device__ __forceinline__ void ep_write_scales(const EpDispatchParams& p, const
 #pragma unroll 1
   for (int i = role.thread(); fine && i < (c.shape.num_ranks + p.route) * receivers; i += role.num_threads()) {
     const int source = c.by.receivers.of(i), cta = i - source * receivers;
-    const bool is_row = source == c.shape.num_ranks;  // with a handle the tokens of rows are known
-    fine = ep_wait(c, kEpPhaseTokens, is_row ? c.rank : source,
-                   is_row ? op.word(c.rank, c.layout.row_flags, cta)
-                          : op.word(c.rank, c.layout.scale_flags, source * c.shape.num_ctas + cta),
-                   ep_flag(op.epoch, is_row ? kEpRouting : p.sent, 1));
+    const bool of_rows = source == c.shape.num_ranks;  // behind all ranks; with a handle their tokens are known
+    fine = ep_wait(c, kEpPhaseTokens, of_rows ? c.rank : source,
+                   of_rows ? op.word(c.rank, c.layout.row_flags, cta)
+                           : op.word(c.rank, c.layout.scale_flags, source * c.shape.num_ctas + cta),
+                   ep_flag(op.epoch, of_rows ? kEpRouting : p.sent, 1));
   }
   if (!role.all(fine, failed)) return;
   const int end = min_of(state.offsets()[ep_num_local_experts(c)], p.capacity), blocks = ep_num_blocks(c);
@@ -118,11 +118,11 @@ __device__ __forceinline__ void ep_write_scales(const EpDispatchParams& p, const
 #pragma unroll 1
   for (int first = 32 * (int(blockIdx.x) + receivers * role.warp()); first < end;
        first += 32 * receivers * role.num_warps) {
-    const int row = first + int(threadIdx.x) % 32, place = row < end ? row_tokens[row] : kEpNotHere;
-    if (place == kEpNotHere) continue;
-    const int source = c.by.max_tokens.of(place);
+    const int row = first + int(threadIdx.x) % 32, origin = row < end ? row_tokens[row] : kEpNotHere;
+    if (origin == kEpNotHere) continue;
+    const int source = c.by.max_tokens.of(origin);
     const EpVector* from = reinterpret_cast<const EpVector*>(
-        ep_token_scales<true>(op, c.rank, source, place - source * c.shape.max_tokens));
+        ep_token_scales<true>(op, c.rank, source, origin - source * c.shape.max_tokens));
     ep_load_ahead(
         0, 1, ceil_div(blocks, 4), [&](int i) { return from[i]; },
         [&](int i, const EpVector& v) {
@@ -141,7 +141,7 @@ __device__ __forceinline__ void ep_receive_tokens(const EpDispatchParams& p, con
   int source = p.c.rank, turn = 0, begin = 0;
   EpPieces pieces = ep_pieces(shape, state.range(source));
 #pragma unroll 1
-  while (ep_look(shared.failed) == 0) {
+  while (!__any_sync(0xffffffffu, ep_look(shared.failed))) {
     const int taken = ep_take(&shared.next);
 #pragma unroll 1
     while (taken - begin >= pieces.count()) {

@@ -372,9 +372,9 @@ TEST(ExpertParallelConfig, TooFewSmsAreRefused) {
   bytes(8192, 2, 256, 2);
   bytes(16384, 3, 256, 2);
   expect_error(E::invalid_argument,
-               {"max_tokens is 131072, expected fewer", "524287", "by 8 SMs; or config.num_sms of 26 or more"},
+               {"max_tokens is 131072, expected fewer", "524287", "by 8 SMs; or config.num_sms of 25 or more"},
                [&] { bytes(1 << 17, 8, 256, 2); });
-  bytes(1 << 17, 26, 256, 2);
+  bytes(1 << 17, 25, 256, 2);
   expect_error(E::invalid_argument, {"max_tokens is 131072, expected fewer", "among 4100 experts can be numbered"},
                [&] { bytes(1 << 17, 8, 4100, 8); });
 }
