@@ -97,7 +97,7 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
 }
 
 // Many tokens: scales that have come apart from them, to rows. Not to those of this CTA's tokens, which lie here and there, but to
-// neighbouring ones: memory takes whole lines, and parts of one would cost as much as the tokens (docs/tuning.md). By a role.
+// neighbouring ones: parts of lines cost memory several times as much as whole ones (docs/tuning.md). By a role.
 __device__ __forceinline__ void ep_write_scales(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, int* failed) {
   const EpCommon& c = p.c;
