@@ -1,12 +1,13 @@
-// Division by a number that the host knows. A kernel needs some twenty instructions for one by any other, each after the one
-// before: a short kernel feels that.
+// Division by a number that the host knows. A kernel needs some twenty instructions for one by any other, each after
+// the one before: a short kernel feels that.
 #pragma once
 #include "device/types.h"
 
 namespace phalanx {
 
-// Of numbers n from 0 to 2^31 - 1. magic = ceil(2^shift / value), where 2^(shift - 31) is the first power of two not below
-// `value`: so it has 32 bits and is too large by less than 2^-31 of itself, n * magic / 2^shift by less than 1 / value.
+// Of numbers n from 0 to 2^31 - 1. magic = ceil(2^shift / value), where 2^(shift - 31) is the first power of two not
+// below `value`: so it has 32 bits and is too large by less than 2^-31 of itself, n * magic / 2^shift by less than 1 /
+// value.
 struct Divisor {
   int value = 1;
   u32 magic = 1u << 31;

@@ -1,8 +1,9 @@
-// The experts of a mixture-of-experts layer from C++: tokens go to their experts' rows, through two FP8 products with SwiGLU
-// between them, and come back summed; and the gradients of that, of tokens and weights, by FP8 products too.
+// The experts of a mixture-of-experts layer from C++: tokens go to their experts' rows, through two FP8 products with
+// SwiGLU between them, and come back summed; and the gradients of that, of tokens and weights, by FP8 products too.
 //
-// It runs anywhere, and with "cuda" on an H200: the calls are the same, the tensors' data point to memory that the GPU reaches, and
-// their device says so. Nothing waits for the GPU before the end: how many rows each expert has is never needed on the host.
+// It runs anywhere, and with "cuda" on an H200: the calls are the same, the tensors' data point to memory that the GPU
+// reaches, and their device says so. Nothing waits for the GPU before the end: how many rows each expert has is never
+// needed on the host.
 #include <phalanx/phalanx.h>
 
 #include <algorithm>

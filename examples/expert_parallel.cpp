@@ -1,5 +1,5 @@
-// Expert parallelism from C++. Without arguments, ranks are threads on the CPU. With "RANK SIZE FILE", each is a process
-// with its GPU, and they meet over NCCL: rank 0 leaves the id in FILE.
+// Expert parallelism from C++. Without arguments, ranks are threads on the CPU. With "RANK SIZE FILE", each is a
+// process with its GPU, and they meet over NCCL: rank 0 leaves the id in FILE.
 //   for r in 0 1; do ./expert_parallel $r 2 /tmp/nccl_id & done; wait
 #include <phalanx/phalanx.h>
 

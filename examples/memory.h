@@ -1,6 +1,6 @@
-// Memory for the examples: of the CPU, or after use_gpu managed memory, which CPU and GPU reach at the same address. It is
-// taken from the driver directly, so that nothing of CUDA is needed to build them; with the toolkit at hand it would be
-// cudaMallocManaged and cudaDeviceSynchronize.
+// Memory for the examples: of the CPU, or after use_gpu managed memory, which CPU and GPU reach at the same address. It
+// is taken from the driver directly, so that nothing of CUDA is needed to build them; with the toolkit at hand it would
+// be cudaMallocManaged and cudaDeviceSynchronize.
 #pragma once
 
 #include <dlfcn.h>

@@ -23,7 +23,8 @@ __device__ __forceinline__ void peer_copy(const PeerWords* from, PeerWords* to, 
   }
 }
 
-// Two GPUs, a thread each: a flag goes there and back, `rounds` times. Gives up after a while. The nanoseconds of it all.
+// Two GPUs, a thread each: a flag goes there and back, `rounds` times. Gives up after a while. The nanoseconds of it
+// all.
 __device__ __forceinline__ void flag_round_trips(u64* mine, u64* theirs, bool first, u64 rounds, u64* nanoseconds) {
   constexpr int kPatience = 10'000'000;
   const u64 start = ptx::global_timer();

@@ -39,7 +39,8 @@ __device__ __forceinline__ void promotion(const u32* operands, const float* scal
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) acc[wave][i] = 0;
 
-  // Barrier 1 + w lets warpgroup w issue: it waits there, and its predecessor in the ring arrives after its own product.
+  // Barrier 1 + w lets warpgroup w issue: it waits there, and its predecessor in the ring arrives after its own
+  // product.
   const int mine = 1 + warpgroup, next = 1 + (warpgroup + 1) % kWarpgroups;
   if (kPhase == Phase::ordered && warpgroup == kWarpgroups - 1) ptx::named_barrier_arrive(next, 256);
   for (const long long start = clock64(); clock64() - start < i64(warpgroup) * skew;) {

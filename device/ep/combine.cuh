@@ -15,8 +15,8 @@
 //
 // Where tokens are few, summing warps read slots as they come, and flags say at the beginning what will.
 //
-// Sums are sent token by token, to all ranks in turn, so that each home can begin early. A CTA's two halves go their own
-// ways. Who lists is some sums ahead of who loads, who has so little to do that no stage stays empty.
+// Sums are sent token by token, to all ranks in turn, so that each home can begin early. A CTA's two halves go their
+// own ways. Who lists is some sums ahead of who loads, who has so little to do that no stage stays empty.
 #pragma once
 #include "device/ep/combine_units.cuh"
 
@@ -148,7 +148,8 @@ struct EpJob {
   }
 };
 
-// Lists it. Of a token of this rank, `number` in this half: its own rows first, which need no waiting, then the other ranks' sums.
+// Lists it. Of a token of this rank, `number` in this half: its own rows first, which need no waiting, then the other
+// ranks' sums.
 template <bool kFew>
 __device__ __forceinline__ bool ep_list(const EpCombineParams& p, const EpOperation& recv, EpLister& lister,
                                         EpNews& news, EpJob<kFew>& job, int number) {

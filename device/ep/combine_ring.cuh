@@ -1,5 +1,5 @@
-// The rings of combine (combine.cuh), one for each half of a CTA: one warp lists rows, one loads them into the ring's stages,
-// seven add them up in registers.
+// The rings of combine (combine.cuh), one for each half of a CTA: one warp lists rows, one loads them into the ring's
+// stages, seven add them up in registers.
 //
 //   listed[i]  the listing warp's lane, when it has said which row comes and what is to be done with it
 //   free[i]    the loading warp, when that row has been added, so that another one can be listed there
@@ -71,7 +71,8 @@ struct EpLister {
   EpCombineHalf& smem;
   EpPlace<kEpListed> next = {};
 
-  // A row for each lane in `lanes`, in their order, or an empty stage where it has none. With the first one may begin `sum`.
+  // A row for each lane in `lanes`, in their order, or an empty stage where it has none. With the first one may begin
+  // `sum`.
   __device__ __forceinline__ void push(u32 lanes, const EpListed& mine, const EpTodo& sum, bool begins) {
     const int lane = threadIdx.x % 32;
     EpPlace<kEpListed> place = next;

@@ -28,7 +28,8 @@ __device__ __forceinline__ float ep_row_value(const EpCombineParams& p, const Ep
   return terms.has_row(p) ? p.row_values[terms.row] : 0.0f;
 }
 
-// Sends token by token, to each rank in turn; this rank's own tokens so many behind, as others' sums take a while to come.
+// Sends token by token, to each rank in turn; this rank's own tokens so many behind, as others' sums take a while to
+// come.
 constexpr int kEpLag = 4;
 
 // A sum to be made, in the order in which they are: of token `step` of each source's, then of a token of this rank.

@@ -11,8 +11,8 @@
 //   sending warps   with many tokens, before: scales that x has --> peers;  scales --> rows, MN-major
 //                   all read --> credits, behind which peers may send again into the same buffer
 //
-// With many tokens, x[t] is sent by CTAs that do nothing else, to one peer after the other: rank r to r + 1, r + 2, ...,
-// and receives from r - 1, r - 2, ... So each link has one sender at a time.
+// With many tokens, x[t] is sent by CTAs that do nothing else, to one peer after the other: rank r to r + 1, r + 2,
+// ..., and receives from r - 1, r - 2, ... So each link has one sender at a time.
 #pragma once
 #include "device/ep/dispatch_send.cuh"
 #include "device/ep/route.cuh"
@@ -40,8 +40,8 @@ __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, cons
   }
 }
 
-// Until piece i of a source's `count` is here. What one warp has seen of the flags, all know, and it looks at the neighbours'
-// as well. By a warp.
+// Until piece i of a source's `count` is here. What one warp has seen of the flags, all know, and it looks at the
+// neighbours' as well. By a warp.
 __device__ __noinline__ bool ep_await_piece(const EpCommon& c, int source, const u64* flags, int count, int i,
                                             u64 wanted, int* all_seen) {
   const int lane = threadIdx.x % 32, neighbour = i - i % 32 + lane;
@@ -96,8 +96,9 @@ __device__ __forceinline__ bool ep_receive_piece(const EpDispatchParams& p, cons
   }
 }
 
-// Many tokens: scales that have come apart from them, to rows. Not to those of this CTA's tokens, which lie here and there, but to
-// neighbouring ones: parts of lines cost memory several times as much as whole ones (docs/tuning.md). By a role.
+// Many tokens: scales that have come apart from them, to rows. Not to those of this CTA's tokens, which lie here and
+// there, but to neighbouring ones: parts of lines cost memory several times as much as whole ones (docs/tuning.md). By
+// a role.
 __device__ __forceinline__ void ep_write_scales(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, int* failed) {
   const EpCommon& c = p.c;

@@ -6,7 +6,7 @@
 
 namespace phalanx {
 
-// --- a token on its way: read once, kEpDispatchPieces a lane at a time, and written to every target -------------------
+// --- a token on its way: read once, kEpDispatchPieces a lane at a time, and written to every target ------------------
 
 // Places of a token: lane l has one of its own if bit l of `lanes` is set.
 struct EpTargets {
@@ -201,8 +201,8 @@ __device__ __forceinline__ void ep_move_own(const EpDispatchParams& p, i64 token
 
 // --- sending --------------------------------------------------------------------------------------------------------
 
-// So few CTAs that only send have so much to send that their next tokens should be in L2 already; more of them have the link to
-// wait for, and would be in each other's way.
+// So few CTAs that only send have so much to send that their next tokens should be in L2 already; more of them have the
+// link to wait for, and would be in each other's way.
 constexpr int kEpFewSenders = 8;
 
 // Flags that a warp will raise together, one a lane.
@@ -235,8 +235,8 @@ __device__ __forceinline__ void ep_prefetch_token(const EpDispatchParams& p, int
     ptx::prefetch_l2(static_cast<const u8*>(p.x) + token * p.x_stride * size + at);
 }
 
-// The pieces first, first + step, ... to the peer `only`, or below 0 to all, if they have an expert of their token. Pieces
-// are those of all tokens, of each receiving CTA's in turn, so that none has to wait for long. By a warp.
+// The pieces first, first + step, ... to the peer `only`, or below 0 to all, if they have an expert of their token.
+// Pieces are those of all tokens, of each receiving CTA's in turn, so that none has to wait for long. By a warp.
 template <bool kCounted>
 __device__ __forceinline__ void ep_send_pieces(const EpDispatchParams& p, const EpOperation& op, int first, int step,
                                                int only, EpFlags& flags) {
@@ -302,8 +302,8 @@ __device__ __forceinline__ void ep_send_tokens(const EpDispatchParams& p, const 
 // Many tokens: scales that x has do not go with tokens.
 __device__ __forceinline__ bool ep_has_scales(const EpDispatchParams& p) { return p.copy && p.x_format == kEpE4m3; }
 
-// Those of this CTA's tokens, to all ranks, this one too. As x has those of a block side by side, they are turned around.
-// By a role.
+// Those of this CTA's tokens, to all ranks, this one too. As x has those of a block side by side, they are turned
+// around. By a role.
 __device__ __forceinline__ void ep_send_scales(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                float* turned) {
   const EpCommon& c = p.c;

@@ -14,15 +14,16 @@
 //
 // A slot's number is the token's number at home, in both directions: a slot needs no agreement, only a credit.
 //
-// With many tokens a flag tells that slots have come: it costs 3 us, until all that was stored before it is there. With few
-// nothing does but the slots themselves: each of their words is kEpNothing before it comes, and again when it was read.
+// With many tokens a flag tells that slots have come: it costs 3 us, until all that was stored before it is there. With
+// few nothing does but the slots themselves: each of their words is kEpNothing before it comes, and again when it was
+// read.
 //
 // Work is cut the same way on every rank. CTA c of G owns the tokens [c * n, (c + 1) * n) of each source s, n =
-// ceil(tokens_s / G): all CTAs in combine, in dispatch those that receive. A token may be cut into 2^log2_parts pieces of
-// columns; where "counted", every piece of dispatch has a flag of its own at the destination.
+// ceil(tokens_s / G): all CTAs in combine, in dispatch those that receive. A token may be cut into 2^log2_parts pieces
+// of columns; where "counted", every piece of dispatch has a flag of its own at the destination.
 //
-// With many tokens, some CTAs of dispatch only send. Where one CTA does both, its stores to peers, of which a link takes
-// 360 GB/s, stand in the way of those to its own memory.
+// With many tokens, some CTAs of dispatch only send. Where one CTA does both, its stores to peers, of which a link
+// takes 360 GB/s, stand in the way of those to its own memory.
 #pragma once
 #include "device/divisor.h"
 
@@ -35,14 +36,15 @@ constexpr int kEpColumns = 128;  // a piece begins at a multiple of this: a whol
 // Roles of a CTA's warps in dispatch: the first ones send tokens, the others see to routing, and then all write rows.
 constexpr int kEpSendWarps = 8, kEpRouteWarps = 8, kEpDispatchWarps = kEpSendWarps + kEpRouteWarps;
 
-// Scales that go to peers apart from their tokens: what a CTA turns around in shared memory at a time. The pitch is one of 16 bytes.
+// Scales that go to peers apart from their tokens: what a CTA turns around in shared memory at a time. The pitch is one
+// of 16 bytes.
 constexpr int kEpTurnedTokens = 32, kEpTurnedBlocks = 64, kEpTurnedPitch = kEpTurnedBlocks + 4;
 
 // Flags are raised for so many pieces of a warp together, as a release waits for all of the SM's stores.
 constexpr int kEpPiecesPerFlag = 8;
 
-// Pieces of 16 bytes that a thread of dispatch has on their way, in registers. With few tokens a warp moves a single part of one,
-// and fetching instructions that run once takes longer than the bytes.
+// Pieces of 16 bytes that a thread of dispatch has on their way, in registers. With few tokens a warp moves a single
+// part of one, and fetching instructions that run once takes longer than the bytes.
 template <bool kCounted>
 constexpr int kEpDispatchPieces = kCounted ? 8 : 2;
 struct alignas(16) EpVector {
@@ -50,9 +52,10 @@ struct alignas(16) EpVector {
 };
 constexpr int kEpPitch = 32 * 16;  // bytes of a warp's pieces, from one of a thread's pieces to its next
 
-// Combine: a CTA has two halves, which share nothing but their end: warps that sum, one that lists rows, one that loads them into a
-// ring of stages. One more warp signals for both. A stage holds a row, or so many columns of one: as many as its warps sum,
-// kEpSumPieces of 16 bytes a thread. With few tokens half of it stays empty, as it would be with half of the columns of 7168.
+// Combine: a CTA has two halves, which share nothing but their end: warps that sum, one that lists rows, one that loads
+// them into a ring of stages. One more warp signals for both. A stage holds a row, or so many columns of one: as many
+// as its warps sum, kEpSumPieces of 16 bytes a thread. With few tokens half of it stays empty, as it would be with half
+// of the columns of 7168.
 constexpr int kEpHalves = 2, kEpSumWarps = 7;
 constexpr int kEpSumPitch = kEpSumWarps * kEpPitch;  // in a stage, from one of a thread's pieces to its next
 constexpr int kEpCombineWarps = kEpHalves * (kEpSumWarps + 2) + 1;
@@ -153,8 +156,9 @@ constexpr u32 ep_something(u32 word) { return word == kEpNothing ? word >> 1 : w
 
 // --- flags ----------------------------------------------------------------------------------------------------------
 
-// A flag grows from operation to operation, modulo 2^32, and within one: epoch, then what is sent, then how many pieces.
-// The format lies below the epoch, where it does not disturb the order: all flags of one epoch should have the same.
+// A flag grows from operation to operation, modulo 2^32, and within one: epoch, then what is sent, then how many
+// pieces. The format lies below the epoch, where it does not disturb the order: all flags of one epoch should have the
+// same.
 constexpr u64 ep_flag(u64 epoch, u32 format, u32 count) { return epoch << 32 | u64(format) << 24 | count; }
 constexpr u32 ep_flag_format(u64 flag) { return u32(flag) >> 24; }
 constexpr u64 ep_flag_epoch(u64 flag) { return flag >> 32; }
@@ -165,9 +169,9 @@ enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEp
 // Where no flag is waited for, what 32 bits hold goes with its epoch in one word.
 constexpr u64 ep_word(u64 epoch, u32 bits) { return epoch << 32 | bits; }
 
-// Epochs are counted in 64 bits, of which flags and words hold the low 32: these begin again after 2^32 operations. A flag
-// has come if it is ahead of what is wanted by no more than ranks can be: three operations, and there is room. All else is
-// old, even if by more than 2^31 operations: many flags are raised only if there are tokens for them.
+// Epochs are counted in 64 bits, of which flags and words hold the low 32: these begin again after 2^32 operations. A
+// flag has come if it is ahead of what is wanted by no more than ranks can be: three operations, and there is room. All
+// else is old, even if by more than 2^31 operations: many flags are raised only if there are tokens for them.
 constexpr u32 kEpMostAhead = 256;
 constexpr u64 kEpOrder = ~(u64(0xff) << 24);  // all but the format
 constexpr bool ep_flag_has_come(u64 seen, u64 wanted) {
@@ -214,7 +218,8 @@ constexpr EpHandleLayout ep_handle_layout(const EpShape& s, int local_experts, i
 
 // --- routing in shared memory ---------------------------------------------------------------------------------------
 
-// int32 words. They fit into 32 bits where they fit into shared memory, and the kernel saves 64-bit arithmetic and divisions.
+// int32 words. They fit into 32 bits where they fit into shared memory, and the kernel saves 64-bit arithmetic and
+// divisions.
 struct EpRouteSmem {
   // Of receivers.
   int total, before;    // [R][local experts]: choices in all; those before this CTA's tokens, then the first one's row
@@ -278,8 +283,8 @@ constexpr EpRange ep_tokens_of_cta(int num_tokens, int cta, const Divisor& ctas)
   const i64 begin = i64(piece) * cta;
   return {int(min_of<i64>(begin, num_tokens)), int(min_of<i64>(begin + piece, num_tokens))};
 }
-// What a half of a CTA of combine does: half of the tokens, or where they are few, half of each one's columns. There sums
-// tell by themselves that they have come.
+// What a half of a CTA of combine does: half of the tokens, or where they are few, half of each one's columns. There
+// sums tell by themselves that they have come.
 constexpr bool ep_sums_are_few(const EpShape& s) { return s.max_tokens <= 2 * s.num_ctas; }
 constexpr EpRange ep_half(EpRange all, int half, int unit) {
   const int middle = all.begin + ceil_div(all.size(), 2 * unit) * unit;

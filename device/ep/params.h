@@ -16,7 +16,8 @@ enum EpPhase : int {
 
 enum EpState : int { kEpOk, kEpTimeout, kEpMismatch, kEpAborted, kEpOtherTokens };
 
-// The first wait that failed, or another number of tokens than the handle's, and the last overflow, left in memory of the host.
+// The first wait that failed, or another number of tokens than the handle's, and the last overflow, left in memory of
+// the host.
 struct EpStatus {
   int state;
   int peer, phase, aborter;

@@ -12,7 +12,7 @@
 
 namespace phalanx {
 
-// --- receiving: where each expert's rows begin ------------------------------------------------------------------------
+// --- receiving: where each expert's rows begin -----------------------------------------------------------------------
 
 // Exclusive prefix sums of what taken(e) is of each expert: first(e, sum). Returns the whole sum. By the whole role.
 template <class Taken, class First>
@@ -53,7 +53,8 @@ __device__ __noinline__ u64 ep_wait_for_word(const EpCommon& c, u64 epoch, int p
   }
 }
 
-// By one thread: how many tokens the source has, by its header, and sends of them what this rank expects. Below 0: it does not.
+// By one thread: how many tokens the source has, by its header, and sends of them what this rank expects. Below 0: it
+// does not.
 __device__ __forceinline__ int ep_tokens_of(const EpDispatchParams& p, const EpOperation& op, int source, u64 header) {
   if (ep_flag_format(header) == p.sent) return ep_flag_count(header);
   ep_record(p.c, kEpMismatch, kEpPhaseRouting, source, ep_flag(op.epoch, p.sent, 0), header, 0);
@@ -180,7 +181,7 @@ __device__ __forceinline__ bool ep_place_experts(const EpDispatchParams& p, cons
   return true;
 }
 
-// --- receiving: the rows of this CTA's tokens -------------------------------------------------------------------------
+// --- receiving: the rows of this CTA's tokens ------------------------------------------------------------------------
 
 // Few tokens: numbered choices become rows.
 __device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRouteState& state) {
@@ -195,8 +196,8 @@ __device__ __forceinline__ void ep_number_rows(const EpRole& role, const EpRoute
   }
 }
 
-// Many tokens: rows from the choices, their numbers, and the rows of the CTA's first ones; and the tokens of rows, which
-// other CTAs wait for.
+// Many tokens: rows from the choices, their numbers, and the rows of the CTA's first ones; and the tokens of rows,
+// which other CTAs wait for.
 __device__ __forceinline__ void ep_find_rows(const EpOperation& op, const EpRole& role, const EpRouteState& state) {
   const EpCommon& c = op.c;
   const int num_local = ep_num_local_experts(c), first_expert = c.first_expert[c.rank];
@@ -253,8 +254,8 @@ __device__ __forceinline__ void ep_recall_routing(const EpCommon& c, const EpRol
   }
 }
 
-// By the whole role: until the rows of this CTA's tokens are known, as `shared.known` then says. False if a peer did not
-// come.
+// By the whole role: until the rows of this CTA's tokens are known, as `shared.known` then says. False if a peer did
+// not come.
 template <bool kCounted>
 __device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                    const EpRouteState& state, EpShared& shared) {
@@ -277,7 +278,7 @@ __device__ __forceinline__ bool ep_receive_routing(const EpDispatchParams& p, co
   return true;
 }
 
-// --- keeping what was found, when there is time -----------------------------------------------------------------------
+// --- keeping what was found, when there is time ----------------------------------------------------------------------
 
 // Rows and weights of this CTA's tokens, to the handle and to row_weights.
 template <bool kCounted>

@@ -8,8 +8,8 @@ __device__ __forceinline__ u64* ep_words_at(const EpOperation& op, int rank, i64
   return reinterpret_cast<u64*>(op.buffer(rank, region)) + at;
 }
 
-// use(i, load(token, k)) for the choices k of these tokens, i = 0 for the first token's first. A warp takes as many tokens at
-// once as it has lanes for.
+// use(i, load(token, k)) for the choices k of these tokens, i = 0 for the first token's first. A warp takes as many
+// tokens at once as it has lanes for.
 template <class Load, class Use>
 __device__ __forceinline__ void ep_each_choice(const EpRole& role, const Divisor& by_topk, EpRange tokens, Load load,
                                                Use use) {
@@ -111,8 +111,8 @@ __device__ __forceinline__ void ep_send_choices(const EpDispatchParams& p, const
       });
 }
 
-// Numbers this CTA's choices of each expert, and sends how many there are. Each warp numbers some; sent(w)[e] becomes how
-// many choices of e the warps before it have.
+// Numbers this CTA's choices of each expert, and sends how many there are. Each warp numbers some; sent(w)[e] becomes
+// how many choices of e the warps before it have.
 __device__ __forceinline__ void ep_count_own_choices(const EpOperation& op, const EpRole& role,
                                                      const EpRouteState& state, int num_choices, int piece) {
   const EpCommon& c = op.c;
@@ -174,7 +174,8 @@ __device__ __forceinline__ void ep_send_counted(const EpDispatchParams& p, const
                            ep_flag(op.epoch, kEpRouting, 1));
 }
 
-// By the whole role: this rank's choices, those of this CTA's tokens, to all ranks, when the other warps have seen the credits.
+// By the whole role: this rank's choices, those of this CTA's tokens, to all ranks, when the other warps have seen the
+// credits.
 template <bool kCounted>
 __device__ __forceinline__ void ep_send_routing(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                 const EpRouteState& state, int* failed) {

@@ -48,7 +48,8 @@ struct EpShared {
   int warp_sums[kEpRouteWarps];
 };
 
-// The warps of a role share sources: each takes the choices first, first + step, ... of source, source + num_groups, ...
+// The warps of a role share sources: each takes the choices first, first + step, ... of source, source + num_groups,
+// ...
 struct EpShare {
   int source, num_groups, first, step;
 
@@ -59,8 +60,8 @@ struct EpShare {
         step(groups.up(role.num_warps - source) * 32) {}
 };
 
-// This rank's choice as it is stored, both halves of int64, or int32 twice. It is not looked at, and there is no branch, so
-// that several can be on their way.
+// This rank's choice as it is stored, both halves of int64, or int32 twice. It is not looked at, and there is no
+// branch, so that several can be on their way.
 struct EpChoice {
   u32 low, high;
 };

@@ -1,7 +1,7 @@
 // Operations, their flags, and bounded waits.
 //
-// Who publishes: a warp stores data to a peer, meets at __syncwarp, and a lane stores the flag with st.release.sys, which
-// takes 0.6 us less than a fence before a plain store.
+// Who publishes: a warp stores data to a peer, meets at __syncwarp, and a lane stores the flag with st.release.sys,
+// which takes 0.6 us less than a fence before a plain store.
 // Who waits: lane 0 loads the flag with ld.acquire.sys until it is there, and the warp meets at __syncwarp. So all that
 // the sending warp stored before is visible to all of the waiting warp. A CTA does the same with a barrier instead.
 // Where few tokens are sent, slots are waited for word by word (layout.h), and nothing is released.
@@ -125,8 +125,8 @@ struct EpRole {
   }
 };
 
-// So many CTAs of all ranks, this one too, have finished reading what this rank has put into the same buffer before. By so
-// many threads, each of which waits for some.
+// So many CTAs of all ranks, this one too, have finished reading what this rank has put into the same buffer before. By
+// so many threads, each of which waits for some.
 __device__ __forceinline__ bool ep_wait_for_credits(const EpOperation& op, EpPhase phase, i64 credits, int first_cta,
                                                     const Divisor& ctas, int thread, int num_threads) {
   const EpShape& shape = op.c.shape;
@@ -164,8 +164,9 @@ __device__ __forceinline__ void ep_finish_recv(const EpOperation& op, i64 credit
   if (op.c.shape.num_buffers == 1 && threadIdx.x < 32) ep_give_credits(op, credits, op.epoch);
 }
 
-// use(i, load(i)) for i = first, first + step, ... below `count`; some are loaded before the first of them is used. There is
-// no branch between the loads, as what branches meet in would wait for them; instead the last one is loaded again.
+// use(i, load(i)) for i = first, first + step, ... below `count`; some are loaded before the first of them is used.
+// There is no branch between the loads, as what branches meet in would wait for them; instead the last one is loaded
+// again.
 template <int kAhead = 4, class Load, class Use>
 __device__ __forceinline__ void ep_load_ahead(int first, int step, int count, Load load, Use use) {
 #pragma unroll 1
@@ -187,8 +188,8 @@ __device__ __forceinline__ u64* ep_piece_flag(const EpOperation& op, int at, int
                  int(source * ep_flags_per_rank(shape) + (token << shape.log2_parts) + part));
 }
 
-// Pieces that all warps of a CTA share: each takes the next one when it has done with the last. `next` is shared memory,
-// 0 at the start. By a warp.
+// Pieces that all warps of a CTA share: each takes the next one when it has done with the last. `next` is shared
+// memory, 0 at the start. By a warp.
 __device__ __forceinline__ int ep_take(int* next) {
   int taken = 0;
   if (threadIdx.x % 32 == 0) taken = atomicAdd(next, 1);

@@ -19,11 +19,12 @@ constexpr int kTileSlotBytes = 32;
 constexpr int kMaxSmemBytes = 232448;  // that one CTA of an SM90 may use
 constexpr int kSmemPerSm = 233472;     // that its CTAs share, 1024 of them for each
 
-// What becomes of a tile: D in a type, or, of gates and ups, what SwiGLU makes of them, in E4M3 (device/moe/gemm_swiglu.cuh).
+// What becomes of a tile: D in a type, or, of gates and ups, what SwiGLU makes of them, in E4M3
+// (device/moe/gemm_swiglu.cuh).
 enum class OutType { bf16, f32, swiglu };
 
-// What a kernel multiplies: one product; rows of A in groups, each with its own B; or columns of A and B in groups, each with
-// its own D, where B has a scale per row as A has: the gradients of weights.
+// What a kernel multiplies: one product; rows of A in groups, each with its own B; or columns of A and B in groups,
+// each with its own D, where B has a scale per row as A has: the gradients of weights.
 enum class Grouping { none, rows, columns };
 
 enum class Operand { e4m3, bf16 };
@@ -47,8 +48,8 @@ struct GemmConfig {
   constexpr int block_k() const { return operand == Operand::e4m3 ? kBlockK : kBf16BlockK; }
   constexpr int consumer_rows() const { return block_m / num_consumers; }
   constexpr int num_waves() const { return consumer_rows() / 64; }  // m64 products per consumer and k-block
-  // Registers suffice for two partial sums: the next product runs while one is promoted. Of 128 x 128, whose two consumers hide
-  // much of each other's promotion, that is no faster.
+  // Registers suffice for two partial sums: the next product runs while one is promoted. Of 128 x 128, whose two
+  // consumers hide much of each other's promotion, that is no faster.
   constexpr bool overlaps() const {
     return scaled() && !grouped() && !few_rows() && num_waves() == 1 && num_consumers * block_n <= 192;
   }
@@ -72,14 +73,14 @@ struct GemmConfig {
   constexpr int rows_of_request() const {
     return grouping != Grouping::rows || cluster_n > 1 ? block_m / cluster_n : block_m > 64 ? 64 : 16;
   }
-  // Tiles so low that a group may have one along M, so that its weights are read once. Groups' taller ones were never tried with
-  // what follows from it.
+  // Tiles so low that a group may have one along M, so that its weights are read once. Groups' taller ones were never
+  // tried with what follows from it.
   constexpr bool may_read_b_once() const {
     return grouping == Grouping::none || (grouping == Grouping::rows && block_m <= 128);
   }
   constexpr int rows_of_request_b() const { return gates_and_ups() ? block_n / 2 : block_n / cluster_m; }
-  // Scales of A that TMA brings for a stage. It wants 16-byte aligned addresses, and a group may begin at any row: it starts
-  // up to three rows early. A box has at most 256 of them, so the tallest tile has a box for each consumer.
+  // Scales of A that TMA brings for a stage. It wants 16-byte aligned addresses, and a group may begin at any row: it
+  // starts up to three rows early. A box has at most 256 of them, so the tallest tile has a box for each consumer.
   constexpr int scales_a_boxes() const { return grouping == Grouping::rows && block_m > 252 ? num_consumers : 1; }
   constexpr int scales_a_box() const { return block_m / scales_a_boxes() + (grouping == Grouping::rows ? 4 : 0); }
   constexpr int scales_a_box_pitch() const { return ceil_div(scales_a_box(), 32) * 32; }  // 128 bytes, as TMA wants
@@ -93,7 +94,8 @@ struct GemmConfig {
   constexpr bool stores_by_tma() const {
     return out == OutType::bf16 && split_k == 1 && block_n % 32 == 0 && block_n >= 64 && !few_rows();
   }
-  // Of a panel of a staged tile, which TMA stores at once: rows of 128 bytes, or of 64 where the tile's width leaves a half.
+  // Of a panel of a staged tile, which TMA stores at once: rows of 128 bytes, or of 64 where the tile's width leaves a
+  // half.
   constexpr int panel_columns() const { return block_n % 64 == 0 ? 64 : 32; }
   // Few rows: sums of one column of D in shared memory, in floats; the padding keeps columns in different banks.
   constexpr int column_pitch() const { return block_m + 2; }

@@ -28,10 +28,10 @@ __device__ int end_row(const GemmParams& p, const Tile& t) {
   return C.grouped() ? t.group_end : p.m;
 }
 
-// --- pieces of a row --------------------------------------------------------------------------------------------------
+// --- pieces of a row -------------------------------------------------------------------------------------------------
 
-// Part of one row of C or D, beginning at an even column; `cols` elements are left in it. Read and written in pairs: a pair
-// is aligned, and an odd N leaves a single element at the end.
+// Part of one row of C or D, beginning at an even column; `cols` elements are left in it. Read and written in pairs: a
+// pair is aligned, and an odd N leaves a single element at the end.
 template <OutType kOut>
 struct RowPiece {
   using Element = typename Conditional<kOut == OutType::f32, float, u16>::Type;
@@ -73,7 +73,7 @@ struct RowPiece {
   }
 };
 
-// --- three ways out ---------------------------------------------------------------------------------------------------
+// --- three ways out --------------------------------------------------------------------------------------------------
 
 // Registers -> D.
 template <GemmConfig C>
@@ -113,7 +113,8 @@ struct StagedTile {
   static constexpr int kChunks = C.panel_columns() / 8;  // of 16 bytes, in a row of a panel
 
   __device__ u8* panel(int index, int row) const { return base + (index * C.block_m + row) * kChunks * 16; }
-  // 8 columns of a row. TMA's swizzle: in a line of 128 bytes, a chunk of a row lies where its number and the line's differ.
+  // 8 columns of a row. TMA's swizzle: in a line of 128 bytes, a chunk of a row lies where its number and the line's
+  // differ.
   __device__ u8* chunk_at(int row, int chunk) const {
     constexpr int kRows = 8 / kChunks;  // of a line
     const int line = row / kRows, place = row % kRows * kChunks + chunk % kChunks;

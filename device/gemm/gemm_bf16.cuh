@@ -1,8 +1,9 @@
-// D[m, n] = A[m, :] · B[n, :] (+ C[m, n]), A and B in BF16; of many groups of rows, each with its own B; or of many groups of
-// columns, each with its own D, to which the sum may be added.
+// D[m, n] = A[m, :] · B[n, :] (+ C[m, n]), A and B in BF16; of many groups of rows, each with its own B; or of many
+// groups of columns, each with its own D, to which the sum may be added.
 //
-// Roles and ring of stages are those of gemm_fp8.cuh. There are no scales and so no promotion: a tile is summed from its first
-// k-block (64 deep) to its last in the accumulators, and the tensor cores always have the next product before one is done:
+// Roles and ring of stages are those of gemm_fp8.cuh. There are no scales and so no promotion: a tile is summed from
+// its first k-block (64 deep) to its last in the accumulators, and the tensor cores always have the next product before
+// one is done:
 //
 //     producer (one thread)                             consumer warpgroups (each owns rows of the tile)
 //       wait empty[s]  <------------------------------    wait full[s]
@@ -10,8 +11,8 @@
 //                                                         wait for the product before it
 //                                              empty[s-1]  arrive: that stage may be refilled
 //
-// Either operand is K-major, as E4M3 is, or MN-major: panels of 64 rows, which lie in shared memory as 64 lines of 128 bytes,
-// one for each k. The tensor cores read both.
+// Either operand is K-major, as E4M3 is, or MN-major: panels of 64 rows, which lie in shared memory as 64 lines of 128
+// bytes, one for each k. The tensor cores read both.
 #pragma once
 #include "device/gemm/origin.cuh"
 #include "device/gemm/roles.cuh"
@@ -98,8 +99,8 @@ __device__ inline void clear_lines(u8* operand, int rows, int begin, int thread,
 template <GemmConfig C>
 struct Bf16Consumer {
   using Wgmma = ptx::WgmmaBf16<C.block_n, C.major_a == Major::mn, C.major_b == Major::mn>;
-  // TMA clips at the ends of its matrix. Where groups follow each other along the k of an MN-major operand, the last k-block
-  // of one reaches into the next, whose values may be anything.
+  // TMA clips at the ends of its matrix. Where groups follow each other along the k of an MN-major operand, the last
+  // k-block of one reaches into the next, whose values may be anything.
   static constexpr bool kMeetsNeighbours = C.grouped() && (C.major_a == Major::mn || C.major_b == Major::mn);
 
   const SharedMemory<C>& smem;

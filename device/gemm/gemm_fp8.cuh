@@ -89,7 +89,8 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
           load_rows_b(smem.b(stage), at.b);
         }
       };
-      // Without groups B first: few others read it, so that it comes from farther away. With groups that was 2 % slower.
+      // Without groups B first: few others read it, so that it comes from farther away. With groups that was 2 %
+      // slower.
       if constexpr (!C.grouped()) load_b();
       load_a();
       if constexpr (C.grouped()) load_b();
@@ -99,8 +100,8 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
   });
 }
 
-// One warp, only where TMA cannot read A's scales: cp.async copies single floats, whatever their strides. It has barriers of its
-// own, sfa_empty[s], at which every consumer thread arrives that has read its scales of stage s.
+// One warp, only where TMA cannot read A's scales: cp.async copies single floats, whatever their strides. It has
+// barriers of its own, sfa_empty[s], at which every consumer thread arrives that has read its scales of stage s.
 template <GemmConfig C>
 __device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin) {
   const int lane = threadIdx.x % 32;

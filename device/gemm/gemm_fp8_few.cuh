@@ -1,24 +1,25 @@
 // D of few rows: D[m, n] = sum over k-blocks of  sfa[m, kb] * sfb[n / 128, kb] * (A[m, kb] · B[n, kb])  (+ C[m, n])
 //
-// The rows of B fill the 64 rows of the tensor cores' products and those of A their columns: Dᵀ = B · Aᵀ, and no product is
-// larger than the rows that there are. What takes time is to stream B, and what happens between two kernels:
+// The rows of B fill the 64 rows of the tensor cores' products and those of A their columns: Dᵀ = B · Aᵀ, and no
+// product is larger than the rows that there are. What takes time is to stream B, and what happens between two kernels:
 //
 //     one thread              B by TMA. The first stages before the previous kernel ends, if B does not come from it
 //     one warp                A and its scales by TMA, after that end
 //     one warp                makes the barriers meanwhile
 //     consumer warpgroups     take k-blocks in turn: 64 x block_m x 128 by WGMMA, promotion, as in gemm_fp8
 //
-// Each consumer has a sum of its own, and where K is split over a cluster, so has each CTA. These parts of a tile are added in
-// their order. In a cluster each CTA adds a slice of the columns: the others send theirs as soon as they have them, and a
-// barrier counts the bytes. Small enough that two CTAs share an SM: two of this kernel, or one and the next kernel's.
+// Each consumer has a sum of its own, and where K is split over a cluster, so has each CTA. These parts of a tile are
+// added in their order. In a cluster each CTA adds a slice of the columns: the others send theirs as soon as they have
+// them, and a barrier counts the bytes. Small enough that two CTAs share an SM: two of this kernel, or one and the next
+// kernel's.
 #pragma once
 #include "device/gemm/roles.cuh"
 #include "device/ptx/wgmma.cuh"
 
 namespace phalanx {
 
-// The k-blocks of a tile in the order in which they are taken. Tiles begin at different ones: if all CTAs read the same rows of
-// A at the same time, one slice of the L2 would serve them one after the other.
+// The k-blocks of a tile in the order in which they are taken. Tiles begin at different ones: if all CTAs read the same
+// rows of A at the same time, one slice of the L2 would serve them one after the other.
 struct KOrder {
   int begin, count, first;
 
@@ -62,9 +63,9 @@ __device__ __forceinline__ void begin() {
 
 // --- producers ------------------------------------------------------------------------------------------------------
 
-// Stages that are under way at once until the previous kernel ends. The unit that loads takes requests in turn: A of the CTA
-// beside this one, whose kernel has just begun, would wait behind all that stand there. And what comes late then comes while
-// that kernel ends, when nobody else asks for anything.
+// Stages that are under way at once until the previous kernel ends. The unit that loads takes requests in turn: A of
+// the CTA beside this one, whose kernel has just begun, would wait behind all that stand there. And what comes late
+// then comes while that kernel ends, when nobody else asks for anything.
 constexpr int kStagesAhead = 2;
 
 // One warp, of which one thread loads.
@@ -178,8 +179,8 @@ struct FewRowsConsumer {
 
 // --- sum and store --------------------------------------------------------------------------------------------------
 
-// The parts of a CTA's slice of a tile, in shared memory: [part][column of D][row of D]. A part comes from each consumer of
-// each CTA of the cluster.
+// The parts of a CTA's slice of a tile, in shared memory: [part][column of D][row of D]. A part comes from each
+// consumer of each CTA of the cluster.
 template <GemmConfig C>
 struct SliceSum {
   static constexpr int kColumns = C.block_n / C.split_k, kPitch = C.column_pitch(),

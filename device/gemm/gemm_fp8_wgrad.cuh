@@ -1,5 +1,5 @@
-// D[m, n] (+)= sum over k-blocks of  sfa[m, kb] * sfb[n, kb] * (A[m, kb] · B[n, kb]):  the gradient of a weight, K being tokens;
-// or of many, D[g], each from its own columns of A and B.
+// D[m, n] (+)= sum over k-blocks of  sfa[m, kb] * sfb[n, kb] * (A[m, kb] · B[n, kb]):  the gradient of a weight, K
+// being tokens; or of many, D[g], each from its own columns of A and B.
 //
 // The roles and the ring of stages are those of gemm_fp8.cuh. What differs is the consumers' side:
 //   - B has a scale per row, as A has: the tensor cores multiply them with each other (scale_products.cuh);
@@ -43,8 +43,9 @@ __device__ __forceinline__ void clear_neighbours(u8* a, u8* b, int begin, int en
 //     tensor cores   | sfa * sfb, product s |            | sfa * sfb, product s + 1
 //     this warp      | is s + 1 there?      | += of s    | is s + 2 there?
 //
-// A register file has two banks, of even and of odd registers, and an instruction that reads three of one takes twice as long. Sum,
-// scale and product of a value would be such three, as each begins at an even one; so neighbouring columns' scales change places.
+// A register file has two banks, of even and of odd registers, and an instruction that reads three of one takes twice
+// as long. Sum, scale and product of a value would be such three, as each begins at an even one; so neighbouring
+// columns' scales change places.
 template <GemmConfig C>
 __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, const KRange& ks, u64 parts_a,
                                             u64 parts_b) {

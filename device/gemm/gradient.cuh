@@ -2,8 +2,8 @@
 //
 //     registers -> 64 rows x 32 columns of shared memory -> TMA, which stores, or adds in L2 (and clips at D's columns)
 //
-// Each consumer warpgroup has two such panels, one leaving while the other is written, so that D is neither read by a thread nor
-// waited for: it passes under the next tile's products. One CTA sums a tile, so nothing else adds to it.
+// Each consumer warpgroup has two such panels, one leaving while the other is written, so that D is neither read by a
+// thread nor waited for: it passes under the next tile's products. One CTA sums a tile, so nothing else adds to it.
 #pragma once
 #include "device/gemm/epilogue.cuh"
 
@@ -16,8 +16,8 @@ struct GradientStore {
 
   __device__ u8* panel(int consumer, int i) const { return base + (consumer * 2 + i % 2) * kGradientPanelBytes; }
 
-  // Of a tile's panels, one a k-block: what is to be added to comes into L2 while the last k-blocks are multiplied. All CTAs
-  // end their tiles at about the same time; the reads from memory would hold up the next tile's.
+  // Of a tile's panels, one a k-block: what is to be added to comes into L2 while the last k-blocks are multiplied. All
+  // CTAs end their tiles at about the same time; the reads from memory would hold up the next tile's.
   __device__ static void prefetch(const GemmParams& p, int col, int row, int i) {
     constexpr int kWaves = C.num_consumers * C.num_waves();
     if (i < kPanels * kWaves) ptx::tma_prefetch_2d(&p.d, col + i % kPanels * kGradientColumns, row + i / kPanels * 64);

@@ -1,4 +1,5 @@
-// The caller's offsets, row groups or counts -> the table of groups that the schedulers walk, in shared memory, once per CTA.
+// The caller's offsets, row groups or counts -> the table of groups that the schedulers walk, in shared memory, once
+// per CTA.
 //
 //     all threads    load_spans      what the caller says, group by group
 //     one warp       index_groups    clamped; of rows: empty groups dropped, tiles counted by a scan over the lanes
@@ -45,8 +46,8 @@ __device__ inline void load_spans(const GroupParams& g, GroupEntry* table) {
   __syncthreads();
 }
 
-// One warp. Groups of rows: `height` x N cluster tiles of which `tiles_n` lie side by side; returns how many tiles there are
-// in all. With height 0, groups of columns: every group keeps its entry.
+// One warp. Groups of rows: `height` x N cluster tiles of which `tiles_n` lie side by side; returns how many tiles
+// there are in all. With height 0, groups of columns: every group keeps its entry.
 __device__ inline int index_groups(const GroupParams& g, GroupEntry* table, int height, int tiles_n) {
   const int lane = threadIdx.x % 32;
   int num_entries = 0, num_tiles = 0, reached = 0;  // by the groups before these 32

@@ -1,13 +1,13 @@
-// Tile schedulers over groups, of the same interface as DenseTiles: pure functions of (cta, num_ctas, table of groups). The
-// tiles of all groups form one row, dealt out in turn, so no group waits for another and none has CTAs of its own.
+// Tile schedulers over groups, of the same interface as DenseTiles: pure functions of (cta, num_ctas, table of groups).
+// The tiles of all groups form one row, dealt out in turn, so no group waits for another and none has CTAs of its own.
 #pragma once
 #include "device/gemm/groups.h"
 #include "device/gemm/tiles.h"
 
 namespace phalanx {
 
-// The next round of tiles, one a cluster, is dealt from one place further on: else tiles that repeat with a period of the
-// clusters' number, such as every second that is partly empty, would always meet the same clusters.
+// The next round of tiles, one a cluster, is dealt from one place further on: else tiles that repeat with a period of
+// the clusters' number, such as every second that is partly empty, would always meet the same clusters.
 struct DealtTiles : ClusterTiles {
   int place;  // in the round
 
@@ -21,8 +21,8 @@ struct DealtTiles : ClusterTiles {
 };
 
 // Groups of rows. The table holds those that have any, in ascending order of `first_tile`, and one more entry whose
-// first_tile is the number of all cluster tiles. A tile begins at its group's first row or a multiple of the tile's height
-// after it; the last of a group may reach past the group's end.
+// first_tile is the number of all cluster tiles. A tile begins at its group's first row or a multiple of the tile's
+// height after it; the last of a group may reach past the group's end.
 struct GroupedTiles : DealtTiles {
   const GroupEntry* entry;  // the group of the last tile
   int count;

@@ -26,8 +26,8 @@ struct alignas(16) GroupEntry {
   int group, begin, end, first_tile;
 };
 
-// A bound of the caller's that contradicts the others, in one word so that it is written at once: no kernel waits, and the
-// last one to complain is heard. Zero: all is well.
+// A bound of the caller's that contradicts the others, in one word so that it is written at once: no kernel waits, and
+// the last one to complain is heard. Zero: all is well.
 struct GroupFault {
   GroupsBy by;
   int index, value;

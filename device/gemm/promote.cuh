@@ -1,5 +1,5 @@
-// The promotion: a k-block's sums, which the tensor cores left in their narrower accumulators, scaled and added in FP32. And the
-// scales of B, which a warp keeps in its registers.
+// The promotion: a k-block's sums, which the tensor cores left in their narrower accumulators, scaled and added in
+// FP32. And the scales of B, which a warp keeps in its registers.
 #pragma once
 #include "device/gemm/params.h"
 #include "device/gemm/tiles.h"
@@ -34,8 +34,8 @@ __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float
   }
 }
 
-// B's scales of a tile: a warp fetches those of 32 k-blocks at once, one a lane, well before they are needed. No __ldg: the
-// previous kernel may have written them.
+// B's scales of a tile: a warp fetches those of 32 k-blocks at once, one a lane, well before they are needed. No __ldg:
+// the previous kernel may have written them.
 template <GemmConfig C>
 struct ScalesB {
   static constexpr int kFetched = 32;

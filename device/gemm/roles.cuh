@@ -68,8 +68,8 @@ __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
     return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
 }
 
-// A guess before it is known which groups have rows: that each has one tile along M. Its first weights then come from L2. For
-// nothing where groups are empty, and then others wait for memory meanwhile.
+// A guess before it is known which groups have rows: that each has one tile along M. Its first weights then come from
+// L2. For nothing where groups are empty, and then others wait for memory meanwhile.
 template <GemmConfig C>
 __device__ void prefetch_weights(const GemmParams& p) {
   const int tiles_n = ceil_div(p.n, C.block_n), group = blockIdx.x / tiles_n;
@@ -86,7 +86,7 @@ __device__ void prefetch_weights(const GemmParams& p) {
     }
 }
 
-// --- scheduler of groups ----------------------------------------------------------------------------------------------
+// --- scheduler of groups ---------------------------------------------------------------------------------------------
 
 // One warp, when load_spans has filled the table.
 template <GemmConfig C>
@@ -110,9 +110,9 @@ __device__ void schedule_tiles(const GemmParams& p, const SharedMemory<C>& smem)
 
 // --- roles ----------------------------------------------------------------------------------------------------------
 
-// A role finds its first tile before it calls this, once a thread, whole warps; from then on barriers are there, and memory may be
-// read and written. A launch takes 2 to 3 us where there is little to do, and 0.5 of them went to scheduling behind the barrier.
-// Where groups are, all that has happened before the roles begin.
+// A role finds its first tile before it calls this, once a thread, whole warps; from then on barriers are there, and
+// memory may be read and written. A launch takes 2 to 3 us where there is little to do, and 0.5 of them went to
+// scheduling behind the barrier. Where groups are, all that has happened before the roles begin.
 template <GemmConfig C>
 struct Begin {
   __device__ __forceinline__ void operator()() const {
@@ -177,7 +177,8 @@ __device__ __forceinline__ void init_barriers(const GemmParams& p, const SharedM
   ptx::fence_mbarrier_init();
 }
 
-// `produce(smem, warp, begin)` is what a warp of the producer does, `consume(smem, consumer, begin)` what a consumer warpgroup does.
+// `produce(smem, warp, begin)` is what a warp of the producer does, `consume(smem, consumer, begin)` what a consumer
+// warpgroup does.
 template <GemmConfig C, class Produce, class Consume>
 __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& produce, const Consume& consume) {
   static_assert(is_valid(C));

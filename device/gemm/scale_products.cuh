@@ -1,9 +1,9 @@
-// Where both operands have a scale per row, sfa[m] * sfb[n] of a tile by the tensor cores. Every value of a k-block has a product
-// of its own: computed by the threads that hold the values, they cost as much as the promotion, and reads of shared memory that
-// stand behind the tensor cores' own.
+// Where both operands have a scale per row, sfa[m] * sfb[n] of a tile by the tensor cores. Every value of a k-block has
+// a product of its own: computed by the threads that hold the values, they cost as much as the promotion, and reads of
+// shared memory that stand behind the tensor cores' own.
 //
-// A scale is a sum of two numbers of TF32, 11 bits of its significand and the next 11, but for the last 2 bits of 24. One WGMMA,
-// 64 x block_n x 8, sums the four products that two scales' parts make; the other half is zeros.
+// A scale is a sum of two numbers of TF32, 11 bits of its significand and the next 11, but for the last 2 bits of 24.
+// One WGMMA, 64 x block_n x 8, sums the four products that two scales' parts make; the other half is zeros.
 //
 //     sfa    a0 a0 a1 a1  0 0 0 0
 //     sfb    b0 b1 b0 b1  0 0 0 0
@@ -36,8 +36,8 @@ __device__ __forceinline__ float4 parts_of(float x) {
   return kOfB ? make_float4(x0, x1, again, x1) : make_float4(x0, again, x1, x1);
 }
 
-// One warp, for A or for B: scales by TMA into slots of its own, ahead of the stages. Where TMA cannot read them, lanes do, each
-// those of its rows, a k-block ahead. What is past the last row reaches no value that is stored.
+// One warp, for A or for B: scales by TMA into slots of its own, ahead of the stages. Where TMA cannot read them, lanes
+// do, each those of its rows, a k-block ahead. What is past the last row reaches no value that is stored.
 template <GemmConfig C, bool kOfB>
 __device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem) {
   constexpr int kRows = kOfB ? C.block_n : C.block_m, kOfLane = kRows / 32;

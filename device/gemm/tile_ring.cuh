@@ -5,9 +5,9 @@
 //       arrive at full[s]       ------>    wait full[s], read
 //                               <------    arrive at empty[s]; a warp has the tile by shuffles
 //
-// The divisions of a scheduler then run once, ahead of the work. And a shuffle tells the compiler that a warp agrees: loops over
-// k-blocks whose ends every lane had read from shared memory would keep stages and phases in vector registers, 15 % more
-// instructions a k-block, and as much time.
+// The divisions of a scheduler then run once, ahead of the work. And a shuffle tells the compiler that a warp agrees:
+// loops over k-blocks whose ends every lane had read from shared memory would keep stages and phases in vector
+// registers, 15 % more instructions a k-block, and as much time.
 #pragma once
 #include "device/gemm/tiles.h"
 #include "device/ptx/mbarrier.cuh"

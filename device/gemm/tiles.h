@@ -11,8 +11,8 @@ struct Tile {
   int group_begin = 0, group_end = 0;  // rows of D, or columns of K, that the group has
 };
 
-// Tiles of a tiles_m x tiles_n rectangle are walked in bands of `group_m` along M, M fastest: the CTAs that run at the same
-// time then form a block of D whose operands fit in L2.
+// Tiles of a tiles_m x tiles_n rectangle are walked in bands of `group_m` along M, M fastest: the CTAs that run at the
+// same time then form a block of D whose operands fit in L2.
 struct TilePosition {
   int m, n;
 };
@@ -22,9 +22,9 @@ constexpr TilePosition walk_tiles(int index, int tiles_m, int tiles_n, int group
   return {first_m + i % rows, i / rows};
 }
 
-// What all schedulers share: the cluster tile, and this CTA's place in it. CTAs of a cluster walk the same sequence of cluster
-// tiles. They differ in their column (cluster_n), their row (cluster_m) or their part of K (split_k), so they always agree on
-// what they share by multicast. The cluster tile may reach past M or N.
+// What all schedulers share: the cluster tile, and this CTA's place in it. CTAs of a cluster walk the same sequence of
+// cluster tiles. They differ in their column (cluster_n), their row (cluster_m) or their part of K (split_k), so they
+// always agree on what they share by multicast. The cluster tile may reach past M or N.
 struct ClusterTiles {
   int height, width;  // of a cluster tile
   int tiles_n;        // cluster tiles along N

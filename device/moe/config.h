@@ -25,7 +25,8 @@ constexpr int kMaxFusedEntries = 2048;
 
 constexpr int kCtasAtOnce = 132 * kPermuteCtas;
 
-// As few as leave all CTAs on the GPU at once, so that few tokens are spread over many SMs; then in even pieces of a token.
+// As few as leave all CTAs on the GPU at once, so that few tokens are spread over many SMs; then in even pieces of a
+// token.
 constexpr int permute_threads(i64 tokens, int row_vectors) {
   int threads = kMinPermuteThreads;
   while (threads < kMaxPermuteThreads && tokens * ceil_div(row_vectors, threads) > kCtasAtOnce) threads *= 2;

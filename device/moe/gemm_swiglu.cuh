@@ -1,8 +1,9 @@
-// h = silu(gate) * up * weight with [gate | up] = A · Bᵀ rounded to BF16, in E4M3 with a scale per 1 x 128: the product of
-// device/gemm/gemm_fp8.cuh, grouped, and the quantiser of device/quantize/swiglu.cuh, to the bit, without what lies between them.
+// h = silu(gate) * up * weight with [gate | up] = A · Bᵀ rounded to BF16, in E4M3 with a scale per 1 x 128: the product
+// of device/gemm/gemm_fp8.cuh, grouped, and the quantiser of device/quantize/swiglu.cuh, to the bit, without what lies
+// between them.
 //
-// A tile is of 64 gates and of the 64 ups that belong to them: a thread finds both in its own registers. Two CTAs side by side
-// have the 128 columns of h that share a scale. They exchange the maxima of their rows, warp by warp:
+// A tile is of 64 gates and of the 64 ups that belong to them: a thread finds both in its own registers. Two CTAs side
+// by side have the 128 columns of h that share a scale. They exchange the maxima of their rows, warp by warp:
 //
 //     a warp of this CTA                                the same warp of the other
 //       64 columns of h, their largest magnitudes         (the same)
@@ -10,8 +11,8 @@
 //       wait full[turn] here  <----------------------    st.async into maxima[turn] here
 //       scale, E4M3, and a quarter of a row's 64 bytes a lane
 //
-// Two turns suffice: the other CTA's warp sends the maxima of the tile after the next when all of ours have sent those of the
-// next, which each does after it has read this tile's.
+// Two turns suffice: the other CTA's warp sends the maxima of the tile after the next when all of ours have sent those
+// of the next, which each does after it has read this tile's.
 #pragma once
 #include "device/gemm/gemm_fp8.cuh"
 #include "device/moe/gemm_swiglu.h"

@@ -1,4 +1,5 @@
-// What the host passes to the kernels that move tokens to experts and back. Strides are in bytes, of scales in elements.
+// What the host passes to the kernels that move tokens to experts and back. Strides are in bytes, of scales in
+// elements.
 #pragma once
 #include "device/divisor.h"
 #include "device/moe/route.h"

@@ -5,8 +5,8 @@
 //                They come before the last that move tokens, which hide that they are slow
 //   the others   a piece of a token each, 16 bytes a thread: read once, written to all of its rows
 //
-// Bytes are moved as they are. Bound by memory, or for few rows by latency: hence roles side by side, short code, and no loops
-// over tasks.
+// Bytes are moved as they are. Bound by memory, or for few rows by latency: hence roles side by side, short code, and
+// no loops over tasks.
 #pragma once
 #include "device/moe/config.h"
 #include "device/moe/params.h"
@@ -74,7 +74,7 @@ __device__ __forceinline__ void gather_scales(const PermuteParams& p, int row, i
     if (first + i < p.num_scales) out[i * p.scale_stride_col] = scale[i];
 }
 
-// --- kernels ------------------------------------------------------------------------------------------------------------
+// --- kernels ---------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void permute(const PermuteParams& p) {
   ptx::grid_launch_dependents();

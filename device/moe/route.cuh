@@ -63,7 +63,8 @@ __device__ void count_entries(const RouteParams& p, const RouteSmem& smem, Entry
   __syncthreads();
 }
 
-// No CTA of the cluster may leave before all have come here; `cluster_wait` after it, or the end of `route`, sees to that.
+// No CTA of the cluster may leave before all have come here; `cluster_wait` after it, or the end of `route`, sees to
+// that.
 template <int kWarps>
 __device__ void sum_counts(const RouteParams& p, const RouteSmem& smem, u32 cta_rank, u32 num_ctas) {
   for (int e = threadIdx.x; e < p.num_experts; e += kWarps * 32) {
@@ -181,7 +182,7 @@ __device__ void store_layout(const RouteParams& p, const RouteSmem& smem, int ne
   if (threadIdx.x == 0) *p.needed = needed;
 }
 
-// --- kernel -------------------------------------------------------------------------------------------------------------
+// --- kernel ----------------------------------------------------------------------------------------------------------
 
 // One cluster, or one CTA.
 __device__ __forceinline__ void route(const RouteParams& p) {

@@ -4,8 +4,8 @@
 //   position of an entry      how many entries before it chose the same expert: rows are in order of (expert, token, k)
 //   row of an entry           first row of its expert + its position
 //
-// Contiguous targets lay the experts one after another, each beginning at a multiple of `alignment`. Masked targets give
-// each expert `max_rows` rows of its own. Rows that do not fit are not given out.
+// Contiguous targets lay the experts one after another, each beginning at a multiple of `alignment`. Masked targets
+// give each expert `max_rows` rows of its own. Rows that do not fit are not given out.
 #pragma once
 #include "device/types.h"
 

@@ -1,6 +1,6 @@
-// Few tokens to their experts in one kernel: a CTA for each, or for several, ranks all entries by itself rather than wait for
-// another kernel, then moves its token. With kQuantize x is BF16, and quantised on the way as quantize_rows.cuh does: a thread
-// takes 8 columns, 16 of them a block.
+// Few tokens to their experts in one kernel: a CTA for each, or for several, ranks all entries by itself rather than
+// wait for another kernel, then moves its token. With kQuantize x is BF16, and quantised on the way as
+// quantize_rows.cuh does: a thread takes 8 columns, 16 of them a block.
 #pragma once
 #include "device/moe/permute.cuh"
 #include "device/quantize/encode.cuh"
@@ -45,7 +45,7 @@ __device__ __forceinline__ void quantize_token(const PermuteParams& p, const Sca
   }
 }
 
-// --- kernel -------------------------------------------------------------------------------------------------------------
+// --- kernel ----------------------------------------------------------------------------------------------------------
 
 template <bool kQuantize>
 __device__ __forceinline__ void route_and_permute(const RouteAndPermuteParams& params) {

@@ -79,7 +79,7 @@ using RowVector = Columns<C.rows_f32, kVectorColumns<C>>;
 template <UnpermuteConfig C>
 using TokenVector = Columns<C.tokens_f32, kVectorColumns<C>>;
 
-// --- kernels ------------------------------------------------------------------------------------------------------------
+// --- kernels ---------------------------------------------------------------------------------------------------------
 
 // A thread takes one vector of every row of a token.
 template <UnpermuteConfig C>

@@ -36,8 +36,8 @@ __device__ __forceinline__ u32 load_cluster_u32(const void* p, u32 cta_rank) {
   return v;
 }
 
-// Writes to shared memory of a CTA of the cluster, at the address that `p` has in this one, and counts the bytes on the barrier
-// there.
+// Writes to shared memory of a CTA of the cluster, at the address that `p` has in this one, and counts the bytes on the
+// barrier there.
 __device__ __forceinline__ void store_async_cluster_f2(void* p, float2 v, u64* bar, u32 cta_rank) {
   asm volatile(
       "{ .reg .b32 remote, remote_bar;\n"

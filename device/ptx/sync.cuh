@@ -31,7 +31,8 @@ __device__ __forceinline__ void named_barrier_sync(int id, int num_threads) {
 __device__ __forceinline__ void barrier_sync(int id, int num_threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
-// As named_barrier_sync; true for all threads if it is for each. Lanes that have waited for different words must meet first.
+// As named_barrier_sync; true for all threads if it is for each. Lanes that have waited for different words must meet
+// first.
 __device__ __forceinline__ bool named_barrier_all(int id, int num_threads, bool mine) {
   u32 all;
   __syncwarp();

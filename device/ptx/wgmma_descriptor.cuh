@@ -10,15 +10,15 @@ __device__ __forceinline__ u64 wgmma_descriptor(const void* smem) {
   return kSwizzle128 | kGroupStride | kUnusedLeading | ((smem_addr(smem) & 0x3ffff) >> 4);
 }
 
-// An MN-major operand of panels of 64 BF16 rows, `panel_bytes` apart: in each, a 128-byte line for every k, with the 128-byte
-// swizzle; groups of 8 lines are 1024 bytes apart.
+// An MN-major operand of panels of 64 BF16 rows, `panel_bytes` apart: in each, a 128-byte line for every k, with the
+// 128-byte swizzle; groups of 8 lines are 1024 bytes apart.
 __device__ __forceinline__ u64 wgmma_descriptor_mn(const void* smem, int panel_bytes) {
   constexpr u64 kSwizzle128 = u64{1} << 62, kGroupStride = u64{1024 >> 4} << 32;
   return kSwizzle128 | kGroupStride | static_cast<u64>(panel_bytes >> 4) << 16 | ((smem_addr(smem) & 0x3ffff) >> 4);
 }
 
-// A K-major operand of 32-byte rows without a swizzle: groups of 8 rows are 256 bytes apart, first their first halves, then their
-// second ones.
+// A K-major operand of 32-byte rows without a swizzle: groups of 8 rows are 256 bytes apart, first their first halves,
+// then their second ones.
 __device__ __forceinline__ u64 wgmma_descriptor_plain(const void* smem) {
   constexpr u64 kGroupStride = u64{256 >> 4} << 32, kHalfStride = u64{128 >> 4} << 16;
   return kGroupStride | kHalfStride | ((smem_addr(smem) & 0x3ffff) >> 4);

@@ -45,8 +45,8 @@ struct GateOrUp {
         col(interleaved ? x_col / 16 * 8 + x_col % 8 : x_col - (is_up ? cols : 0)) {}
 };
 
-// Where gates and ups take turns, an even lane computes a gate and an up of the first tile, an odd one of the second; then a lane
-// has a piece of both tiles.
+// Where gates and ups take turns, an even lane computes a gate and an up of the first tile, an odd one of the second;
+// then a lane has a piece of both tiles.
 template <class P>
 __device__ __forceinline__ void exchange_with_neighbour(P& first, P& second) {
   const bool odd = threadIdx.x % 2;

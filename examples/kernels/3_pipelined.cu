@@ -3,8 +3,8 @@
 //     producer (one thread)          wait empty[s] -> request k-block into stage s -> s + 1 ...
 //     2 consumer warpgroups          wait full[s] -> WGMMA 64 x 128 x 128 -> arrive at empty[s - 1] -> s + 1 ...
 //
-// One product stays in flight while the next is issued; a stage is released when its product is done. All of K is summed
-// inside the tensor cores: fast, but their accumulator has about 14 bits (docs/numerics.md).
+// One product stays in flight while the next is issued; a stage is released when its product is done. All of K is
+// summed inside the tensor cores: fast, but their accumulator has about 14 bits (docs/numerics.md).
 // 384 threads a CTA, a CTA a tile.
 extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_constant__ ladder::Problem p) {
   using namespace ladder;

@@ -3,8 +3,8 @@
 //     consumer 0     issue . . promote . . issue . . promote         a named barrier each: "you may issue" is said when
 //     consumer 1     . . issue . . promote . . issue . . promote     the other one has issued, not when it is done
 //
-// One promotes while the other multiplies, so that promotion hides behind the products. There is one CTA for each SM: it
-// walks tile after tile, and the producer fetches the next tile's k-blocks while this one is stored.
+// One promotes while the other multiplies, so that promotion hides behind the products. There is one CTA for each SM:
+// it walks tile after tile, and the producer fetches the next tile's k-blocks while this one is stored.
 // 384 threads a CTA, a CTA an SM.
 extern "C" __global__ void __launch_bounds__(384) phalanx_kernel(const __grid_constant__ ladder::Problem p) {
   using namespace ladder;

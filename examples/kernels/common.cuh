@@ -49,8 +49,8 @@ __device__ __forceinline__ void store(const Problem& p, int row0, int col0, cons
   }
 }
 
-// Both operands of a k-block, by one thread. The barrier completes when all bytes have landed, those too that the caller
-// requests besides.
+// Both operands of a k-block, by one thread. The barrier completes when all bytes have landed, those too that the
+// caller requests besides.
 __device__ __forceinline__ void request(const Problem& p, const Tile& t, int kb, u8* a, u8* b, u64* full,
                                         int more_bytes = 0) {
   ptx::mbarrier_arrive_expect_tx(full, 2 * kBlockBytes + more_bytes);

@@ -61,7 +61,7 @@ jit::KernelSource source_of(const Rung& rung) {
   return {"ladder_" + name.substr(0, name.find('.')), text_of("problem.h") + text_of("common.cuh") + text_of(name)};
 }
 
-// --- without a GPU ----------------------------------------------------------------------------------------------------
+// --- without a GPU ---------------------------------------------------------------------------------------------------
 
 bool compiles(const Rung& rung) {
   const jit::CompileInfo info = jit::compile(source_of(rung), "sm_90a").info;
@@ -72,7 +72,7 @@ bool compiles(const Rung& rung) {
   return info.spill_bytes == 0 && info.stack_bytes == 0 && info.warnings.empty();
 }
 
-// --- with a GPU -------------------------------------------------------------------------------------------------------
+// --- with a GPU ------------------------------------------------------------------------------------------------------
 
 template <class T>
 std::shared_ptr<T> to_gpu(const std::vector<T>& values) {

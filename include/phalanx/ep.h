@@ -34,10 +34,10 @@ struct ExpertParallelConfig {
 ///
 ///     B * ((R - 1) * T * (slot + 2 H + 4 K) + R T (16 K + 4 ceil(H / 128))) + 8 R T P
 ///
-/// where B = 2 for latency, else 1; slot = H for e4m3, 2 H for bf16; 4 K and 4 ceil(H / 128) are rounded up to 16; P, the
-/// pieces of a token, 8 at most for latency, else 1; and T = max_tokens. Where T K is at most the SMs times the experts
-/// of a rank, and where a CTA's shared memory cannot hold its counts (with more than 4096 experts, or thousands and few
-/// SMs), P is 0, B T slot come on top, and for bf16 there is no 4 ceil(H / 128).
+/// where B = 2 for latency, else 1; slot = H for e4m3, 2 H for bf16; 4 K and 4 ceil(H / 128) are rounded up to 16; P,
+/// the pieces of a token, 8 at most for latency, else 1; and T = max_tokens. Where T K is at most the SMs times the
+/// experts of a rank, and where a CTA's shared memory cannot hold its counts (with more than 4096 experts, or thousands
+/// and few SMs), P is 0, B T slot come on top, and for bf16 there is no 4 ceil(H / 128).
 ///
 /// @throws Error invalid_argument, also where the SMs are too few for the tokens
 PHALANX_API std::size_t expert_parallel_bytes(const ExpertParallelConfig& config, int num_ranks);
@@ -86,8 +86,8 @@ struct EpCombine {
 /// Rows are sorted by (local expert, source rank, source token). Same routing, same bits.
 ///
 /// Before it is destroyed all ranks wait for their streams, and then for each other by Group::barrier: peers' last
-/// kernels may still write to this rank's memory, which between processes is freed at once, of local groups with the last
-/// rank's ExpertParallel.
+/// kernels may still write to this rank's memory, which between processes is freed at once, of local groups with the
+/// last rank's ExpertParallel.
 class PHALANX_API ExpertParallel {
  public:
   /// Collective: allocates the symmetric memory and compares the configurations.
@@ -113,16 +113,16 @@ class PHALANX_API ExpertParallel {
 
   /// Tokens to their experts' rows. Rows that exceed the capacity are not written; the handle knows how many were
   /// needed, and on the CPU, or at the next call on CUDA, Error capacity_exceeded says so. Padding rows are zeros with
-  /// scale 1; rows from offsets[local experts] on are left as they were. Rows are x to the bit, but that with few tokens on
-  /// CUDA a NaN may lose its sign.
+  /// scale 1; rows from offsets[local experts] on are left as they were. Rows are x to the bit, but that with few
+  /// tokens on CUDA a NaN may lose its sign.
   ///
   /// @throws Error of earlier operations (timeout, aborted, capacity_exceeded); of arguments, before anything is
   /// enqueued
   void dispatch(const EpDispatch& args);
 
   /// out[t] = sum over ranks, this one first, then the others in order, of the sum over its choices k in order of
-  /// weight[t, k] * row, + residual[t]. Each rank sums in FP32 by FMA; other ranks' sums are rounded to BF16 for the way,
-  /// and the total once more.
+  /// weight[t, k] * row, + residual[t]. Each rank sums in FP32 by FMA; other ranks' sums are rounded to BF16 for the
+  /// way, and the total once more.
   void combine(const EpCombine& args);
 
   /// Throws what went wrong in operations that have finished on the device: call it after waiting for the stream.

@@ -1,5 +1,5 @@
-// BF16 matrix products: those of the FP8 ones, without scales. What training keeps in BF16, and what quantised layers are
-// compared with.
+// BF16 matrix products: those of the FP8 ones, without scales. What training keeps in BF16, and what quantised layers
+// are compared with.
 #pragma once
 
 #include "phalanx/export.h"
@@ -15,14 +15,16 @@ namespace phalanx {
 /// @param b  BF16 [N, K], contiguous along K or along N
 /// @param d  BF16 or FP32 [M, N], rows contiguous, overlapping no input but C
 ///
-/// M >= 0, N >= 1, K >= 1. The other strides are multiples of 16 bytes and bases 16-byte aligned. On CUDA the work is enqueued on
-/// `options.stream`; a warm call neither allocates, compiles nor synchronises. The same input gives the same bits.
+/// M >= 0, N >= 1, K >= 1. The other strides are multiples of 16 bytes and bases 16-byte aligned. On CUDA the work is
+/// enqueued on `options.stream`; a warm call neither allocates, compiles nor synchronises. The same input gives the
+/// same bits.
 ///
 /// @throws Error before anything is written
 PHALANX_API void gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& d, const GemmOptions& options = {});
 
-// Of groups, as in grouped.h: sizes that the device alone knows, and that are clamped and reported where they contradict
-// themselves. 1 <= G <= kMaxGroups. On CUDA a row's result depends on that row and its group's B alone, to the bit.
+// Of groups, as in grouped.h: sizes that the device alone knows, and that are clamped and reported where they
+// contradict themselves. 1 <= G <= kMaxGroups. On CUDA a row's result depends on that row and its group's B alone, to
+// the bit.
 
 /// Row i of D = row i of A · B[g]ᵀ, for offsets[g] <= i < offsets[g + 1]; other rows are neither used nor written.
 ///
@@ -48,9 +50,9 @@ PHALANX_API void grouped_gemm_bf16_indexed(const Tensor& a, const Tensor& b, con
 PHALANX_API void grouped_gemm_bf16_masked(const Tensor& a, const Tensor& b, const Tensor& counts, const Tensor& d,
                                           const GroupedGemmOptions& options = {});
 
-/// D[g] (+)= A[rows of g]ᵀ · B[rows of g], rows offsets[g] <= i < offsets[g + 1]: the gradients of the experts' weights, from
-/// gradients and activations as they lie. Without `accumulate`, D[g] of an empty group becomes zero. Of one product,
-/// `gemm_bf16` of transposed views is the same.
+/// D[g] (+)= A[rows of g]ᵀ · B[rows of g], rows offsets[g] <= i < offsets[g + 1]: the gradients of the experts'
+/// weights, from gradients and activations as they lie. Without `accumulate`, D[g] of an empty group becomes zero. Of
+/// one product, `gemm_bf16` of transposed views is the same.
 ///
 /// @param a        BF16 [T, M], rows contiguous
 /// @param b        BF16 [T, N], rows contiguous

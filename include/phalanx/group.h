@@ -42,8 +42,8 @@ class PHALANX_API Group {
   /// @throws Error unsupported (no NCCL)
   static Group nccl(void* comm, const GroupOptions& options = {});
 
-  /// The same over a communicator of its own, made from an id that one rank got from `nccl_id` and spread. Waits for all
-  /// ranks as long as options.timeout, but at least 30 s.
+  /// The same over a communicator of its own, made from an id that one rank got from `nccl_id` and spread. Waits for
+  /// all ranks as long as options.timeout, but at least 30 s.
   static Group nccl(const std::string& id, int rank, int size, Device device, const GroupOptions& options = {});
   static std::string nccl_id();
 
@@ -61,8 +61,8 @@ class PHALANX_API Group {
   void abort();
 
   /// Leaves the group. Local: no rank may be inside an operation. Between processes every rank first waits for its
-  /// streams, then all for each other with `barrier`: peers' last kernels may still write to this rank's memory. The last
-  /// owner does the same.
+  /// streams, then all for each other with `barrier`: peers' last kernels may still write to this rank's memory. The
+  /// last owner does the same.
   void close();
 
   const std::shared_ptr<ep::GroupState>& state() const { return state_; }

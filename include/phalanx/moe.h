@@ -1,5 +1,5 @@
-// Tokens to their experts and back: the rows of a mixture-of-experts layer on one device, in the layouts that the grouped
-// products read. How many rows each expert gets is known on the device alone; nothing here waits for it.
+// Tokens to their experts and back: the rows of a mixture-of-experts layer on one device, in the layouts that the
+// grouped products read. How many rows each expert gets is known on the device alone; nothing here waits for it.
 #pragma once
 
 #include <optional>
@@ -14,13 +14,15 @@ namespace phalanx {
 /// Which row each choice of an expert takes: written by `route`, read by the others. int32, contiguous, on one device.
 ///
 /// Rows are in order of expert, then token, then choice. A *contiguous* target lays the experts one after another; a
-/// *masked* one gives each of them `max_rows` rows of its own, R = E * max_rows in all. A choice that finds no room has no row.
+/// *masked* one gives each of them `max_rows` rows of its own, R = E * max_rows in all. A choice that finds no room has
+/// no row.
 struct Routing {
   Tensor counts;   ///< [E], rows of each expert
   Tensor offsets;  ///< [E + 1], where each expert's rows begin; contiguous: padding for `alignment` included, R at most
   Tensor slots;    ///< [T, K], the row of each choice; -1: none. Trusted: nothing checks that a row of one's own exists
   Tensor sources;  ///< [R], t * K + k for each row; -1: padding
-  /// [1], the R, or, masked, the `max_rows`, that has room for all; with `alignment`, also for padding behind the last expert.
+  /// [1], the R, or, masked, the `max_rows`, that has room for all; with `alignment`, also for padding behind the last
+  /// expert.
   Tensor needed;
 };
 
@@ -32,7 +34,8 @@ struct RouteOptions {
 
 /// Gives every choice a row. Integers only; the same on CPU and CUDA.
 ///
-/// @param topk_idx  int32 or int64 [T, K], rows contiguous, 0 <= K <= 32; outside [0, E), -1 say: no expert. Repeats are choices
+/// @param topk_idx  int32 or int64 [T, K], rows contiguous, 0 <= K <= 32; outside [0, E), -1 say: no expert. Repeats
+/// are choices
 ///                  like any other
 /// @param routing   written; its shapes say E (1 to 1024) and R
 /// @throws Error before anything is written
@@ -40,8 +43,10 @@ PHALANX_API void route(const Tensor& topk_idx, const Routing& routing, const Rou
 
 /// rows[slots[t, k]] = x[t], byte by byte.
 ///
-/// @param x             BF16 or FP32 [T, H], or data E4M3 [T, H] with scales FP32 [T, ceil(H / 128)], any strides, best MN-major
-/// @param rows          of x's dtype, [R, H]; masked also [E, max_rows, H], whose matrices follow each other without a gap.
+/// @param x             BF16 or FP32 [T, H], or data E4M3 [T, H] with scales FP32 [T, ceil(H / 128)], any strides, best
+/// MN-major
+/// @param rows          of x's dtype, [R, H]; masked also [E, max_rows, H], whose matrices follow each other without a
+/// gap.
 ///                      Scales [R, ceil(H / 128)] or [E, max_rows, ceil(H / 128)], any strides
 /// @param zero_padding  padding rows become zeros, with scales of 1; else they are left as they were
 ///
@@ -72,8 +77,8 @@ struct UnpermuteOptions {
 
 /// out[t] = sum over k of weights[t, k] * rows[slots[t, k]] (+ residual[t]); choices without a row add nothing.
 ///
-/// In FP32, in the order of k; every product and every sum is rounded, and the last once more to out's dtype: the same bits
-/// on CPU and CUDA. Without weights it is the gradient of `permute`.
+/// In FP32, in the order of k; every product and every sum is rounded, and the last once more to out's dtype: the same
+/// bits on CPU and CUDA. Without weights it is the gradient of `permute`.
 ///
 /// @param rows  BF16 or FP32 [R, H] or [E, max_rows, H], strides as in `permute`
 /// @param out   BF16 or FP32 [T, H]
@@ -89,8 +94,8 @@ struct UnpermuteBackwardOptions {
   Stream stream{};
 };
 
-/// grad_rows[slots[t, k]] = weights[t, k] * grad_out[t], rounded once to its dtype; grad_weights[t, k] = the dot product of
-/// grad_out[t] and rows[slots[t, k]] in FP32, in an order of its own, always the same.
+/// grad_rows[slots[t, k]] = weights[t, k] * grad_out[t], rounded once to its dtype; grad_weights[t, k] = the dot
+/// product of grad_out[t] and rows[slots[t, k]] in FP32, in an order of its own, always the same.
 ///
 /// @param grad_out   BF16 or FP32 [T, H]
 /// @param grad_rows  BF16 or FP32 [R, H] or [E, max_rows, H]

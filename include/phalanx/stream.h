@@ -3,7 +3,8 @@
 
 namespace phalanx {
 
-/// A `cudaStream_t` or `CUstream`; null is the legacy default stream. Ignored for CPU tensors, whose work is done on return.
+/// A `cudaStream_t` or `CUstream`; null is the legacy default stream. Ignored for CPU tensors, whose work is done on
+/// return.
 struct Stream {
   void* handle = nullptr;
 };

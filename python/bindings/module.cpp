@@ -1,5 +1,5 @@
-// The one compiled module of the Python package. It knows neither Python's C API nor any framework, so one binary serves every
-// Python and every framework. Here: its version, and views of arrays that DLPack cannot express.
+// The one compiled module of the Python package. It knows neither Python's C API nor any framework, so one binary
+// serves every Python and every framework. Here: its version, and views of arrays that DLPack cannot express.
 #include <tvm/ffi/container/shape.h>
 #include <tvm/ffi/string.h>
 

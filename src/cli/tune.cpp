@@ -26,7 +26,8 @@ constexpr int kFirstRounds = 3;
 constexpr std::chrono::seconds kLockPatience{10};
 
 // Puts the choice into the file, or takes out the one that was there, and returns how many there are then. Other
-// processes may be tuning, so their choices are read again; and they may be reading, so the file is replaced as a whole.
+// processes may be tuning, so their choices are read again; and they may be reading, so the file is replaced as a
+// whole.
 std::size_t update_tuned(const std::filesystem::path& path, const plan::TunedGemm& choice, bool keep) {
   std::filesystem::create_directories(std::filesystem::absolute(path).parent_path());
   const jit::FileLock lock(path.string() + ".lock", kLockPatience);

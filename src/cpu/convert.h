@@ -25,7 +25,8 @@ namespace detail {
 constexpr std::uint32_t kSignBit = 0x80000000u;
 constexpr std::uint32_t kInfinity = 0x7f800000u;
 
-/// condition ? x : y without a branch: where a compiler respects floating-point traps, a branch would keep loops from vectorising.
+/// condition ? x : y without a branch: where a compiler respects floating-point traps, a branch would keep loops from
+/// vectorising.
 constexpr std::uint32_t select(bool condition, std::uint32_t x, std::uint32_t y) {
   return y ^ ((x ^ y) & (0u - condition));
 }

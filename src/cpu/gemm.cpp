@@ -1,5 +1,6 @@
-// D = A · Bᵀ (+ C), one product or many, in tiles. A thread decodes the tile's rows of A and B, one k-block at a time, into FP32 scratch that
-// fits its L2 cache, multiplies them with the BLAS, and promotes the product with the scales (BF16 has none: they are one):
+// D = A · Bᵀ (+ C), one product or many, in tiles. A thread decodes the tile's rows of A and B, one k-block at a time,
+// into FP32 scratch that fits its L2 cache, multiplies them with the BLAS, and promotes the product with the scales
+// (BF16 has none: they are one):
 //
 //     A [tile_m, 128] ─ decode ─┐
 //                               ├─ SGEMM → partial [tile_m, panel] ─ × sfa · sfb → acc [tile_m, tile_n] ─ + C, round →

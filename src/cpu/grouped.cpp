@@ -166,7 +166,7 @@ void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tenso
   multiply_columns("grouped_wgrad_fp8", a, b, offsets, d, accumulate);
 }
 
-// --- BF16: no scales -------------------------------------------------------------------------------------------------------
+// --- BF16: no scales -------------------------------------------------------------------------------------------------
 
 void grouped_gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& offsets, const Tensor& d, bool batch_invariant) {
   multiply_rows({a, {}}, {b, {}}, ranges_of_offsets("grouped_gemm_bf16", offsets, d.rows()), d, batch_invariant);

@@ -1,4 +1,5 @@
-// The operations of moe.h on host memory. Arguments have been checked by src/ops; rows are one matrix, of masked targets too.
+// The operations of moe.h on host memory. Arguments have been checked by src/ops; rows are one matrix, of masked
+// targets too.
 #pragma once
 
 #include "device/moe/route.h"

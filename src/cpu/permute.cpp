@@ -1,5 +1,5 @@
-// Tokens to their experts and back. This file is compiled without contraction of floating-point expressions, so that sums
-// have the GPU's bits.
+// Tokens to their experts and back. This file is compiled without contraction of floating-point expressions, so that
+// sums have the GPU's bits.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>

@@ -8,8 +8,8 @@
 
 namespace phalanx::cpu {
 
-/// D = A · Bᵀ (+ C) over the columns [k_begin, k_end) of A and B, scaled by the 128-deep k-blocks of the whole matrices. BF16
-/// operands have no scales, and any strides.
+/// D = A · Bᵀ (+ C) over the columns [k_begin, k_end) of A and B, scaled by the 128-deep k-blocks of the whole
+/// matrices. BF16 operands have no scales, and any strides.
 struct Product {
   ScaledTensor a, b;
   bool b_by_rows = false;  ///< B has a scale per 1 x 128, else per 128 x 128

@@ -1,4 +1,5 @@
-// The CUDA runtime layer: devices, kernels, launches, tensor maps. No CUDA header is needed to build, no driver to load.
+// The CUDA runtime layer: devices, kernels, launches, tensor maps. No CUDA header is needed to build, no driver to
+// load.
 #pragma once
 
 #include <cstddef>
@@ -74,13 +75,13 @@ class Kernel {
   void* handle_ = nullptr;
 };
 
-/// The kernel of this name on a device, loaded at the first call from `entry_point` of the cubin that `load` gives. The reference stays
-/// valid; the device's context is current. `smem_bytes`: the most that a launch will ask for.
+/// The kernel of this name on a device, loaded at the first call from `entry_point` of the cubin that `load` gives. The
+/// reference stays valid; the device's context is current. `smem_bytes`: the most that a launch will ask for.
 const Kernel& kernel(int ordinal, const std::string& name, const char* entry_point, int smem_bytes,
                      const std::function<std::shared_ptr<const std::string>()>& load);
 
-/// A matrix seen by TMA: rows of `cols` elements, `row_stride_bytes` apart, copied in boxes. Operands (E4M3, BF16) lie in
-/// shared memory with the 128-byte swizzle, scales (FP32) as they are.
+/// A matrix seen by TMA: rows of `cols` elements, `row_stride_bytes` apart, copied in boxes. Operands (E4M3, BF16) lie
+/// in shared memory with the 128-byte swizzle, scales (FP32) as they are.
 struct TensorMapSpec {
   DType dtype;  ///< e4m3, bf16 or f32
   const void* data;

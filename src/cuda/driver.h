@@ -1,5 +1,6 @@
-// The part of the CUDA driver API that we use, declared here and loaded with dlopen: the library builds without CUDA and
-// loads where no driver is. tests/cpu/test_driver_abi.cpp compares these declarations with <cuda.h> where there is one.
+// The part of the CUDA driver API that we use, declared here and loaded with dlopen: the library builds without CUDA
+// and loads where no driver is. tests/cpu/test_driver_abi.cpp compares these declarations with <cuda.h> where there is
+// one.
 #pragma once
 
 #include <cstddef>

@@ -12,16 +12,16 @@
 
 namespace phalanx::jit {
 
-/// What an entry is found by. The compiler's version stands apart, so that a machine without one can take any entry made
-/// of the same code.
+/// What an entry is found by. The compiler's version stands apart, so that a machine without one can take any entry
+/// made of the same code.
 struct EntryKey {
   std::string name;     ///< the kernel's
   std::string content;  ///< content_hash of what goes into the compiler
   std::string nvrtc;    ///< "13.0"; empty in a search that accepts every version
 };
 
-/// 32 hexadecimal digits (xxHash-128) of the kernel's text, every device file, the flags (with the architecture) and the
-/// version of the entries' format.
+/// 32 hexadecimal digits (xxHash-128) of the kernel's text, every device file, the flags (with the architecture) and
+/// the version of the entries' format.
 std::string content_hash(std::string_view text, std::span<const EmbeddedFile> files, std::span<const std::string> flags,
                          int format);
 

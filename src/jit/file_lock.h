@@ -7,8 +7,8 @@
 namespace phalanx::jit {
 
 /// Holds flock(2) on `path` while it lives, and removes the file at its end. It is a courtesy that saves double or lost
-/// work, and no more may rest on it: where it cannot be had (a file system without locks, a holder that hangs), the owner
-/// goes on without. The owner publishes its result before the end.
+/// work, and no more may rest on it: where it cannot be had (a file system without locks, a holder that hangs), the
+/// owner goes on without. The owner publishes its result before the end.
 class FileLock {
  public:
   FileLock(std::filesystem::path path, std::chrono::milliseconds patience);

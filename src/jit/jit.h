@@ -10,7 +10,8 @@
 
 namespace phalanx::jit {
 
-/// One translation unit: an include of a device header, one constexpr config, one extern "C" kernel named `kEntryPoint`.
+/// One translation unit: an include of a device header, one constexpr config, one extern "C" kernel named
+/// `kEntryPoint`.
 struct KernelSource {
   std::string name;  ///< unique and readable, also the file name of its cubin: "gemm_fp8_256x128_c2_s1_st3_w2_bf16"
   std::string text;
@@ -44,7 +45,7 @@ std::shared_ptr<const Cubin> get_cubin(const KernelSource& source, const std::st
 /// @throws Error as get_cubin
 Cubin compile(const KernelSource& source, const std::string& arch);
 
-// --- where things are -------------------------------------------------------------------------------------------------
+// --- where things are ------------------------------------------------------------------------------------------------
 
 struct NvrtcInfo {
   bool available = false;

@@ -1,5 +1,6 @@
-// Argument checks of the public operations. All throw Error before anything is written; the message names the operation, the
-// argument, what it is and what was expected. When all is well they allocate and format nothing: a warm call can afford them.
+// Argument checks of the public operations. All throw Error before anything is written; the message names the
+// operation, the argument, what it is and what was expected. When all is well they allocate and format nothing: a warm
+// call can afford them.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@ namespace phalanx {
 /// "cpu", "cuda:0"
 std::string to_string(const Device& device);
 
-/// Elements from one row of a checked matrix to the next. A matrix of one row may carry any stride: it gets the smallest that
-/// keeps the 16-byte rule.
+/// Elements from one row of a checked matrix to the next. A matrix of one row may carry any stride: it gets the
+/// smallest that keeps the 16-byte rule.
 inline std::int64_t row_stride(const Tensor& matrix) {
   const std::int64_t unit = 16 / size_of(matrix.dtype);
   return matrix.rows() > 1 ? matrix.strides[0] : (matrix.cols() + unit - 1) / unit * unit;

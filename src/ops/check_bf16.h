@@ -10,7 +10,8 @@ namespace phalanx {
 /// The last two dimensions exchanged.
 Tensor transposed(const Tensor& x);
 
-/// Along what a matrix, or each of a stack, is contiguous, with other strides that suit TMA: K, its last dimension, if both are.
+/// Along what a matrix, or each of a stack, is contiguous, with other strides that suit TMA: K, its last dimension, if
+/// both are.
 Major major_of(const Tensor& x);
 
 void check_gemm_bf16(const Tensor& a, const Tensor& b, const Tensor& d, const GemmOptions& options);

@@ -24,7 +24,7 @@ int64_t col_stride_of(const Arg& arg) { return arg->strides[arg->ndim - 1]; }
 
 }  // namespace
 
-// --- one tensor ------------------------------------------------------------------------------------------------------------
+// --- one tensor ------------------------------------------------------------------------------------------------------
 
 void check_rank(const Arg& arg, int ndim) {
   if (arg->ndim != ndim) [[unlikely]]
@@ -105,7 +105,7 @@ void check_scales(const Arg& arg, Access access) {
     fail(ErrorCode::invalid_argument, arg, "its strides make elements overlap");
 }
 
-// --- of groups -----------------------------------------------------------------------------------------------------------
+// --- of groups -------------------------------------------------------------------------------------------------------
 
 void check_at_least_1(const Arg& arg, const char* what, int64_t value) {
   if (value < 1) [[unlikely]]
@@ -144,7 +144,7 @@ void check_not_negative(const char* op, const char* name, int value) {
     throw Error(ErrorCode::invalid_argument, format_text("{}: options.{} is {}, expected 0 or more", op, name, value));
 }
 
-// --- two tensors -----------------------------------------------------------------------------------------------------------
+// --- two tensors -----------------------------------------------------------------------------------------------------
 
 void check_device(const Arg& arg, const Arg& reference) {
   if (arg->device != reference->device) [[unlikely]]

@@ -1,5 +1,5 @@
-// What checks of arguments are made of. Every check throws Error naming the operation, the argument, what it is and what was
-// expected, and is a comparison and a jump never taken when all is well.
+// What checks of arguments are made of. Every check throws Error naming the operation, the argument, what it is and
+// what was expected, and is a comparison and a jump never taken when all is well.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ template <class... Args>
 
 enum class Access { read, write };
 
-// --- one tensor ------------------------------------------------------------------------------------------------------------
+// --- one tensor ------------------------------------------------------------------------------------------------------
 
 /// `ndim` dimensions that fit in 32 bits, on a device whose index is none below 0.
 void check_rank(const Arg& arg, int ndim);
@@ -53,7 +53,8 @@ void check_base(const Arg& arg, int alignment);
 /// Rows are contiguous, and those of an output do not overlap. Strides of dimensions of size 0 and 1 mean nothing.
 void check_rows(const Arg& arg, Access access);
 
-/// What TMA asks of a matrix, or of each in a stack; the CPU asks the same, so that a program does not change with the device.
+/// What TMA asks of a matrix, or of each in a stack; the CPU asks the same, so that a program does not change with the
+/// device.
 void check_tma(const Arg& arg);
 
 /// Any strides; those of an output must give every element a place of its own. A matrix, or to be read.
@@ -62,7 +63,7 @@ void check_scales(const Arg& arg, Access access);
 void check_at_least_1(const Arg& arg, const char* what, std::int64_t value);
 void check_not_negative(const char* op, const char* name, int value);
 
-// --- of groups -----------------------------------------------------------------------------------------------------------
+// --- of groups -------------------------------------------------------------------------------------------------------
 
 /// The first dimension, of a stack.
 void check_num_groups(const Arg& arg);
@@ -73,7 +74,7 @@ void check_stack(const Arg& arg);
 /// Offsets, row groups or counts: int32, contiguous.
 void check_groups_vector(const Arg& arg, std::int64_t size, const char* meaning);
 
-// --- two tensors -----------------------------------------------------------------------------------------------------------
+// --- two tensors -----------------------------------------------------------------------------------------------------
 
 void check_device(const Arg& arg, const Arg& reference);
 

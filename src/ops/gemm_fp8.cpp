@@ -68,8 +68,8 @@ bool tma_reads(const Tensor& scales) {
          (scales.cols() == 1 || (scales.strides[1] % 4 == 0 && scales.strides[1] >= scales.rows()));
 }
 
-// Weights that few CTAs read, at the same time, are the first to leave L2: what others wrote there then need not be written back
-// meanwhile, 3 to 15 % of the time of large weights. With many rows, they would have to come again.
+// Weights that few CTAs read, at the same time, are the first to leave L2: what others wrote there then need not be
+// written back meanwhile, 3 to 15 % of the time of large weights. With many rows, they would have to come again.
 bool leave_l2_first(const GemmConfig& config, int m, int n, int k) {
   constexpr int kFewTiles = 3;
   constexpr int64_t kLarge = 8 << 20;  // bytes
@@ -87,8 +87,8 @@ void run_on_cuda(const ScaledTensor& a, const ScaledTensor& b, const Tensor& d, 
   const GemmConfig& config = chosen.plan.config;
 
   GemmParams p{};
-  // Boxes of the rows that there are alone: TMA takes longer to fill with zeros than to copy (docs/tuning.md). What shared memory
-  // holds in the others' place only reaches rows of D that are not stored.
+  // Boxes of the rows that there are alone: TMA takes longer to fill with zeros than to copy (docs/tuning.md). What
+  // shared memory holds in the others' place only reaches rows of D that are not stored.
   const int slice = config.block_m / config.cluster_n, last = m % slice;
   p.rows_a = std::min(config.block_m, m);
   p.a = Rows(a.data).map(std::min(slice, m), kBlockK);

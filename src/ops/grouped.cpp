@@ -24,7 +24,7 @@ using std::int64_t;
 
 static_assert(kMaxGroups == kMaxTableGroups);
 
-// --- plans -----------------------------------------------------------------------------------------------------------------
+// --- plans -----------------------------------------------------------------------------------------------------------
 
 struct PlanKey {
   plan::GroupedProblem problem;
@@ -60,10 +60,11 @@ PlannedGemm planned(const PlanKey& key) {
   });
 }
 
-// --- operands --------------------------------------------------------------------------------------------------------------
+// --- operands --------------------------------------------------------------------------------------------------------
 
-// Scales of a matrix's rows, or of each in a stack, as TMA can read them if it can: columns (one k-block each) contiguous and
-// 16-byte aligned. The tensor map shows them transposed: group g begins at column g * pitch_x and row g * pitch_y.
+// Scales of a matrix's rows, or of each in a stack, as TMA can read them if it can: columns (one k-block each)
+// contiguous and 16-byte aligned. The tensor map shows them transposed: group g begins at column g * pitch_x and row g
+// * pitch_y.
 struct ScaleColumns {
   bool by_tma = false;
   cuda::TensorMapSpec spec{};
@@ -98,7 +99,7 @@ struct ScaleColumns {
 
 const float* floats(const Tensor& x) { return static_cast<const float*>(x.data); }
 
-// --- launches --------------------------------------------------------------------------------------------------------------
+// --- launches --------------------------------------------------------------------------------------------------------
 
 constexpr int kFewEmpty = 4;  // rows of a group, on average, from which on less than one in fifty has none
 

@@ -21,7 +21,8 @@ int usable_sms(const cuda::DeviceInfo& device, int num_sms);
 /// The kernel made from `source`, compiled or fetched from a cache at the first call. The device's context is current.
 const cuda::Kernel& load_kernel(int ordinal, const jit::KernelSource& source, int smem_bytes);
 
-/// The kernel of each device, found without building strings when warm. Two threads may both fill an entry, with the same pointer.
+/// The kernel of each device, found without building strings when warm. Two threads may both fill an entry, with the
+/// same pointer.
 class KernelOfDevice {
  public:
   template <class Source>

@@ -33,7 +33,8 @@ struct Rows {
   }
 };
 
-/// Whether B's map says `read_once`: it is 1 to 3 % of a chain. With taller tiles it is none, and K 512 takes 14 % longer.
+/// Whether B's map says `read_once`: it is 1 to 3 % of a chain. With taller tiles it is none, and K 512 takes 14 %
+/// longer.
 inline bool reads_b_once(const GemmConfig& config) { return config.block_m <= 64; }
 
 /// The device, checked, and how many SMs may be used.

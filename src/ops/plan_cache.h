@@ -23,8 +23,8 @@ inline PlannedGemm with_kernel(const plan::GemmPlan& plan, int device) {
   return {plan, &load_kernel(device, jit::gemm_source(plan.config), smem_layout(plan.config).total)};
 }
 
-/// For tuning: a process that starts with PHALANX_GEMM_CONFIG in its environment reads it again at every call. Null if there is
-/// nothing in it.
+/// For tuning: a process that starts with PHALANX_GEMM_CONFIG in its environment reads it again at every call. Null if
+/// there is nothing in it.
 inline const char* tuning_config() {
   static const bool on = std::getenv("PHALANX_GEMM_CONFIG") != nullptr;
   const char* text = on ? std::getenv("PHALANX_GEMM_CONFIG") : nullptr;

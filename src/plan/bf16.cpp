@@ -31,8 +31,8 @@ std::vector<GemmConfig> make_configs() {
   using enum Grouping;
   using enum OutType;
   using enum Major;
-  // Many rows: wide tiles, whose bytes two CTAs share. Few rows: every SM streams weights; a narrow tile or a split K gives
-  // work to all of them.
+  // Many rows: wide tiles, whose bytes two CTAs share. Few rows: every SM streams weights; a narrow tile or a split K
+  // gives work to all of them.
   add(none, bf16, k, k,
       {{128, 256, 2}, {128, 192, 2}, {128, 128}, {64, 64}, {64, 128}, {64, 128, 1, 2}, {64, 64, 1, 2}, {64, 64, 1, 4}});
   add(none, f32, k, k, {{128, 128}, {64, 64}, {64, 64, 1, 2}});

@@ -74,8 +74,8 @@ struct Groups {
   }
 };
 
-// How far groups are from their mean. Routing is not even: who says what to expect names a mean; otherwise an even share is
-// likely.
+// How far groups are from their mean. Routing is not even: who says what to expect names a mean; otherwise an even
+// share is likely.
 using Spread = std::array<double, 6>;
 Spread spread_of(const GroupedProblem& p) {
   if (p.grouping != Grouping::rows) return {1, 1, 1, 1, 1, 1};

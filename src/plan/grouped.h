@@ -25,8 +25,8 @@ GemmPlan plan_grouped(const GroupedProblem& problem, int num_sms);
 /// Whether a product of gates and ups, with SwiGLU in its epilogue, is quicker than one to BF16 and a kernel after it.
 bool swiglu_in_epilogue(const GroupedProblem& problem, int num_sms);
 
-/// Whether weights are the first to leave L2, so that what others wrote there need not be written back meanwhile: those of groups
-/// of rows with a tile each, where there are neither few of them nor many times what L2 holds.
+/// Whether weights are the first to leave L2, so that what others wrote there need not be written back meanwhile: those
+/// of groups of rows with a tile each, where there are neither few of them nor many times what L2 holds.
 bool weights_leave_l2_first(const GemmConfig& config, const GroupedProblem& problem);
 
 /// Every configuration that `plan_grouped` can return.

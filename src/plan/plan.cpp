@@ -49,8 +49,9 @@ std::vector<GemmConfig> make_configs() {
   return list;
 }
 
-// A split of K gives work to each SM, if each has enough of it to be worth the sum. More of it costs more than it brings, unless
-// a CTA would still have many k-blocks: then the second CTA of each SM keeps more loads under way (docs/tuning.md).
+// A split of K gives work to each SM, if each has enough of it to be worth the sum. More of it costs more than it
+// brings, unless a CTA would still have many k-blocks: then the second CTA of each SM keeps more loads under way
+// (docs/tuning.md).
 const GemmConfig& weight_streaming_config(const GemmProblem& p, int num_sms) {
   constexpr int kLongK = 64, kFewest = 6;
   const GemmConfig* best = nullptr;
@@ -65,9 +66,9 @@ const GemmConfig& weight_streaming_config(const GemmProblem& p, int num_sms) {
   return *best;
 }
 
-// The few rows' kernel for a product, or null. They take two CTAs an SM and sum K in parts that other kernels do not have. With
-// more than 8 rows they are up to 6 % slower than tiles of 64, unless they may begin before the kernel ahead has ended, or tiles
-// are too few for the SMs (docs/tuning.md).
+// The few rows' kernel for a product, or null. They take two CTAs an SM and sum K in parts that other kernels do not
+// have. With more than 8 rows they are up to 6 % slower than tiles of 64, unless they may begin before the kernel ahead
+// has ended, or tiles are too few for the SMs (docs/tuning.md).
 const GemmConfig* few_rows_config(const GemmProblem& p, int num_sms) {
   constexpr int kFewTiles = 4;  // parts of K
   if (!p.all_sms || p.m > 16 || p.batch_invariant) return nullptr;
@@ -75,8 +76,8 @@ const GemmConfig* few_rows_config(const GemmProblem& p, int num_sms) {
   return p.m <= 8 || p.constant_b || config.split_k >= kFewTiles ? &config : nullptr;
 }
 
-// Of 64 rows of long K, each CTA reads as much of A from L2 as of B from memory. Four that share it are 2 to 6 % faster in a
-// chain, and as fast alone, where they fill the SMs at once (docs/tuning.md).
+// Of 64 rows of long K, each CTA reads as much of A from L2 as of B from memory. Four that share it are 2 to 6 % faster
+// in a chain, and as fast alone, where they fill the SMs at once (docs/tuning.md).
 bool shares_activations(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   constexpr int kLongK = 32;  // k-blocks
   const int tiles = ceil_div(p.n, c.block_n), slots = usable_sms(kSharingCtas, num_sms);
@@ -84,13 +85,15 @@ bool shares_activations(const GemmConfig& c, const GemmProblem& p, int num_sms) 
          tiles % kSharingCtas == 0 && tiles <= slots && tiles * 5 >= slots * 4;
 }
 
-// Whether a persistent kernel's CTAs all begin at once. Beside other kernels pairs of CTAs may not, and then 192 x 128 does without.
+// Whether a persistent kernel's CTAs all begin at once. Beside other kernels pairs of CTAs may not, and then 192 x 128
+// does without.
 bool finds_sms(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   if (p.all_sms) return c.block_m * c.block_n != 192 * kScaleBlock || c.multicasts();
   return find_sms_beside_others(c.cluster_size(), plan_with(c, kDefaultGroupM, p, num_sms).num_ctas, num_sms);
 }
 
-// Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in order.
+// Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in
+// order.
 double estimate_cycles(const GemmConfig& c, const GemmProblem& p, int num_sms) {
   constexpr double kProduct = 2.8, kWaveLatency = 92;  // a column, a product, from a full stage to its promotion
   constexpr double kOverlapped = 3.04, kStep = 253;    // a column, at least, where the next product runs under that

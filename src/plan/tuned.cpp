@@ -27,7 +27,8 @@ OutType out_type(const std::string& name) {
 }  // namespace
 
 std::string format_plan(const GemmPlan& plan) {
-  // Names every field, so that one that is added and not printed here does not compile. The last five are the problem's.
+  // Names every field, so that one that is added and not printed here does not compile. The last five are the
+  // problem's.
   const auto& [block_m, block_n, num_consumers, num_stages, cluster_n, cluster_m, split_k, out, grouping, operand,
                major_a, major_b] = plan.config;
   return format_text(
@@ -92,7 +93,8 @@ std::optional<GemmPlan> TunedGemms::find(std::string_view gpu, const GemmProblem
   const auto plan = parse_plan(entry->config, problem, num_sms);
   const auto& kernels = all_gemm_configs();
   if (!plan || std::find(kernels.begin(), kernels.end(), plan->config) == kernels.end()) return std::nullopt;
-  // It was the fastest alone. Where weights may come early, a kernel that makes use of that is not given up for one that does not.
+  // It was the fastest alone. Where weights may come early, a kernel that makes use of that is not given up for one
+  // that does not.
   const bool gives_up = problem.constant_b && !plan->config.few_rows() && plan_gemm(problem, num_sms).config.few_rows();
   return gives_up ? std::nullopt : plan;
 }

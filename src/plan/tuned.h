@@ -1,5 +1,5 @@
-// Choices that were measured on the very machine, by `phalanx tune`, and that go before the planner's estimate. A JSON text,
-// read and written here; where its file lies is not this room's business.
+// Choices that were measured on the very machine, by `phalanx tune`, and that go before the planner's estimate. A JSON
+// text, read and written here; where its file lies is not this room's business.
 #pragma once
 
 #include <optional>

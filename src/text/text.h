@@ -1,4 +1,5 @@
-// Text by {fmt}. Its formatting is compiled once, in text.cpp: a file that compiles it for itself takes six seconds more.
+// Text by {fmt}. Its formatting is compiled once, in text.cpp: a file that compiles it for itself takes six seconds
+// more.
 #pragma once
 
 #include <fmt/format.h>

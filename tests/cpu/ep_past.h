@@ -1,5 +1,5 @@
-// Ranks that seem to have done so many operations that their epochs need more than 32 bits. For the CPU backend and for simulated
-// kernels.
+// Ranks that seem to have done so many operations that their epochs need more than 32 bits. For the CPU backend and for
+// simulated kernels.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// Tables of what a planner chooses, kept beside the tests: a change shows as a diff. PHALANX_UPDATE_GOLDEN=1 writes them anew.
+// Tables of what a planner chooses, kept beside the tests: a change shows as a diff. PHALANX_UPDATE_GOLDEN=1 writes
+// them anew.
 #pragma once
 
 #include <gtest/gtest.h>

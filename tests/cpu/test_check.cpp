@@ -1,5 +1,5 @@
-// Every wrong argument gets an error of the right kind whose message names the argument, what it is and what was expected,
-// before anything is written.
+// Every wrong argument gets an error of the right kind whose message names the argument, what it is and what was
+// expected, before anything is written.
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -90,7 +90,7 @@ TEST_F(Check, AcceptsWhatIsRight) {
   EXPECT_EQ(check_dequantize(q, x), ScaleShape::row_1x128);
 }
 
-// --- gemm_fp8 --------------------------------------------------------------------------------------------------------------
+// --- gemm_fp8 --------------------------------------------------------------------------------------------------------
 
 TEST_F(Check, GemmDtypes) {
   a.data.dtype = DType::f16;
@@ -253,7 +253,7 @@ TEST_F(Check, GemmIgnoresStridesThatMeanNothing) {
   EXPECT_NO_THROW(gemm_fp8(a, b, d, options));
 }
 
-// --- quantize, dequantize --------------------------------------------------------------------------------------------------
+// --- quantize, dequantize --------------------------------------------------------------------------------------------
 
 TEST_F(Check, QuantizeDtypes) {
   x.dtype = DType::e4m3;

@@ -1,5 +1,6 @@
-// The tile schedulers over groups, proven by brute force on the host: over random group sizes every tile of every group is
-// computed by exactly one CTA, the CTAs of a cluster agree on what they share, and no tile crosses into another group.
+// The tile schedulers over groups, proven by brute force on the host: over random group sizes every tile of every group
+// is computed by exactly one CTA, the CTAs of a cluster agree on what they share, and no tile crosses into another
+// group.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -28,7 +28,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 unsigned code_of(float x) { return cpu::from_f32<E4m3>(x).bits; }
 
-// --- conversions -----------------------------------------------------------------------------------------------------------
+// --- conversions -----------------------------------------------------------------------------------------------------
 
 TEST(Convert, E4m3DecodesByDefinition) {
   for (unsigned code = 0; code < 256; ++code) {
@@ -105,7 +105,8 @@ TEST(Convert, E4m3Specials) {
   EXPECT_EQ(code_of(std::bit_cast<float>(0xff800001u)), 0x7fu);
 }
 
-// A sorted 16-bit format: the non-negative finite numbers are codes 0 .. last, and the next code would be worth `overflow`.
+// A sorted 16-bit format: the non-negative finite numbers are codes 0 .. last, and the next code would be worth
+// `overflow`.
 template <class T>
 void expect_rounds_to_nearest(float x, const std::function<double(unsigned)>& value, unsigned last, double overflow) {
   const unsigned bits = cpu::from_f32<T>(x).bits;
@@ -146,7 +147,7 @@ TEST(Convert, F32ToBf16AndF16) {
   for (const float x : {65504.0f, 65519.0f, 65520.0f, 65536.0f, kInf, -kInf, FLT_MAX, 0.0f, -0.0f}) expect(x);
 }
 
-// --- quantisation ----------------------------------------------------------------------------------------------------------
+// --- quantisation ----------------------------------------------------------------------------------------------------
 
 int64_t blocks(int64_t x) { return (x + 127) / 128; }
 int64_t block_rows(ScaleShape shape) { return shape == ScaleShape::row_1x128 ? 1 : 128; }
@@ -316,7 +317,7 @@ TEST(QuantizeValues, IgnoresFlushToZero) {
 }
 #endif
 
-// --- dequantisation --------------------------------------------------------------------------------------------------------
+// --- dequantisation --------------------------------------------------------------------------------------------------
 
 TYPED_TEST(Quantize, RoundTripStaysWithinHalfAStep) {
   std::mt19937 rng(kSeed);

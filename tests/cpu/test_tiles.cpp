@@ -1,5 +1,6 @@
-// The tile schedulers, proven by brute force on the host: every tile of D is computed by exactly one CTA (or, under split-K,
-// by the CTAs of one cluster, with parts of K that add up), and the CTAs of a cluster agree on what they share.
+// The tile schedulers, proven by brute force on the host: every tile of D is computed by exactly one CTA (or, under
+// split-K, by the CTAs of one cluster, with parts of K that add up), and the CTAs of a cluster agree on what they
+// share.
 #include <gtest/gtest.h>
 
 #include <algorithm>

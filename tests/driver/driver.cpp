@@ -1,6 +1,6 @@
-// A driver that pretends: libcuda.so.1 with three devices, for the host's side of CUDA on a machine without a GPU. Device memory is the
-// host's. Kernels do not run, but their launches and tensor maps are held to the rules of the real driver. A kernel "takes" a
-// microsecond for each CTA.
+// A driver that pretends: libcuda.so.1 with three devices, for the host's side of CUDA on a machine without a GPU.
+// Device memory is the host's. Kernels do not run, but their launches and tensor maps are held to the rules of the real
+// driver. A kernel "takes" a microsecond for each CTA.
 #include "cuda/driver.h"
 #include "device/gemm/params.h"
 

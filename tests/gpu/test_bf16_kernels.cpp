@@ -1,5 +1,6 @@
-// Every kernel of the BF16 products, on shapes and groups that reach its features: the CPU's bits, and poison all around. Short
-// enough to run under each tool of compute-sanitizer. Operands are small integers: every sum is exact in every order.
+// Every kernel of the BF16 products, on shapes and groups that reach its features: the CPU's bits, and poison all
+// around. Short enough to run under each tool of compute-sanitizer. Operands are small integers: every sum is exact in
+// every order.
 #include <gtest/gtest.h>
 
 #include <algorithm>

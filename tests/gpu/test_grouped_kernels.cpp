@@ -1,6 +1,6 @@
-// Every kernel of the grouped products and of the weight gradients, on groups that begin anywhere: the CPU's bits, and poison
-// all around. Short enough to run under each tool of compute-sanitizer. Operands are small integers with power-of-two
-// scales: every sum is exact in every order.
+// Every kernel of the grouped products and of the weight gradients, on groups that begin anywhere: the CPU's bits, and
+// poison all around. Short enough to run under each tool of compute-sanitizer. Operands are small integers with
+// power-of-two scales: every sum is exact in every order.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -1,7 +1,8 @@
-// Every kernel that a planner can pick, on small shapes that reach its features: clusters, split-K, pipelines that wrap,
-// ragged edges, C, both layouts of the scales. Short enough to run under each tool of compute-sanitizer.
+// Every kernel that a planner can pick, on small shapes that reach its features: clusters, split-K, pipelines that
+// wrap, ragged edges, C, both layouts of the scales. Short enough to run under each tool of compute-sanitizer.
 //
-// Operands are small integers with power-of-two scales: every sum is exact in every order, so the GPU must give the CPU's bits.
+// Operands are small integers with power-of-two scales: every sum is exact in every order, so the GPU must give the
+// CPU's bits.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -99,8 +100,8 @@ TEST_F(OnGpu, GemmOfLargeWeightsGivesTheBitsOfTheCpu) {
   }
 }
 
-// Rows of D by every kernel and for several M, against the same rows by the first kernel that splits K as often: operands
-// are any E4M3 bits, so that each rounding shows.
+// Rows of D by every kernel and for several M, against the same rows by the first kernel that splits K as often:
+// operands are any E4M3 bits, so that each rounding shows.
 template <class T>
 void check_equal_bits(OutType out, std::mt19937& rng) {
   constexpr int kRows = 300, kN = 456, kK = 1700, kKBlocks = (kK + 127) / 128;

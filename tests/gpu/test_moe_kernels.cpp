@@ -1,4 +1,5 @@
-// The kernels that move tokens to experts and back, beside the CPU. Short enough to run under each tool of compute-sanitizer.
+// The kernels that move tokens to experts and back, beside the CPU. Short enough to run under each tool of
+// compute-sanitizer.
 #include <gtest/gtest.h>
 
 #include <cmath>

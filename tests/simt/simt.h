@@ -42,8 +42,8 @@ struct AsyncCopy {
   void perform() const { std::memcpy(to, from, bytes); }
 };
 
-/// Where a fiber, or its CTA's scheduler, goes on: the compiler's own, of frame, instruction and stack. Those of ucontext.h
-/// enter the kernel at every switch.
+/// Where a fiber, or its CTA's scheduler, goes on: the compiler's own, of frame, instruction and stack. Those of
+/// ucontext.h enter the kernel at every switch.
 using Context = void* [5];
 
 struct Fiber {

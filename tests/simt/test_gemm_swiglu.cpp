@@ -1,5 +1,5 @@
-// The product of gates and ups with SwiGLU in its epilogue, simulated on the host: the bytes of the CPU's product and of its
-// SwiGLU, one after the other, and nothing written beside them.
+// The product of gates and ups with SwiGLU in its epilogue, simulated on the host: the bytes of the CPU's product and
+// of its SwiGLU, one after the other, and nothing written beside them.
 //
 // Operands are small integers, scales powers of two: every sum is exact in every order.
 #include "simt.h"  // first: what CUDA C++ is to the device code

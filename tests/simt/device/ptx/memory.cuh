@@ -18,7 +18,7 @@ void cp_async_wait_group() {
     for (const simt::AsyncCopy& copy : groups.front()) copy.perform();
 }
 
-// --- shared memory -----------------------------------------------------------------------------------------------------
+// --- shared memory ---------------------------------------------------------------------------------------------------
 
 /// Counted from its beginning, as descriptors do.
 inline u32 smem_addr(const void* p) { return u32(static_cast<const u8*>(p) - simt::cta->shared); }
