@@ -24,7 +24,7 @@ DriverInfo driver_info();
 
 struct DeviceInfo {
   int ordinal = 0;
-  std::string name;
+  std::string name{};
   int major = 0, minor = 0, num_sms = 0, clock_khz = 0;
   std::size_t memory_bytes = 0, l2_bytes = 0;
 
