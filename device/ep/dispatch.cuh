@@ -185,6 +185,9 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   bool known = false;  // the same in all threads
   if (int(threadIdx.x) < sender.num_threads()) {
     if (!kCounted && c.send && p.copy) ep_prefetch_tokens(p, sender);
+    const bool gives_credits = threadIdx.x < 32 && !only_sends;
+    // Who only sends may wait for what this very kernel gives, and has stored nothing yet.
+    if (gives_credits && !c.recv) ep_give_late_credits(recv, c.layout.dispatch_credit);
     const bool sends = c.send && p.copy && (only_sends || ep_all_send(p));
     const bool sends_scales = kCounted && c.send && !only_sends && ep_has_scales(p);
     const bool may_send = (sends || sends_scales || routes) && ep_may_send(send, sender, &shared.failed);
@@ -192,8 +195,8 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (sends_scales && may_send) ep_send_scales(p, send, sender, state.turned());
     if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends);
     if (receives) known = ep_await_routing(shared);
-    // Not before: a release waits for what has been sent, and all would wait for this warp.
-    if (threadIdx.x < 32 && !only_sends) ep_give_late_credits(recv, c.layout.dispatch_credit);
+    // Else not before: a release waits for what has been sent, and all would wait for this warp.
+    if (gives_credits && c.recv) ep_give_late_credits(recv, c.layout.dispatch_credit);
     if constexpr (kCounted) {
       if (known) keep(first_half, first_half);
       if (known && ep_has_scales(p)) ep_write_scales(p, recv, first_half, state, &shared.failed);

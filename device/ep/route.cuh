@@ -1,5 +1,5 @@
-// Routing: every rank sends its topk_idx to all, itself included; each CTA then finds its rows for itself, so that CTAs
-// of a GPU need not wait for each other.
+// Routing: every rank sends its topk_idx to all, itself included; each CTA then finds its rows for itself. So CTAs of a
+// GPU need not wait for each other, but to write the scales of many tokens.
 //
 //   row(s, t, k) = first row of the expert + its choices by sources before s + its choices by tokens of s before t
 //

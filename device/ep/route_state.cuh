@@ -33,7 +33,7 @@ struct EpRouteState {
 
 // The named barriers of dispatch: all warps', two roles' own, and where one warp or role waits for others.
 enum EpBarrier : int {
-  kEpAllWarps,
+  kEpAllWarps,  // __syncthreads
   kEpSenders,
   kEpRouters,
   kEpMaySend,  // those that route, until the others know that all may send

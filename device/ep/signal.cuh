@@ -150,7 +150,8 @@ __device__ __forceinline__ void ep_give_credits(const EpOperation& op, i64 credi
 }
 
 // With two buffers credits are needed two operations later only: when the next kernel begins, a warp that has nothing
-// else to do gives them, so that no kernel's end waits for them to cross a link. Whichever half that kernel is of.
+// else to do gives them, so that no kernel's end waits for them to cross a link. Whichever half that kernel is of: one
+// that only sends gives them before it waits for any, as the peers' may wait for these.
 __device__ __forceinline__ void ep_give_late_credits(const EpOperation& recv, i64 credits) {
   if (recv.c.shape.num_buffers == 2 && recv.epoch > 1) ep_give_credits(recv, credits, recv.epoch - 1);
 }

@@ -229,6 +229,26 @@ def check_round(eps, problem: Problem, rng: np.random.Generator, e4m3: bool, exa
         assert torch.equal(out.cpu().view(torch.int16), wanted.view(torch.int16)), f"rank {rank}"
 
 
+def check_sends_ahead(eps, problems: list[Problem]) -> None:
+    """With two buffers: each rank sends the next tokens before it receives the last ones."""
+    groups = [ep.group for ep in eps]
+
+    def dispatch(rank):
+        inputs = [[a[rank].to(groups[rank].device) for a in (p.x, p.topk_idx, p.topk_weights)] for p in problems]
+        groups[rank].barrier()
+        results, receive = [], None
+        for arguments, problem in zip(inputs, problems, strict=True):
+            next_one = eps[rank].dispatch_send(*arguments, capacity=tokens_bound(problem))
+            if receive:
+                results.append(receive())
+            receive = next_one
+        return [*results, receive()]
+
+    for rank, results in enumerate(on_ranks(groups, dispatch)):
+        for problem, result in zip(problems, results, strict=True):
+            check_rows(problem, rank, result)
+
+
 def tokens_bound(problem: Problem) -> int:
     """Rows that no rank exceeds."""
     choices = sum(idx.numel() for idx in problem.topk_idx)

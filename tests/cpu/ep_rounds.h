@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -237,6 +238,42 @@ inline std::vector<ExpertParallel> make_all(std::vector<Group>& groups, const Ex
   std::vector<ExpertParallel> eps;
   for (auto& ep : made) eps.push_back(std::move(*ep));
   return eps;
+}
+
+/// With two buffers: each rank sends the next tokens, and the next sums, before it receives the last ones.
+inline void send_ahead(std::vector<ExpertParallel>& eps, const ExpertParallelConfig& config, std::mt19937& rng) {
+  constexpr int kRounds = 6;
+  const int n = static_cast<int>(eps.size());
+  std::vector<EpProblem> problems;
+  for (int i = 0; i < kRounds; ++i) problems.push_back(random_problem(n, config, rng));
+  on_ranks(n, [&](int r) {
+    std::vector<std::unique_ptr<Rank>> rounds;
+    for (const EpProblem& p : problems)
+      rounds.push_back(std::make_unique<Rank>(p, r, eps[r], eps[r].max_rows(), false));
+    const auto in_turns = [&](auto run) {
+      run(0, EpPart::send);
+      for (int i = 1; i < kRounds; ++i) run(i, EpPart::send), run(i - 1, EpPart::recv);
+      run(kRounds - 1, EpPart::recv);
+    };
+    in_turns([&](int i, EpPart part) {
+      rounds[i]->args.part = part;
+      eps[r].dispatch(rounds[i]->args);
+    });
+    for (int i = 0; i < kRounds; ++i) expect_rows(problems[i], *rounds[i], reference_rows(problems[i], r), false);
+    in_turns([&](int i, EpPart part) {
+      Rank& mine = *rounds[i];
+      mine.expert_rows.fill([&](auto, auto) { return cpu::from_f32<cpu::Bf16>(1.0f); });
+      mine.combine.weighted = false;
+      mine.combine.part = part;
+      eps[r].combine(mine.combine);
+    });
+    for (int i = 0; i < kRounds; ++i)  // a token's sum is how many experts it has
+      for (int t = 0; t < problems[i].tokens[r]; ++t) {
+        const auto* topk = &problems[i].topk[r][t * config.topk];
+        const auto has_expert = [&](std::int64_t e) { return e >= 0 && e < config.num_experts; };
+        ASSERT_EQ(float(rounds[i]->out.value(t, 0)), std::count_if(topk, topk + config.topk, has_expert)) << t;
+      }
+  });
 }
 
 /// With two buffers: rank 0 has sent BF16 and then E4M3 when rank 1 first expects E4M3.

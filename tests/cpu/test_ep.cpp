@@ -82,6 +82,15 @@ TEST(ExpertParallel, HandlesCanBeUsedAgain) {
   });
 }
 
+TEST(ExpertParallel, SendsGoOnBeforeWhatWasSentLastIsReceived) {
+  std::mt19937 rng(kSeed);
+  const ExpertParallelConfig config{
+      .hidden = 48, .num_experts = 7, .topk = 3, .max_tokens = 12, .dtype = DType::bf16, .latency = true};
+  auto groups = Group::local(cpus(3), kPatient);
+  auto eps = make_all(groups, config);
+  send_ahead(eps, config, rng);
+}
+
 TEST(ExpertParallel, EpochsOfMoreThan32Bits) {
   std::mt19937 rng(kSeed);
   const Delays delays;

@@ -67,6 +67,14 @@ def test_many_tokens(num_ranks, hidden, tokens, seed):
         cases.check_round(eps, problem, rng, round % 2 == 0, round == 1, round == 2, round == 3)
 
 
+@pytest.mark.parametrize("tokens", [12, 400])
+def test_sends_go_on_before_what_was_sent_last_is_received(tokens, seed):
+    rng = np.random.default_rng(seed)
+    config = cases.Config(2, 512, 16, 4, tokens)
+    eps = make(config, NUM_GPUS > 1, latency=True, dtype="bf16", num_sms=16)
+    cases.check_sends_ahead(eps, [cases.random_problem(config, rng) for _ in range(6)])
+
+
 def test_graphs_in_any_order(seed):
     """Captured graphs take the epoch of their turn: any order, the same on all ranks, mixed with eager calls."""
     rng = np.random.default_rng(seed)

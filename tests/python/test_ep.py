@@ -27,6 +27,12 @@ def test_rounds(num_ranks, seed):
         cases.check_round(eps, problem, rng, round % 2 == 0, round % 3 == 0, round % 3 == 1, round % 2 == 1)
 
 
+def test_sends_go_on_before_what_was_sent_last_is_received(seed):
+    rng = np.random.default_rng(seed)
+    eps = make(SMALL, dtype="bf16", latency=True)
+    cases.check_sends_ahead(eps, [cases.random_problem(SMALL, rng) for _ in range(6)])
+
+
 def test_quantized_input_and_numpy(seed):
     rng = np.random.default_rng(seed)
     eps = make(SMALL)

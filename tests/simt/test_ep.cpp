@@ -114,6 +114,18 @@ TEST_P(Simulated, ManyTokensAndFewExperts) {
   }
 }
 
+TEST_P(Simulated, SendsGoOnBeforeWhatWasSentLastIsReceived) {
+  for (const int max_tokens : {60, 2}) {
+    std::mt19937 rng(kSeed);
+    const ExpertParallelConfig config{
+        .hidden = 272, .num_experts = 4, .topk = 4, .max_tokens = max_tokens, .dtype = DType::bf16, .latency = true};
+    auto groups = Group::local(cpus(2), kPatient);
+    auto eps = make_all(groups, config);
+    send_ahead(eps, config, rng);
+    if (HasFatalFailure()) return;
+  }
+}
+
 TEST_P(Simulated, EpochsOfMoreThan32Bits) {
   std::mt19937 rng(kSeed + GetParam().all);
   for (const auto& [max_tokens, latency] : {std::pair{30, false}, {30, true}, {3, true}, {2, false}}) {
