@@ -85,12 +85,8 @@ bool shares_activations(const GemmConfig& c, const GemmProblem& p, int num_sms) 
          tiles % kSharingCtas == 0 && tiles <= slots && tiles * 5 >= slots * 4;
 }
 
-// Whether a persistent kernel's CTAs all begin at once. Beside other kernels pairs of CTAs may not, and then 192 x 128
-// does without.
-bool finds_sms(const GemmConfig& c, const GemmProblem& p, int num_sms) {
-  if (p.all_sms) return c.block_m * c.block_n != 192 * kScaleBlock || c.multicasts();
-  return find_sms_beside_others(c.cluster_size(), plan_with(c, kDefaultGroupM, p, num_sms).num_ctas, num_sms);
-}
+// 192 x 128 without a cluster: for where others use SMs, as pairs of CTAs are as quick and read less.
+bool is_for_shared_sms(const GemmConfig& c) { return c.block_m * c.block_n == 192 * kScaleBlock && !c.multicasts(); }
 
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in
 // order.
@@ -153,6 +149,11 @@ int max_ctas(const GemmConfig& config, const GemmProblem& problem, int num_sms) 
   return num_sms * (problem.all_sms ? ctas_per_sm(config) : 1);
 }
 
+bool may_wait_for_sms(const GemmPlan& plan, const GemmProblem& problem, int num_sms) {
+  return !problem.all_sms && plan.config.split_k == 1 &&
+         !find_sms_beside_others(plan.config.cluster_size(), plan.num_ctas, num_sms);
+}
+
 GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms) {
   const int cluster = config.cluster_size();
   const DenseTiles tiles(config, problem.m, problem.n, group_m, 0, cluster);
@@ -174,7 +175,8 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
     if (config.split_k > 1 && plan_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;
-    if (config.split_k == 1 && !finds_sms(config, problem, num_sms)) continue;
+    if (may_wait_for_sms(plan_with(config, kDefaultGroupM, problem, num_sms), problem, num_sms)) continue;
+    if (problem.all_sms && is_for_shared_sms(config)) continue;
     if (problem.m <= config.block_m - config.consumer_rows()) continue;  // a consumer would idle
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
