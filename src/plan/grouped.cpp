@@ -132,9 +132,8 @@ Choice quickest(const GroupedProblem& problem, int num_sms) {
   Choice best;
   for (const GemmConfig& config : all_grouped_configs()) {
     if (config.grouping != problem.grouping || config.out != problem.out || config.cluster_size() > num_sms) continue;
-    if (!problem.all_sms && config.out != OutType::swiglu &&  // of which all are clusters
-        !find_sms_beside_others(config.cluster_size(),
-                                plan_grouped_with(config, kDefaultGroupM, problem, num_sms).num_ctas, num_sms))
+    if (config.out != OutType::swiglu &&  // of which all are clusters
+        may_wait_for_sms(plan_grouped_with(config, kDefaultGroupM, problem, num_sms), problem.all_sms, num_sms))
       continue;
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best.config || cycles < best.cycles) best = {&config, cycles};

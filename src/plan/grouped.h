@@ -14,7 +14,7 @@ struct GroupedProblem {
       k;  ///< of rows: M of all groups together, the most that they may have; of columns: M and N of each group's D
   int expected_rows;  ///< of a group of rows; 0: M shared out evenly
   OutType out;
-  bool all_sms = true;  ///< as in GemmProblem
+  bool all_sms = false;  ///< as in GemmProblem
 
   friend bool operator==(const GroupedProblem&, const GroupedProblem&) = default;
 };

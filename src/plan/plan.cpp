@@ -86,7 +86,7 @@ bool shares_activations(const GemmConfig& c, const GemmProblem& p, int num_sms) 
 }
 
 // 192 x 128 without a cluster: for where others use SMs, as pairs of CTAs are as quick and read less.
-bool is_for_shared_sms(const GemmConfig& c) { return c.block_m * c.block_n == 192 * kScaleBlock && !c.multicasts(); }
+bool is_for_shared_sms(const GemmConfig& c) { return c.block_m == 192 && c.block_n == kScaleBlock && !c.multicasts(); }
 
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in
 // order.
@@ -149,9 +149,9 @@ int max_ctas(const GemmConfig& config, const GemmProblem& problem, int num_sms) 
   return num_sms * (problem.all_sms ? ctas_per_sm(config) : 1);
 }
 
-bool may_wait_for_sms(const GemmPlan& plan, const GemmProblem& problem, int num_sms) {
-  return !problem.all_sms && plan.config.split_k == 1 &&
-         !find_sms_beside_others(plan.config.cluster_size(), plan.num_ctas, num_sms);
+bool may_wait_for_sms(const GemmPlan& plan, bool all_sms, int num_sms) {
+  constexpr int kGpcs = 8;  // of each, one SM less than a cluster may be left over
+  return !all_sms && plan.config.split_k == 1 && plan.num_ctas + kGpcs * (plan.config.cluster_size() - 1) > num_sms;
 }
 
 GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms) {
@@ -173,9 +173,10 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
     if (config.out != problem.out || config.few_rows() || config.cluster_n == kSharingCtas) continue;
     if (problem.batch_invariant && config.split_k > 1) continue;
     if (config.split_k > ceil_div(problem.k, kBlockK) || config.cluster_size() > num_sms) continue;
+    const GemmPlan plan = plan_with(config, kDefaultGroupM, problem, num_sms);
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
-    if (config.split_k > 1 && plan_with(config, kDefaultGroupM, problem, num_sms).num_ctas > num_sms) continue;
-    if (may_wait_for_sms(plan_with(config, kDefaultGroupM, problem, num_sms), problem, num_sms)) continue;
+    if (config.split_k > 1 && plan.num_ctas > num_sms) continue;
+    if (may_wait_for_sms(plan, problem.all_sms, num_sms)) continue;
     if (problem.all_sms && is_for_shared_sms(config)) continue;
     if (problem.m <= config.block_m - config.consumer_rows()) continue;  // a consumer would idle
     const double cycles = estimate_cycles(config, problem, num_sms);

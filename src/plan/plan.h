@@ -36,8 +36,9 @@ const std::vector<GemmConfig>& all_gemm_configs();
 /// CTAs of a kernel that `num_sms` SMs are to hold at once.
 int max_ctas(const GemmConfig& config, const GemmProblem& problem, int num_sms);
 
-/// Whether CTAs of a persistent kernel may have to wait until kernels beside it end.
-bool may_wait_for_sms(const GemmPlan& plan, const GemmProblem& problem, int num_sms);
+/// Whether CTAs of a persistent kernel may have to wait until kernels beside it end: a cluster needs SMs of one GPC, and
+/// what others leave of the GPU may be any `num_sms`.
+bool may_wait_for_sms(const GemmPlan& plan, bool all_sms, int num_sms);
 
 /// The plan that a given configuration makes for a problem: for tuning.
 GemmPlan plan_with(const GemmConfig& config, int group_m, const GemmProblem& problem, int num_sms);

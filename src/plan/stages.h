@@ -20,11 +20,4 @@ inline int usable_sms(int cluster_size, int num_sms) {
   return std::max(used / cluster_size, 1) * cluster_size;
 }
 
-/// Whether so many CTAs, in clusters, surely fit at once on `num_sms` SMs that others leave, wherever these are: a
-/// cluster needs SMs of one GPC. One that does not fit waits for the others' end.
-inline bool find_sms_beside_others(int cluster_size, int num_ctas, int num_sms) {
-  constexpr int kGpcs = 8;
-  return cluster_size == 1 || num_ctas + kGpcs * (cluster_size - 1) <= num_sms;
-}
-
 }  // namespace phalanx::plan

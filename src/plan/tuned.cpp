@@ -41,10 +41,10 @@ std::vector<GemmPlan> runnable_plans(const GemmProblem& problem, int num_sms) {
   std::vector<GemmPlan> plans;
   for (const GemmConfig& config : all_gemm_configs()) {
     const GemmPlan plan = plan_with(config, group_m, problem, num_sms);
-    const bool runs = config.out == problem.out && config.split_k <= ceil_div(problem.k, kBlockK) &&
-                      plan.num_ctas <= max_ctas(config, problem, num_sms) &&
-                      (!config.few_rows() || problem.m <= config.block_m) &&
-                      !(problem.batch_invariant && config.split_k > 1) && !may_wait_for_sms(plan, problem, num_sms);
+    const bool runs =
+        config.out == problem.out && config.split_k <= ceil_div(problem.k, kBlockK) &&
+        plan.num_ctas <= max_ctas(config, problem, num_sms) && (!config.few_rows() || problem.m <= config.block_m) &&
+        !(problem.batch_invariant && config.split_k > 1) && !may_wait_for_sms(plan, problem.all_sms, num_sms);
     if (runs) plans.push_back(plan);
   }
   return plans;
@@ -93,7 +93,7 @@ std::optional<GemmPlan> TunedGemms::find(std::string_view gpu, const GemmProblem
   const auto plan = parse_plan(entry->config, problem, num_sms);
   const auto& kernels = all_gemm_configs();
   if (!plan || std::find(kernels.begin(), kernels.end(), plan->config) == kernels.end() ||
-      may_wait_for_sms(*plan, problem, num_sms))
+      may_wait_for_sms(*plan, problem.all_sms, num_sms))
     return std::nullopt;
   // It was the fastest alone. Where weights may come early, a kernel that makes use of that is not given up for one
   // that does not.

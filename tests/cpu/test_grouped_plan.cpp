@@ -81,7 +81,8 @@ TEST(GroupedPlan, WeightsLeaveL2FirstWhereEachIsReadOnceAndAllAreNotTooMany) {
 
 std::string table_of_choices() {
   std::string table = "# grouping groups M N K expected out: kernel, CTAs\n";
-  const auto add = [&](const plan::GroupedProblem& p) {
+  const auto add = [&](plan::GroupedProblem p) {
+    p.all_sms = true;
     const plan::GemmPlan plan = plan::plan_grouped(p, 132);
     table += fmt::format("{} {} {} {} {} {} {}: {}, {}\n", p.grouping == Grouping::rows ? "rows" : "columns",
                          p.num_groups, p.m, p.n, p.k, p.expected_rows,

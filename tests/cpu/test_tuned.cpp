@@ -82,6 +82,27 @@ TEST(Tuned, ALaterMeasurementReplacesAnEarlierOne) {
   EXPECT_TRUE(tuned.entries().empty());
 }
 
+TEST(Tuned, DoesNotBringBackClustersThatMayWait) {
+  const GemmProblem alone{.m = 4096, .n = 4096, .k = 7168, .out = OutType::bf16, .all_sms = true};
+  GemmProblem beside_others = alone;
+  beside_others.all_sms = false;
+  const auto& all = all_gemm_configs();
+  const auto pairs = std::find_if(all.begin(), all.end(), [](const GemmConfig& c) {
+    return c.out == OutType::bf16 && c.block_m == 256 && c.cluster_n == 2;
+  });
+  ASSERT_NE(pairs, all.end());
+  TunedGemms tuned;
+  tuned.put(entry_for(alone, *pairs));
+  EXPECT_TRUE(tuned.find("NVIDIA H200", alone, 132));
+  EXPECT_FALSE(tuned.find("NVIDIA H200", beside_others, 132));
+  const auto has_pairs = [&](const GemmProblem& problem) {
+    const auto plans = runnable_plans(problem, 132);
+    return std::any_of(plans.begin(), plans.end(), [&](const GemmPlan& plan) { return plan.config == *pairs; });
+  };
+  EXPECT_TRUE(has_pairs(alone));
+  EXPECT_FALSE(has_pairs(beside_others));
+}
+
 TEST(Tuned, PassesOverKernelsThatAreNoMore) {
   for (const char* config : {"block_m=128,block_n=128,num_stages=2", "block_m=100", "nonsense", ""}) {
     TunedGemms tuned;
