@@ -33,7 +33,7 @@ __device__ __forceinline__ void ep_write_padding(const EpDispatchParams& p, cons
 #pragma unroll 1
       for (int at = lane * 16; at < hidden * size; at += 32 * 16) *reinterpret_cast<EpVector*>(data + at) = {};
 #pragma unroll 1
-      for (int b = lane; p.row_scales && b < ceil_div(hidden, kQuantizeBlock); b += 32)
+      for (int b = lane; p.row_scales && b < ep_num_blocks(hidden); b += 32)
         p.row_scales[row + b * p.row_scale_stride] = 1;
       if (p.row_weights && lane == 0) p.row_weights[row] = 0;
     }
@@ -114,7 +114,7 @@ __device__ __forceinline__ void ep_write_scales(const EpDispatchParams& p, const
                    ep_flag(op.epoch, of_rows ? kEpRouting : p.sent, 1));
   }
   if (!role.all(fine, failed)) return;
-  const int end = min_of(state.offsets()[ep_num_local_experts(c)], p.capacity), blocks = ep_num_blocks(c);
+  const int end = min_of(state.offsets()[ep_num_local_experts(c)], p.capacity), blocks = ep_num_blocks(c.shape.hidden);
   const int* row_tokens = c.handle + c.handle_layout.row_tokens;
 #pragma unroll 1
   for (int first = 32 * (int(blockIdx.x) + receivers * role.warp()); first < end;

@@ -307,7 +307,7 @@ __device__ __forceinline__ bool ep_has_scales(const EpDispatchParams& p) { retur
 __device__ __forceinline__ void ep_send_scales(const EpDispatchParams& p, const EpOperation& op, const EpRole& role,
                                                float* turned) {
   const EpCommon& c = p.c;
-  const int lane = threadIdx.x % 32, num_ranks = c.shape.num_ranks, all_blocks = ep_num_blocks(c);
+  const int lane = threadIdx.x % 32, num_ranks = c.shape.num_ranks, all_blocks = ep_num_blocks(c.shape.hidden);
   const EpRange tokens = ep_tokens_of_cta(c.num_tokens, blockIdx.x, c.by.receivers);
 #pragma unroll 1
   for (int first = tokens.begin; first < tokens.end; first += kEpTurnedTokens)

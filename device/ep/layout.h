@@ -82,8 +82,9 @@ struct EpShape {
 constexpr i64 ep_align(i64 bytes) { return (bytes + 15) / 16 * 16; }
 constexpr i64 ep_align_region(i64 bytes) { return (bytes + 127) / 128 * 128; }
 
+constexpr int ep_num_blocks(int hidden) { return ceil_div(hidden, kEpColumns); }
 // E4M3 data, then but where "counted" FP32 scales; or BF16 data.
-constexpr i64 ep_scale_bytes(int hidden) { return ep_align(4 * i64(ceil_div(hidden, kEpColumns))); }
+constexpr i64 ep_scale_bytes(int hidden) { return ep_align(4 * i64(ep_num_blocks(hidden))); }
 constexpr i64 ep_scales_offset(int hidden) { return ep_align(hidden); }
 constexpr i64 ep_bf16_bytes(int hidden) { return ep_align(2 * i64(hidden)); }
 constexpr i64 ep_token_slot(const EpShape& s) {
@@ -309,7 +310,7 @@ struct EpPieces {
 };
 constexpr EpPieces ep_pieces(const EpShape& s, EpRange tokens) { return {tokens, s.log2_parts}; }
 constexpr EpRange ep_cols(const EpShape& s, int part) {
-  const int blocks = ceil_div(s.hidden, kEpColumns);
+  const int blocks = ep_num_blocks(s.hidden);
   const int step = ((blocks + (1 << s.log2_parts) - 1) >> s.log2_parts) * kEpColumns, begin = part * step;
   return {min_of(begin, s.hidden), min_of(begin + step, s.hidden)};
 }

@@ -86,8 +86,6 @@ __device__ __forceinline__ u8* ep_dispatch_slot(const EpOperation& op, int at, i
   return op.buffer(at, c.layout.tokens) + (source * c.shape.max_tokens + token) * c.layout.token_slot;
 }
 
-__device__ __forceinline__ int ep_num_blocks(const EpCommon& c) { return ceil_div(c.shape.hidden, kEpColumns); }
-
 // The scales at rank `at` of that token of rank `from`.
 template <bool kCounted>
 __device__ __forceinline__ float* ep_token_scales(const EpOperation& op, int at, int from, i64 token) {

@@ -21,7 +21,7 @@ i64 element_size(EpFormat format) { return format == kEpE4m3 ? 1 : 2; }
 class Source {
  public:
   explicit Source(const EpDispatchParams& p) : p_(p) {
-    const i64 tokens = p.c.num_tokens, hidden = p.c.shape.hidden, blocks = ceil_div<i64>(hidden, 128);
+    const i64 tokens = p.c.num_tokens, hidden = p.c.shape.hidden, blocks = ep_num_blocks(p.c.shape.hidden);
     if (!p.copy || p.x_format == p.format || tokens == 0) return;
     data_.resize(tokens * hidden);
     scales_.resize(tokens * blocks);
@@ -36,7 +36,7 @@ class Source {
     return static_cast<const u8*>(p_.x) + token * p_.x_stride * element_size(p_.format);
   }
   float scale(i64 token, i64 block) const {
-    if (!data_.empty()) return scales_[token * ceil_div<i64>(p_.c.shape.hidden, 128) + block];
+    if (!data_.empty()) return scales_[token * ep_num_blocks(p_.c.shape.hidden) + block];
     return p_.x_scales[token * p_.x_scale_stride_row + block * p_.x_scale_stride_col];
   }
 
@@ -88,7 +88,7 @@ void send_tokens(const EpDispatchParams& p, const EpOperation& op, const EpHandl
       std::memcpy(slot, source.data(t), c.shape.hidden * element_size(p.format));
       if (p.format == kEpE4m3) {
         float* scales = reinterpret_cast<float*>(slot + ep_scales_offset(c.shape.hidden));
-        for (int b = 0; b < ceil_div(c.shape.hidden, 128); ++b) scales[b] = source.scale(t, b);
+        for (int b = 0; b < ep_num_blocks(c.shape.hidden); ++b) scales[b] = source.scale(t, b);
       }
       op.signal(op.word(r, c.layout.token_flags, token_flag_idx(c, c.rank)), ep_flag(op.epoch(), p.sent, u32(t) + 1));
     }
@@ -147,7 +147,7 @@ void write_padding(const EpDispatchParams& p, const EpHandle& handle) {
     for (i64 row = handle.offsets()[e] + handle.counts()[e]; row < end; ++row) {
       const i64 size = element_size(p.format);
       std::memset(static_cast<u8*>(p.rows) + row * p.row_stride * size, 0, hidden * size);
-      for (int b = 0; p.row_scales && b < ceil_div(hidden, 128); ++b) p.row_scales[row + b * p.row_scale_stride] = 1;
+      for (int b = 0; p.row_scales && b < ep_num_blocks(hidden); ++b) p.row_scales[row + b * p.row_scale_stride] = 1;
       if (p.row_weights) p.row_weights[row] = 0;
     }
   }
@@ -155,7 +155,7 @@ void write_padding(const EpDispatchParams& p, const EpHandle& handle) {
 
 bool receive_tokens(const EpDispatchParams& p, const EpOperation& op, const EpHandle& handle, const Source& mine) {
   const EpCommon& c = p.c;
-  const int hidden = c.shape.hidden, blocks = ceil_div(hidden, 128);
+  const int hidden = c.shape.hidden, blocks = ep_num_blocks(hidden);
   const i64 size = element_size(p.format);
   for (int s = 0; s < c.shape.num_ranks; ++s) {
     for (i64 t = 0; t < handle.num_tokens(s); ++t) {

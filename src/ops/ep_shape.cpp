@@ -94,7 +94,7 @@ EpShape make_shape(const ExpertParallelConfig& config, int num_ranks, DeviceType
   const cpu::EpStandIn* simulated = type == DeviceType::cpu ? cpu::ep_stand_in.load() : nullptr;
   if (type == DeviceType::cuda || simulated) {
     // So that with a token or two for each CTA, every sending warp has work.
-    if (config.latency) s.log2_parts = log2_of(std::min(kEpSendWarps, ceil_div(config.hidden, kEpColumns)));
+    if (config.latency) s.log2_parts = log2_of(std::min(kEpSendWarps, ep_num_blocks(config.hidden)));
     set_ctas(s,
              simulated        ? simulated->num_ctas
              : config.num_sms ? config.num_sms
