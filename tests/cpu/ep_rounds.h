@@ -241,8 +241,9 @@ inline std::vector<ExpertParallel> make_all(std::vector<Group>& groups, const Ex
 }
 
 /// With two buffers: each rank sends the next tokens, and the next sums, before it receives the last ones.
-inline void send_ahead(std::vector<ExpertParallel>& eps, const ExpertParallelConfig& config, std::mt19937& rng) {
+inline void send_ahead(std::vector<ExpertParallel>& eps, std::mt19937& rng) {
   constexpr int kRounds = 6;
+  const ExpertParallelConfig& config = eps.front().config();
   const int n = static_cast<int>(eps.size());
   std::vector<EpProblem> problems;
   for (int i = 0; i < kRounds; ++i) problems.push_back(random_problem(n, config, rng));

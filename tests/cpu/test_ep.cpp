@@ -88,7 +88,7 @@ TEST(ExpertParallel, SendsGoOnBeforeWhatWasSentLastIsReceived) {
       .hidden = 48, .num_experts = 7, .topk = 3, .max_tokens = 12, .dtype = DType::bf16, .latency = true};
   auto groups = Group::local(cpus(3), kPatient);
   auto eps = make_all(groups, config);
-  send_ahead(eps, config, rng);
+  send_ahead(eps, rng);
 }
 
 TEST(ExpertParallel, EpochsOfMoreThan32Bits) {

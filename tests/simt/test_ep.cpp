@@ -121,7 +121,7 @@ TEST_P(Simulated, SendsGoOnBeforeWhatWasSentLastIsReceived) {
         .hidden = 272, .num_experts = 4, .topk = 4, .max_tokens = max_tokens, .dtype = DType::bf16, .latency = true};
     auto groups = Group::local(cpus(2), kPatient);
     auto eps = make_all(groups, config);
-    send_ahead(eps, config, rng);
+    send_ahead(eps, rng);
     if (HasFatalFailure()) return;
   }
 }
