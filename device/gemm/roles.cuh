@@ -1,8 +1,10 @@
 // What all kernels of products share: the shared memory of a CTA, its tiles, and its warps' roles.
 //
 //     warpgroups 0 .. num_consumers - 1    multiply
-//     the last one, by warps               0 loads operands, 1 copies scales that TMA cannot read, 2 finds the tiles of groups;
-//                                          of gradients 1 and 3 split scales
+//     the last one, by warps               0 finds tiles and loads operands, 1 copies scales that TMA cannot read; of
+//                                          gradients 1 and 3 split scales
+//
+// A warp that has nothing to do ends: one more that only sleeps costs the tensor cores 4 to 5 % of their cycles.
 #pragma once
 #include "device/gemm/gradient.cuh"
 #include "device/gemm/group_table.cuh"
@@ -59,11 +61,11 @@ __device__ KRange my_k_range(const GemmParams& p, const Tile& t) {
   return k_range(p.k, C.split_k, C.split_k > 1 ? int(ptx::cluster_ctarank()) : 0, C.block_k());
 }
 
-// The tiles of this CTA, for one of its warps or, where groups are, for one thread.
-template <GemmConfig C, class FromRing = TilesOfWarp>
+// The tiles of this CTA, for one of its warps; where groups are, for those that do not find them.
+template <GemmConfig C>
 __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
   if constexpr (C.grouped())
-    return FromRing{smem.tiles()};
+    return TilesOfWarp{smem.tiles()};
   else
     return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
 }
@@ -86,28 +88,6 @@ __device__ void prefetch_weights(const GemmParams& p) {
     }
 }
 
-// --- scheduler of groups ---------------------------------------------------------------------------------------------
-
-// One warp, when load_spans has filled the table.
-template <GemmConfig C>
-__device__ void schedule_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
-  constexpr bool kRows = C.grouping == Grouping::rows;
-  GroupEntry* table = smem.groups();
-  const int num_tiles =
-      index_groups(p.groups, table, kRows ? C.block_m * C.cluster_m : 0, ceil_div(p.n, C.block_n * C.cluster_n));
-  __syncwarp();
-  if (threadIdx.x % 32 != 0) return;
-  auto tiles = [&] {
-    if constexpr (kRows)
-      return GroupedTiles(C, table, num_tiles, p.n, p.group_m, blockIdx.x, gridDim.x);
-    else
-      return ColumnGroupTiles(C, table, p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
-  }();
-  auto ring = smem.tiles();
-  for (Tile t; tiles.next(t);) ring.put(t);
-  ring.put({.m = 0, .n = 0, .group = -1});
-}
-
 // --- roles ----------------------------------------------------------------------------------------------------------
 
 // A role finds its first tile before it calls this, once a thread, whole warps; from then on barriers are there, and
@@ -126,18 +106,47 @@ struct Begin {
   }
 };
 
+// The tiles of this CTA, found by one warp. Of groups, when load_spans has filled the table.
+template <GemmConfig C>
+__device__ __forceinline__ auto find_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
+  if constexpr (!C.grouped()) {
+    return my_tiles<C>(p, smem);
+  } else {
+    constexpr bool kRows = C.grouping == Grouping::rows;
+    GroupEntry* table = smem.groups();
+    const int num_tiles =
+        index_groups(p.groups, table, kRows ? C.block_m * C.cluster_m : 0, ceil_div(p.n, C.block_n * C.cluster_n));
+    __syncwarp();
+    if constexpr (kRows)
+      return GroupedTiles(C, table, num_tiles, p.n, p.group_m, blockIdx.x, gridDim.x);
+    else
+      return ColumnGroupTiles(C, table, p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+  }
+}
+
 // What one thread of a warp loads: load(t, pipe) for each tile of this CTA. By the warp.
 template <GemmConfig C, class Load>
 __device__ __forceinline__ void load_tiles(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin,
                                            const Load& load) {
   auto pipe = smem.pipeline();
-  auto tiles = my_tiles<C, TilesOfThread>(p, smem);
+  auto tiles = find_tiles<C>(p, smem);
   Tile t;
-  bool more = !C.grouped() && tiles.next(t);
+  bool more = tiles.next(t);
   begin();
   if (!ptx::elect_one()) return;
-  if (C.grouped()) more = tiles.next(t);
-  for (; more; more = tiles.next(t)) load(t, pipe);
+  if constexpr (C.grouped()) {
+    // The others hear of a tile before the one ahead of it is loaded: they look at it under their first product.
+    TileRing ring = smem.tiles();
+    const auto tell = [&](const Tile& tile) { ring.put(more ? tile : Tile{.m = 0, .n = 0, .group = -1}); };
+    tell(t);
+    for (Tile next; more; t = next) {
+      more = tiles.next(next);
+      tell(next);
+      load(t, pipe);
+    }
+  } else {
+    for (; more; more = tiles.next(t)) load(t, pipe);
+  }
   if constexpr (C.multicasts())  // stay until the peers' last arrivals at our barriers have landed
     for (int i = 0; i < C.num_stages; ++i, pipe.advance()) pipe.wait_empty();
 }
@@ -171,7 +180,7 @@ __device__ __forceinline__ void init_barriers(const GemmParams& p, const SharedM
 #pragma unroll 1
     for (int s = 0; s < kTileSlots; ++s) {
       ptx::mbarrier_init(&tiles.full[s], 1);
-      ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + scale_warps + 1);  // and the thread that loads
+      ptx::mbarrier_init(&tiles.empty[s], C.num_consumers * 4 + scale_warps);
     }
   }
   ptx::fence_mbarrier_init();
@@ -215,8 +224,6 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
   if (warpgroup == kProducer) {
     if constexpr (C.num_consumers > 1) ptx::register_decrease<C.producer_registers()>();
     produce(smem, warp, begin);
-    if constexpr (C.grouped())
-      if (warp == 2) schedule_tiles<C>(p, smem);
   } else {
     if constexpr (C.num_consumers > 1) ptx::register_increase<C.consumer_registers()>();
     consume(smem, warpgroup, begin);

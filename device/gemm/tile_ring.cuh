@@ -1,6 +1,6 @@
 // Tiles of grouped products, from the thread that finds them to all who work on them:
 //
-//     scheduler, one thread              producer's thread; lane 0 of every other warp
+//     producer's thread                  lane 0 of every other warp
 //       wait empty[s], write slot s
 //       arrive at full[s]       ------>    wait full[s], read
 //                               <------    arrive at empty[s]; a warp has the tile by shuffles
@@ -41,17 +41,7 @@ struct TileRing {
   }
 };
 
-// Who takes tiles from the ring, with the interface of a scheduler.
-struct TilesOfThread {
-  TileRing ring;
-
-  __device__ bool next(Tile& t) {
-    t = ring.take();
-    ring.advance();
-    return __any_sync(__activemask(), t.group >= 0);  // of one lane, but uniform for the compiler
-  }
-};
-
+// A warp that takes tiles from the ring, with the interface of a scheduler.
 struct TilesOfWarp {
   TileRing ring;
 
