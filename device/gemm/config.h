@@ -69,7 +69,7 @@ struct GemmConfig {
   constexpr bool scales_b_by_row() const { return scaled() && grouping == Grouping::columns; }
   // Of a stage, the parts of A's and of B's scales, if the tensor cores multiply them.
   constexpr int parts_pitch() const { return scales_b_by_row() ? (block_m + block_n) * kScalePartsBytes : 0; }
-  // Rows of A that one request brings. Of a group's last tile only those that have rows are made, if A is not shared.
+  // Rows of A that one request of a group's last tile brings: only those that have rows are made, if A is not shared.
   constexpr int rows_of_request() const {
     return grouping != Grouping::rows || cluster_n > 1 ? block_m / cluster_n : block_m > 64 ? 64 : 16;
   }

@@ -56,9 +56,12 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
       ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
       const auto load_a = [&] {
         if constexpr (C.cluster_n == 1 && C.rows_of_request() < C.block_m) {
+          if (rows == C.block_m)
+            ptx::tma_load_2d(smem.a(stage), &p.a, full, k, at.a);
+          else
 #pragma unroll 1
-          for (int row = 0; row < rows; row += C.rows_of_request())
-            ptx::tma_load_2d(smem.a(stage) + row * kBlockK, &p.a, full, k, at.a + row);
+            for (int row = 0; row < rows; row += C.rows_of_request())
+              ptx::tma_load_2d(smem.a(stage) + row * kBlockK, &p.a_last, full, k, at.a + row);
         } else if (slice_rows > 0) {
           if constexpr (C.cluster_n > 1)
             ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, map_a, full, k, at.a + slice_a, kAllCtas);

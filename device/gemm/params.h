@@ -21,8 +21,8 @@ struct GemmParams {
   void* d_ptr;
   const void* c_ptr;  // null: no C
   i64 d_stride, c_stride;
-  TensorMap a;         // box: rows_a / cluster_n rows x 128; of E4M3 groups of rows, rows_of_request()
-  TensorMap a_last;    // the same of M's last rows, where they do not fill a box; gemm_fp8 without groups
+  TensorMap a;         // box: rows_a / cluster_n rows x 128
+  TensorMap a_last;    // E4M3, of last rows that do not fill a box. Box: all of M's; of groups' rows, rows_of_request()
   TensorMap b;         // box: rows_of_request_b() rows x 128
   TensorMap c;         // box: consumer_rows x panel_columns, as D's; C and D only if config.stores_by_tma()
   TensorMap d;         // of gradients, a panel: see GradientStore

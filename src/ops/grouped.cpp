@@ -124,7 +124,8 @@ struct RowsProduct {
     const ScaleColumns sfa(a.scales, config().scales_a_box());
     GemmParams& p = params;
     p.rows_a = config().block_m;
-    p.a = a_rows.map(config().rows_of_request(), kBlockK);
+    p.a = a_rows.map(config().block_m / config().cluster_n, kBlockK);
+    p.a_last = a_rows.map(config().rows_of_request(), kBlockK);
     p.b = b_rows.map(config().rows_of_request_b(), kBlockK, reads_b_once(config()));
     p.sfa_by_tma = sfa.by_tma;
     p.sfa_map = sfa.map();

@@ -159,7 +159,8 @@ void check_rows(Order sfa_order) {
   const Tensor scales_a = sfa.tensor(), scales_b = stack(sfb.tensor(), kGroups), out = d.tensor();
   GemmParams p{};
   p.rows_a = C.block_m;
-  p.a = tensor_map(a.tensor(), C.rows_of_request(), kBlockK);
+  p.a = tensor_map(a.tensor(), C.block_m / C.cluster_n, kBlockK);
+  p.a_last = tensor_map(a.tensor(), C.rows_of_request(), kBlockK);
   p.b = tensor_map(b.tensor(), C.block_n / C.cluster_m, kBlockK);
   p.d = tensor_map(out, C.consumer_rows(), C.panel_columns());
   p.sfa_by_tma = sfa_order == Order::col_major;
