@@ -1,4 +1,4 @@
-// Warpgroup matrix multiply: ordering. The product itself is generated: wgmma_e4m3.cuh.
+// Warpgroup matrix multiply: ordering. Products are in wgmma_e4m3.cuh and its neighbours.
 #pragma once
 #include "device/ptx/wgmma_descriptor.cuh"
 #include "device/ptx/wgmma_e4m3.cuh"
