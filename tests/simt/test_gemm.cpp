@@ -125,14 +125,13 @@ Tensor offsets() { return {const_cast<int*>(kOffsets.data()), DType::int32, {}, 
 TensorMap scale_map(const Tensor& scales, int box) { return tensor_map(transposed(scales), 1, box, false); }
 
 template <GemmConfig C>
-void run_groups(GemmParams& p, int limit) {
+void run_groups(GemmParams& p, int limit, int clusters = 3) {
   u64 fault = 0;
   p.groups.bounds = kOffsets.data(), p.groups.fault = &fault, p.groups.by = GroupsBy::offsets;
   p.groups.num_groups = kGroups, p.groups.limit = limit, p.groups.one_tile_each = p.streams_b = 1;
   p.group_m = 8;
-  constexpr int kClusters = 3;
   simt::launch(
-      kClusters * C.cluster_size(), C.num_threads(),
+      clusters * C.cluster_size(), C.num_threads(),
       [&] {
         if constexpr (C.operand == Operand::bf16)
           gemm_bf16<C>(p);
@@ -146,13 +145,14 @@ void run_groups(GemmParams& p, int limit) {
 }
 
 template <GemmConfig C>
-void check_rows(Order sfa_order) {
-  constexpr int kN = 200, kK = 400, kKBlocks = 4;
-  SCOPED_TRACE(::testing::Message() << "groups of rows, tile " << C.block_m << "x" << C.block_n);
+void check_rows(Order sfa_order, int k = 400, int clusters = 3) {
+  constexpr int kN = 200;
+  const int k_blocks = ceil_div(k, kBlockK);
+  SCOPED_TRACE(::testing::Message() << "groups of rows, tile " << C.block_m << "x" << C.block_n << ", k " << k);
   std::mt19937 rng(kSeed);
   const auto power = [&](auto, auto) { return rng() % 2 ? 1.0f : 0.5f; };
-  Matrix<cpu::E4m3> a(kRows, kK, 1), b(kGroups * kN, kK, 1);
-  Matrix<float> sfa(kRows, kKBlocks, 0, sfa_order), sfb(kGroups * 2, kKBlocks);
+  Matrix<cpu::E4m3> a(kRows, k, 1), b(kGroups * kN, k, 1);
+  Matrix<float> sfa(kRows, k_blocks, 0, sfa_order), sfb(kGroups * 2, k_blocks);
   Matrix<cpu::Bf16> d(kRows, kN, 2), expected(kRows, kN, 2);
   const auto integer = [&](auto, auto) { return small_integer(rng); };
   a.fill(integer), b.fill(integer), sfa.fill(power), sfb.fill(power);
@@ -169,9 +169,9 @@ void check_rows(Order sfa_order) {
   p.sfa_stride_m = scales_a.strides[0], p.sfa_stride_k = scales_a.strides[1];
   p.sfb_stride_n = scales_b.strides[1], p.sfb_stride_k = scales_b.strides[2];
   p.d_ptr = out.data, p.d_stride = row_stride(out);
-  p.m = kRows, p.n = kN, p.k = kK;
+  p.m = kRows, p.n = kN, p.k = k;
   p.groups.b_pitch = kN, p.groups.sfb_stride_g = scales_b.strides[0];
-  run_groups<C>(p, kRows);
+  run_groups<C>(p, kRows, clusters);
   cpu::grouped_gemm_fp8({a.tensor(), scales_a}, {stack(b.tensor(), kGroups), scales_b}, offsets(), expected.tensor());
   ASSERT_TRUE(d.same_bytes(expected)) << "the bits of the CPU's result, and poison in rows of no group";
 }
@@ -228,8 +228,9 @@ TEST(SimulatedGemm, OfGroups) {
       .block_m = 256, .block_n = 128, .num_stages = 3, .cluster_n = 2, .grouping = Grouping::rows};
   constexpr GemmConfig kWide{.block_m = 128, .block_n = 192, .num_stages = 2, .grouping = Grouping::rows};
   constexpr GemmConfig kLow{
-      .block_m = 64, .block_n = 64, .num_consumers = 1, .num_stages = 3, .grouping = Grouping::rows};
+      .block_m = 64, .block_n = 64, .num_consumers = 1, .num_stages = 8, .grouping = Grouping::rows};
   check_rows<kLow>(Order::col_major);
+  check_rows<kLow>(Order::row_major, 100, 1);  // stages for more tiles than the ring has places
   check_rows<kTile>(Order::col_major);
   check_rows<kTile>(Order::row_major);
   check_rows<kTall>(Order::col_major);
