@@ -73,6 +73,7 @@ struct GemmConfig {
   constexpr int rows_of_request() const {
     return grouping != Grouping::rows || cluster_n > 1 ? block_m / cluster_n : block_m > 64 ? 64 : 16;
   }
+  constexpr bool slices_last_rows() const { return rows_of_request() < block_m / cluster_n; }
   // Tiles so low that a group may have one along M, so that its weights are read once. Groups' taller ones were never
   // tried with what follows from it.
   constexpr bool may_read_b_once() const {

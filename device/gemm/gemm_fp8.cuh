@@ -35,12 +35,12 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
   load_tiles<C>(p, smem, begin, [&](const Tile& t, auto& pipe) {
     const KRange ks = my_k_range<C>(p, t);
     const TileOrigin at = origin_of<C>(p, t);
-    if constexpr (C.rows_of_request() < C.block_m && C.cluster_n == 1) {
+    if constexpr (C.slices_last_rows()) {
       rows = min_of(ceil_div(t.group_end - t.m, C.rows_of_request()) * C.rows_of_request(), C.block_m);
       stage_bytes = (rows + C.block_n) * kBlockK + (loads_scales ? kScaleBytes : 0);
     }
-    [[maybe_unused]] int slice_rows = kSliceA;  // not where requests are of fewer rows
-    [[maybe_unused]] const TensorMap* map_a = &p.a;
+    int slice_rows = kSliceA;
+    const TensorMap* map_a = &p.a;
     if constexpr (C.grouping == Grouping::none) {  // none past the end: TMA takes longer to make zeros than to copy
       rows = min_of(p.m - t.m, C.block_m);
       if (rows < 0) rows = 0;  // of a cluster that reaches past M
@@ -55,13 +55,10 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
       u64* full = &pipe.full[stage];
       ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
       const auto load_a = [&] {
-        if constexpr (C.cluster_n == 1 && C.rows_of_request() < C.block_m) {
-          if (rows == C.block_m)
-            ptx::tma_load_2d(smem.a(stage), &p.a, full, k, at.a);
-          else
+        if (C.slices_last_rows() && rows < C.block_m) {
 #pragma unroll 1
-            for (int row = 0; row < rows; row += C.rows_of_request())
-              ptx::tma_load_2d(smem.a(stage) + row * kBlockK, &p.a_last, full, k, at.a + row);
+          for (int row = 0; row < rows; row += C.rows_of_request())
+            ptx::tma_load_2d(smem.a(stage) + row * kBlockK, &p.a_last, full, k, at.a + row);
         } else if (slice_rows > 0) {
           if constexpr (C.cluster_n > 1)
             ptx::tma_load_2d_multicast(smem.a(stage) + slice_a * kBlockK, map_a, full, k, at.a + slice_a, kAllCtas);

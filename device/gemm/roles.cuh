@@ -205,7 +205,8 @@ __device__ __forceinline__ void run_roles(const GemmParams& p, const Produce& pr
   }
   if (threadIdx.x == kProducer * kWarpgroup) {
     ptx::prefetch_tensor_map(&p.a);
-    if constexpr (C.scaled() && C.grouping != Grouping::columns) ptx::prefetch_tensor_map(&p.a_last);
+    if constexpr (C.scaled() && (C.grouping == Grouping::none || C.slices_last_rows()))
+      ptx::prefetch_tensor_map(&p.a_last);
     if (C.scaled() && p.sfa_by_tma) ptx::prefetch_tensor_map(&p.sfa_map);
     ptx::prefetch_tensor_map(&p.b);
     if constexpr (C.stores_by_tma()) ptx::prefetch_tensor_map(&p.d);
