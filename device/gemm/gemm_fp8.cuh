@@ -151,7 +151,7 @@ struct Consumer {
         lane(threadIdx.x % 32),
         first_row(fragment_row<C>(consumer, 0)),
         first_a(ptx::wgmma_descriptor(smem_.a(0) + consumer * C.consumer_rows() * kBlockK)),
-        first_b(ptx::wgmma_descriptor(smem_.b(0))) {
+        first_b(ptx::wgmma_advance(first_a, int(smem_.b(0) - smem_.a(0)) - consumer * C.consumer_rows() * kBlockK)) {
     // In registers to stay: recomputed in the loop, as the compiler prefers, they would delay every product.
     ptx::keep_in_register(lane), ptx::keep_in_register(first_row);
   }

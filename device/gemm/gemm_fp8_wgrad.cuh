@@ -58,13 +58,17 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
     ptx::fence_proxy_async();  // WGMMA reads what plain stores have written
   };
   const auto clear_others = [&] {
-    const int stage = self.pipe.stage, begin = t.group_begin - kb * kBlockK, end = t.group_end - kb * kBlockK;
-    if (begin > 0 || (end < kBlockK && t.group_end < self.p.k))  // past K, TMA has put zeros
-      clear_neighbours<C>(self.smem.a(stage), self.smem.b(stage), begin, end);
+    const int stage = self.pipe.stage;
+    clear_neighbours<C>(self.smem.a(stage), self.smem.b(stage), t.group_begin - kb * kBlockK,
+                        t.group_end - kb * kBlockK);
   };
+  // A k-block that is the group's in part is its first or its last; past K, TMA has put zeros. Which, is known before
+  // the loop: what stands between a promotion and the next product is lost to the tensor cores.
+  const bool last_ends_early = t.group_end < ks.end * kBlockK && t.group_end < self.p.k;
+  const int shared_kb = last_ends_early ? ks.end - 1 : -1;
 
   wait(self.pipe);
-  clear_others();
+  if (t.group_begin > kb * kBlockK || kb == shared_kb) clear_others();
   bool more = true;
 #pragma unroll 1
   while (more) {
@@ -85,7 +89,7 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
 #pragma unroll
     for (int i = 0; i < kValues; ++i) self.acc[0][i] += scales[i ^ 1] * partial[i];
     self.pipe = next;
-    if (more) clear_others();
+    if (kb == shared_kb) clear_others();
   }
 }
 
@@ -100,7 +104,7 @@ __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
   run_roles<C>(p, produce, [&](const SharedMemory<C>& smem, int consumer, const Begin<C>&) {
     Consumer<C> self(p, smem, consumer);
     const u64 parts_a = ptx::wgmma_descriptor_plain(smem.parts_a(0) + consumer * C.consumer_rows() * kScalePartsBytes),
-              parts_b = ptx::wgmma_descriptor_plain(smem.parts_b(0));
+              parts_b = ptx::wgmma_advance(parts_a, (C.block_m - consumer * C.consumer_rows()) * kScalePartsBytes);
     auto tiles = my_tiles<C>(p, smem);
     for (Tile t; tiles.next(t);) {
       const KRange ks = k_range(t);

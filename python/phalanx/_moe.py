@@ -237,7 +237,8 @@ def empty_gradients(
 def _capacity(topk_idx: Any, num_experts: int, capacity: int | None, alignment: int, max_rows: int) -> int:
     tokens, topk = matrix_shape("topk_idx", topk_idx)
     for name, value in (("num_experts", num_experts), ("alignment", alignment), ("max_rows", max_rows)):
-        if not hasattr(value, "__index__"):
+        # The first question is all that torch.compile understands of a size that it does not know.
+        if not isinstance(value, int) and not hasattr(value, "__index__"):
             raise TypeError(f"{name}: {value!r}; expected an integer")
     if num_experts < 1:
         raise ValueError(f"num_experts: {num_experts}; expected 1 to 1024")
