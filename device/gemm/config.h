@@ -137,7 +137,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.maxima = s.begun + (c.few_rows() ? 8 : 0);
   s.maxima_full = s.maxima + (c.gates_and_ups() ? 2 * c.block_m * 4 : 0);
   s.scales_full = s.maxima_full + (c.gates_and_ups() ? 4 * c.num_consumers * 8 : 0);
-  s.total = s.scales_full + (c.scales_b_by_row() ? 2 * c.num_stages * 8 : 0);
+  s.total = s.scales_full + (c.scales_b_by_row() ? c.num_stages * 8 : 0);
   return s;
 }
 

@@ -54,6 +54,12 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
       pipe.wait_empty();
       u64* full = &pipe.full[stage];
       ptx::mbarrier_arrive_expect_tx(full, stage_bytes);
+      if (C.scales_b_by_row() && p.sfa_by_tma) {  // first, as they have to be split
+        u64* whole = &smem.whole_scales().full[stage];
+        ptx::mbarrier_arrive_expect_tx(whole, (C.block_m + C.block_n) * 4);
+        ptx::tma_load_2d(smem.sfa(stage), &p.sfa_map, whole, t.m, kb);
+        ptx::tma_load_2d(smem.sfb(stage), &p.sfb_map, whole, t.n, kb);
+      }
       const auto load_a = [&] {
         if (C.slices_last_rows() && rows < C.block_m) {
 #pragma unroll 1
@@ -152,7 +158,8 @@ struct Consumer {
         first_row(fragment_row<C>(consumer, 0)),
         first_a(ptx::wgmma_descriptor(smem_.a(0) + consumer * C.consumer_rows() * kBlockK)),
         first_b(ptx::wgmma_advance(first_a, int(smem_.b(0) - smem_.a(0)) - consumer * C.consumer_rows() * kBlockK)) {
-    // In registers to stay: recomputed in the loop, as the compiler prefers, they would delay every product.
+    // In registers to stay: recomputed in the loop, as the compiler prefers, they would delay every product. For the same
+    // reason B's descriptor is A's plus a number.
     ptx::keep_in_register(lane), ptx::keep_in_register(first_row);
   }
 

@@ -32,9 +32,9 @@ struct SharedMemory {
   // Scales in parts: of A's rows, and of B's behind them.
   __device__ u8* parts_a(int stage) const { return base + kLayout.parts + stage * C.parts_pitch(); }
   __device__ u8* parts_b(int stage) const { return parts_a(stage) + C.block_m * kScalePartsBytes; }
-  // Of scales that TMA brings before they are parts; the barriers of A's are followed by those of B's.
-  __device__ Pipeline<C.num_stages> scale_slots(bool of_b) const {
-    return {reinterpret_cast<u64*>(base + kLayout.scales_full) + of_b * C.num_stages, nullptr};
+  // The stages once more, whose scales TMA has brought, but which are not in parts yet.
+  __device__ Pipeline<C.num_stages> whole_scales() const {
+    return {reinterpret_cast<u64*>(base + kLayout.scales_full), nullptr};
   }
   __device__ GroupEntry* groups() const { return reinterpret_cast<GroupEntry*>(base + kLayout.groups); }
   __device__ TileRing tiles() const {
@@ -168,7 +168,7 @@ __device__ __forceinline__ void init_barriers(const GemmParams& p, const SharedM
                        C.cluster_n * C.cluster_m * C.num_consumers * 4);  // one arrival a consumer warp
   }
   if constexpr (C.scales_b_by_row())
-    for (int s = 0; s < 2 * C.num_stages; ++s) ptx::mbarrier_init(&smem.scale_slots(false).full[s], 1);
+    for (int s = 0; s < C.num_stages; ++s) ptx::mbarrier_init(&smem.whole_scales().full[s], 1);
   if (copies_scales<C>(p))
     for (int s = 0; s < C.num_stages; ++s) ptx::mbarrier_init(&smem.sfa_empty()[s], C.num_consumers * kWarpgroup);
   if constexpr (C.stores_by_tma())

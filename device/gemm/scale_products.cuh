@@ -10,7 +10,7 @@
 //
 // Two warps of the producer write these rows into each stage, one A's, one B's:
 //
-//     wait empty[s]; rows of the k-block's scales, by plain stores; arrive at full[s]
+//     wait whole_scales[s], which TMA fills; rows of the k-block's scales, by plain stores; arrive at full[s]
 //
 // The consumers' fence stands between these stores and WGMMA: with it here, these warps were what all waited for.
 #pragma once
@@ -36,57 +36,68 @@ __device__ __forceinline__ float4 parts_of(float x) {
   return kOfB ? make_float4(x0, x1, again, x1) : make_float4(x0, again, x1, x1);
 }
 
-// One warp, for A or for B: scales by TMA into slots of its own, ahead of the stages. Where TMA cannot read them, lanes
-// do, each those of its rows, a k-block ahead. What is past the last row reaches no value that is stored.
+// The scales of A's or of B's rows of a tile, each lane those of some rows.
 template <GemmConfig C, bool kOfB>
-__device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem) {
-  constexpr int kRows = kOfB ? C.block_n : C.block_m, kOfLane = kRows / 32;
-  const int lane = threadIdx.x % 32;
-  const auto operand = [&](int stage) { return kOfB ? smem.parts_b(stage) : smem.parts_a(stage); };
-  const auto staged = [&](int slot) { return kOfB ? smem.sfb(slot) : smem.sfa(slot); };
-#pragma unroll 1
-  for (int i = lane; i < C.num_stages * kRows; i += 32)
-    parts_of_row(operand(i / kRows), i % kRows)[8] = make_float4(0, 0, 0, 0);
+struct ScaleRows {
+  static constexpr int kRows = kOfB ? C.block_n : C.block_m, kOfLane = kRows / 32;
+  const GemmParams& p;
+  const SharedMemory<C>& smem;
+  int lane = threadIdx.x % 32;
+  float mine[kOfLane] = {};
 
-  auto pipe = smem.pipeline(), slots = smem.scale_slots(kOfB);
+  __device__ u8* parts(int stage) const { return kOfB ? smem.parts_b(stage) : smem.parts_a(stage); }
+
+  __device__ void clear_second_halves() const {
+#pragma unroll 1
+    for (int i = lane; i < C.num_stages * kRows; i += 32)
+      parts_of_row(parts(i / kRows), i % kRows)[8] = make_float4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ void take(int stage) {
+    const float* scales = kOfB ? smem.sfb(stage) : smem.sfa(stage);
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) mine[i] = scales[lane + i * 32];
+  }
+  // What is past the last row reaches no value that is stored.
+  __device__ __forceinline__ void read(const Tile& t, int kb) {
+    const int row = (kOfB ? t.n : t.m) + lane, last = (kOfB ? p.n : p.m) - 1;
+    const float* column = kOfB ? p.sfb + kb * p.sfb_stride_k : p.sfa + kb * p.sfa_stride_k;
+    const i64 stride = kOfB ? p.sfb_stride_n : p.sfa_stride_m;
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i) mine[i] = column[min_of(row + i * 32, last) * stride];
+  }
+  // Neighbouring rows of B change places: sum_columns says why.
+  __device__ __forceinline__ void put(int stage) const {
+#pragma unroll
+    for (int i = 0; i < kOfLane; ++i)
+      *parts_of_row(parts(stage), (kOfB ? lane ^ 1 : lane) + i * 32) = parts_of<kOfB>(mine[i]);
+  }
+};
+
+// One warp. TMA brings scales with their stage; where it cannot read them, lanes do, a k-block ahead.
+template <GemmConfig C, class... Rows>
+__device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem, Rows... rows) {
+  (rows.clear_second_halves(), ...);
+  auto pipe = smem.pipeline(), whole = smem.whole_scales();
   auto tiles = my_tiles<C>(p, smem);
   for (Tile t; tiles.next(t);) {
     const KRange ks = k_range(t);
-    const int row = kOfB ? t.n : t.m;
-    const auto load = [&](int slot, int kb) {
-      if (!p.sfa_by_tma || kb >= ks.end || lane != 0) return;
-      ptx::mbarrier_arrive_expect_tx(&slots.full[slot], kRows * 4);
-      ptx::tma_load_2d(staged(slot), kOfB ? &p.sfb_map : &p.sfa_map, &slots.full[slot], row, kb);
-    };
-    float mine[kOfLane] = {};
-    const auto read = [&](int kb) {
-      if (p.sfa_by_tma || kb >= ks.end) return;
-      const float* column = kOfB ? p.sfb + kb * p.sfb_stride_k : p.sfa + kb * p.sfa_stride_k;
-      const i64 stride = kOfB ? p.sfb_stride_n : p.sfa_stride_m;
-#pragma unroll
-      for (int i = 0; i < kOfLane; ++i) mine[i] = column[min_of(row + lane + i * 32, (kOfB ? p.n : p.m) - 1) * stride];
-    };
-
-    auto first = slots;
+    if (p.sfa_by_tma) {
 #pragma unroll 1
-    for (int i = 0; i < C.num_stages; ++i, first.advance()) load(first.stage, ks.begin + i);
-    read(ks.begin);
-#pragma unroll 1
-    for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance(), slots.advance()) {
-      if (p.sfa_by_tma) {
-        slots.wait_full();
-#pragma unroll
-        for (int i = 0; i < kOfLane; ++i) mine[i] = staged(slots.stage)[lane + i * 32];
-        __syncwarp();
-        load(slots.stage, kb + C.num_stages);
+      for (int kb = ks.begin; kb < ks.end; ++kb, whole.advance()) {
+        whole.wait_full();
+        (rows.take(whole.stage), ...);
+        (rows.put(whole.stage), ...);
+        ptx::mbarrier_arrive(&pipe.full[whole.stage]);
       }
-      pipe.wait_empty();
-      // Neighbouring rows of B change places: sum_columns says why.
-#pragma unroll
-      for (int i = 0; i < kOfLane; ++i)
-        *parts_of_row(operand(pipe.stage), (kOfB ? lane ^ 1 : lane) + i * 32) = parts_of<kOfB>(mine[i]);
-      ptx::mbarrier_arrive(&pipe.full[pipe.stage]);
-      read(kb + 1);
+    } else if (ks.begin < ks.end) {
+      (rows.read(t, ks.begin), ...);
+#pragma unroll 1
+      for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
+        pipe.wait_empty();
+        (rows.put(pipe.stage), ...);
+        ptx::mbarrier_arrive(&pipe.full[pipe.stage]);
+        if (kb + 1 < ks.end) (rows.read(t, kb + 1), ...);
+      }
     }
   }
 }

@@ -39,8 +39,7 @@ std::vector<GemmConfig> make_configs() {
                                 .cluster_n = 2,
                                 .out = OutType::swiglu,
                                 .grouping = Grouping::rows}));
-  for (const int cluster_m : {2, 1})
-    list.push_back(with_stages({.cluster_m = cluster_m, .out = OutType::f32, .grouping = Grouping::columns}));
+  list.push_back(with_stages({.out = OutType::f32, .grouping = Grouping::columns}));
   return list;
 }
 

@@ -19,9 +19,7 @@ std::vector<GemmConfig> make_configs() {
     // FP32 tiles leave straight from registers: of the largest sizes, that takes a second to compile.
     if (out == OutType::bf16) {
       list.push_back(with_stages({.block_m = 256, .block_n = 128, .cluster_n = 2, .out = out}));
-      for (const int cluster_n : {2, 1})
-        list.push_back(
-            with_stages({.block_m = 192, .block_n = 128, .num_consumers = 3, .cluster_n = cluster_n, .out = out}));
+      list.push_back(with_stages({.block_m = 192, .block_n = 128, .num_consumers = 3, .out = out}));
       list.push_back(with_stages({.block_m = 192, .block_n = 96, .num_consumers = 3, .out = out}));
       list.push_back(with_stages({.block_m = 128, .block_n = 192, .cluster_m = 2, .out = out}));
     }
@@ -84,9 +82,6 @@ bool shares_activations(const GemmConfig& c, const GemmProblem& p, int num_sms) 
   return c.block_m == 64 && c.block_n == 64 && c.split_k == 1 && p.m <= c.block_m && ceil_div(p.k, kBlockK) >= kLongK &&
          tiles % kSharingCtas == 0 && tiles <= slots && tiles * 5 >= slots * 4;
 }
-
-// 192 x 128 without a cluster: for where others use SMs, as pairs of CTAs are as quick and read less.
-bool is_for_shared_sms(const GemmConfig& c) { return c.block_m == 192 && c.block_n == kScaleBlock && !c.multicasts(); }
 
 // Cycles of the whole product, fitted to sweeps on an H200 (docs/tuning.md). It only has to put configurations in
 // order.
@@ -177,7 +172,6 @@ GemmPlan plan_gemm(const GemmProblem& problem, int num_sms) {
     // Split-K is not persistent: all its CTAs must be within the SMs that the caller allows.
     if (config.split_k > 1 && plan.num_ctas > num_sms) continue;
     if (may_wait_for_sms(plan, problem.all_sms, num_sms)) continue;
-    if (problem.all_sms && is_for_shared_sms(config)) continue;
     if (problem.m <= config.block_m - config.consumer_rows()) continue;  // a consumer would idle
     const double cycles = estimate_cycles(config, problem, num_sms);
     if (!best || cycles < best_cycles) best = &config, best_cycles = cycles;
