@@ -24,6 +24,8 @@ for _tensor_type in (torch.Tensor, torch.nn.Parameter):
     _frameworks.by_type[_tensor_type] = framework
 
 _library = torch.library.Library("phalanx", "DEF")
+# torch 2.6 has the weaker promise alone: the order of the strides that an operator was traced with.
+_keeps_strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order)
 
 
 def define_operator(schema: str, fake):
@@ -31,7 +33,7 @@ def define_operator(schema: str, fake):
 
     def define(function):
         name = schema.partition("(")[0]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, _keeps_strides))
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"phalanx::{name}", fake, lib=_library)
         return function
