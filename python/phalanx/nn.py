@@ -120,7 +120,8 @@ class _ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, topk_idx, topk_weights, gate_up, down, quantized):
         y, gate_up_rows, act, routing = _forward(x, topk_idx, topk_weights, quantized)
-        ctx.save_for_backward(x, topk_weights, gate_up_rows, *act, *routing[:5])
+        fields = tuple(routing)[:5]  # dynamo of torch 2.7 cannot slice a named tuple
+        ctx.save_for_backward(x, topk_weights, gate_up_rows, *act, *fields)
         ctx.quantized = quantized
         ctx.weight_dtypes = gate_up.dtype, down.dtype
         return y

@@ -68,7 +68,8 @@ class Jax(Framework):
 
 def _strides(array) -> tuple[int, ...]:
     """In elements. Most arrays are row-major, but jax.device_put and jax.jit may be asked for any order."""
-    layout = getattr(getattr(array, "format", None), "layout", None)
+    where = getattr(array, "format", None) or getattr(array, "layout", None)  # before 0.6, `layout`
+    layout = getattr(where, "layout", None) or getattr(where, "device_local_layout", None)  # before 0.7, the second
     order = getattr(layout, "major_to_minor", None) or range(array.ndim)
     strides, stride = [0] * array.ndim, 1
     for axis in reversed(order):
