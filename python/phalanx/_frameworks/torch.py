@@ -60,8 +60,8 @@ class Torch(Framework):
             self.check_out(out, out_dtype)
         try:
             _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b, None)
-        # Asked only now: each question takes a part of a call's few microseconds. The second is for torch 2.7, which hands
-        # on tensors without memory.
+        # Asked only now: each question takes a part of a call's few microseconds. torch 2.7 hands on tensors without
+        # memory, hence the second kind.
         except (RuntimeError, ValueError):
             if not (_is_special(a) or _is_special(b)):
                 raise
