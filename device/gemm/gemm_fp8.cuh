@@ -110,6 +110,7 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
 // barriers of its own, sfa_empty[s], at which every consumer thread arrives that has read its scales of stage s.
 template <GemmConfig C>
 __device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem, const Begin<C>& begin) {
+  constexpr GemmConfig config = C;  // see my_tiles
   const int lane = threadIdx.x % 32;
   begin();
 
@@ -129,7 +130,7 @@ __device__ void copy_scales(const GemmParams& p, const SharedMemory<C>& smem, co
       const float* scale = column;
 #pragma unroll 1
       for (int row = lane; row < rows; row += 32, scale += 32 * p.sfa_stride_m)
-        ptx::cp_async_4(&smem.sfa(pipe.stage)[C.scale_a_index(row) + shift], scale);
+        ptx::cp_async_4(&smem.sfa(pipe.stage)[config.scale_a_index(row) + shift], scale);
       ptx::mbarrier_arrive_cp_async(&pipe.full[pipe.stage]);
     }
   }

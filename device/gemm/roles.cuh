@@ -64,10 +64,12 @@ __device__ KRange my_k_range(const GemmParams& p, const Tile& t) {
 // The tiles of this CTA, for one of its warps; where groups are, for those that do not find them.
 template <GemmConfig C>
 __device__ auto my_tiles(const GemmParams& p, const SharedMemory<C>& smem) {
+  // A constant of its own: of the template's argument, NVRTC 13.2 loads the fields from memory, and divides by them.
+  constexpr GemmConfig config = C;
   if constexpr (C.grouped())
     return TilesOfWarp{smem.tiles()};
   else
-    return DenseTiles(C, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+    return DenseTiles(config, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
 }
 
 // A guess before it is known which groups have rows: that each has one tile along M. Its first weights then come from
@@ -112,15 +114,16 @@ __device__ __forceinline__ auto find_tiles(const GemmParams& p, const SharedMemo
   if constexpr (!C.grouped()) {
     return my_tiles<C>(p, smem);
   } else {
+    constexpr GemmConfig config = C;  // see my_tiles
     constexpr bool kRows = C.grouping == Grouping::rows;
     GroupEntry* table = smem.groups();
     const int num_tiles =
         index_groups(p.groups, table, kRows ? C.block_m * C.cluster_m : 0, ceil_div(p.n, C.block_n * C.cluster_n));
     __syncwarp();
     if constexpr (kRows)
-      return GroupedTiles(C, table, num_tiles, p.n, p.group_m, blockIdx.x, gridDim.x);
+      return GroupedTiles(config, table, num_tiles, p.n, p.group_m, blockIdx.x, gridDim.x);
     else
-      return ColumnGroupTiles(C, table, p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
+      return ColumnGroupTiles(config, table, p.groups.num_groups, p.m, p.n, p.group_m, blockIdx.x, gridDim.x);
   }
 }
 
