@@ -98,8 +98,8 @@ __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
   static_assert(C.grouping == Grouping::columns && C.out == OutType::f32 && C.split_k == 1);
   const auto produce = [&](const SharedMemory<C>& smem, int warp, const Begin<C>& begin) {
     if (warp == 0) load_operands<C>(p, smem, begin);
-    if (warp == 1) split_scales<C>(p, smem, ScaleRows<C, false>{p, smem});
-    if (warp == 3) split_scales<C>(p, smem, ScaleRows<C, true>{p, smem});
+    if (warp == 1) split_scales<C, false>(p, smem);
+    if (warp == 3) split_scales<C, true>(p, smem);
   };
   run_roles<C>(p, produce, [&](const SharedMemory<C>& smem, int consumer, const Begin<C>&) {
     Consumer<C> self(p, smem, consumer);

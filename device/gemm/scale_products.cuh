@@ -74,9 +74,10 @@ struct ScaleRows {
 };
 
 // One warp. TMA brings scales with their stage; where it cannot read them, lanes do, a k-block ahead.
-template <GemmConfig C, class... Rows>
-__device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem, Rows... rows) {
-  (rows.clear_second_halves(), ...);
+template <GemmConfig C, bool kOfB>
+__device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem) {
+  ScaleRows<C, kOfB> rows{p, smem};
+  rows.clear_second_halves();
   auto pipe = smem.pipeline(), whole = smem.whole_scales();
   auto tiles = my_tiles<C>(p, smem);
   for (Tile t; tiles.next(t);) {
@@ -85,18 +86,18 @@ __device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem, R
 #pragma unroll 1
       for (int kb = ks.begin; kb < ks.end; ++kb, whole.advance()) {
         whole.wait_full();
-        (rows.take(whole.stage), ...);
-        (rows.put(whole.stage), ...);
+        rows.take(whole.stage);
+        rows.put(whole.stage);
         ptx::mbarrier_arrive(&pipe.full[whole.stage]);
       }
     } else if (ks.begin < ks.end) {
-      (rows.read(t, ks.begin), ...);
+      rows.read(t, ks.begin);
 #pragma unroll 1
       for (int kb = ks.begin; kb < ks.end; ++kb, pipe.advance()) {
         pipe.wait_empty();
-        (rows.put(pipe.stage), ...);
+        rows.put(pipe.stage);
         ptx::mbarrier_arrive(&pipe.full[pipe.stage]);
-        if (kb + 1 < ks.end) (rows.read(t, kb + 1), ...);
+        if (kb + 1 < ks.end) rows.read(t, kb + 1);
       }
     }
   }

@@ -125,7 +125,7 @@ struct RowsProduct {
     GemmParams& p = params;
     p.rows_a = config().block_m;
     p.a = a_rows.map(config().block_m / config().cluster_n, kBlockK);
-    p.a_last = a_rows.map(config().rows_of_request(), kBlockK);
+    if (config().slices_last_rows()) p.a_last = a_rows.map(config().rows_of_request(), kBlockK);
     p.b = b_rows.map(config().rows_of_request_b(), kBlockK, reads_b_once(config()));
     p.sfa_by_tma = sfa.by_tma;
     p.sfa_map = sfa.map();

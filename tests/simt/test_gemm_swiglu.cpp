@@ -50,7 +50,7 @@ void check(int intermediate, int k, const std::vector<int>& offsets, const Epilo
   u64 fault = 0;
   GemmSwigluParams p{};
   p.gemm.rows_a = C.block_m;
-  p.gemm.a = p.gemm.a_last = tensor_map(a.tensor(), C.rows_of_request(), kBlockK);
+  p.gemm.a = tensor_map(a.tensor(), C.rows_of_request(), kBlockK);
   p.gemm.b = tensor_map(b.tensor(), C.block_n / 2, kBlockK);
   p.gemm.sfa_by_tma = epilogue.sfa_order == Order::col_major;
   if (p.gemm.sfa_by_tma) p.gemm.sfa_map = tensor_map(transposed(scales_a), 1, C.scales_a_box(), false);
