@@ -11,7 +11,7 @@ constexpr int kPanelRows = 64;        // rows (of M or N) in one 128-byte line o
 constexpr int kScaleBlock = 128;      // a scale of B covers 128 x 128 elements
 constexpr int kGradientColumns = 32;  // FP32 columns in the same of a gradient's panel, of 64 rows
 constexpr int kGradientPanelBytes = 64 * 128;
-constexpr int kScalePartsBytes = 32;  // of a scale, where the tensor cores multiply scales: see scale_products.cuh
+constexpr int kScalePartsBytes = 16;  // of a scale, where the tensor cores multiply scales: see scale_products.cuh
 constexpr int kPartialPad = 8;        // floats after each row of a split-K partial tile, against bank conflicts
 constexpr int kWarpgroup = 128;       // threads
 constexpr int kTileSlots = 4;         // tiles of a grouped product that are known ahead; see TileRing
@@ -69,6 +69,10 @@ struct GemmConfig {
   constexpr bool scales_b_by_row() const { return scaled() && grouping == Grouping::columns; }
   // Of a stage, the parts of A's and of B's scales, if the tensor cores multiply them.
   constexpr int parts_pitch() const { return scales_b_by_row() ? (block_m + block_n) * kScalePartsBytes : 0; }
+  // Of a gradient's panels, those that each consumer has in shared memory: all of its tile's, or as many as the wider
+  // operands of BF16 leave room for.
+  constexpr int panels_of_tile() const { return num_waves() * block_n / kGradientColumns; }
+  constexpr int num_panels() const { return scaled() ? panels_of_tile() : 2; }
   // Rows of A that one request of a group's last tile brings: only those that have rows are made, if A is not shared.
   constexpr int rows_of_request() const {
     return grouping != Grouping::rows || cluster_n > 1 ? block_m / cluster_n : block_m > 64 ? 64 : 16;
@@ -106,8 +110,8 @@ struct GemmConfig {
 
 // Byte offsets in dynamic shared memory. The operands come first: the 128-byte swizzle wants 1024-byte alignment.
 struct SmemLayout {
-  int a, b, d, sfa, sfb, parts, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, a_full, begun,
-      maxima, maxima_full, scales_full, total;
+  int a, b, d, sfa, sfb, parts, zeros, groups, tiles, full, empty, sfa_empty, c_full, tile_full, tile_empty, a_full,
+      begun, maxima, maxima_full, scales_full, total;
 };
 
 constexpr SmemLayout smem_layout(const GemmConfig& c) {
@@ -115,7 +119,7 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.a = 0;
   s.b = s.a + c.num_stages * c.block_m * kBlockK;
   s.d = s.b + c.num_stages * c.block_n * kBlockK;
-  const int d_bytes = c.grouping == Grouping::columns ? c.num_consumers * 2 * kGradientPanelBytes
+  const int d_bytes = c.grouping == Grouping::columns ? c.num_consumers * c.num_panels() * kGradientPanelBytes
                       : c.few_rows()                  ? 4 * c.num_consumers * c.block_n * c.column_pitch()
                       : c.split_k > 1                 ? 4 * c.block_m * (c.block_n + kPartialPad)
                       : c.stores_by_tma()             ? 2 * c.block_m * c.block_n
@@ -123,7 +127,8 @@ constexpr SmemLayout smem_layout(const GemmConfig& c) {
   s.sfa = s.d + d_bytes;
   s.sfb = s.sfa + (c.scaled() ? c.num_stages * c.scales_a_pitch() * 4 : 0);
   s.parts = s.sfb + (c.scales_b_by_row() ? c.num_stages * c.block_n * 4 : 0);
-  s.groups = s.parts + c.num_stages * c.parts_pitch();
+  s.zeros = s.parts + c.num_stages * c.parts_pitch();
+  s.groups = s.zeros + (c.scales_b_by_row() ? c.block_n * kScalePartsBytes : 0);
   s.tiles = s.groups + (c.grouped() ? (kMaxTableGroups + 1) * int(sizeof(GroupEntry)) : 0);
   s.tiles = ceil_div(s.tiles, 32) * 32;
   s.full = s.tiles + (c.grouped() ? kTileSlots * kTileSlotBytes : 0);

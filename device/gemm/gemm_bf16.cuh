@@ -221,7 +221,7 @@ __device__ void consume_bf16_tiles(const GemmParams& p, const SharedMemory<C>& s
     }
     t = output_tile<C>(p, t);
     if constexpr (C.grouping == Grouping::columns)
-      smem.gradient().store(p, t, consumer, self.acc);
+      GradientStore<C>{smem.gradient(consumer)}.store(p, t, self.acc);
     else if constexpr (C.stores_by_tma())
       staged.store(p, t, consumer, self.acc);
     else if constexpr (C.split_k == 1)

@@ -101,7 +101,7 @@ __device__ void load_operands(const GemmParams& p, const SharedMemory<C>& smem, 
       load_a();
       if constexpr (C.grouped()) load_b();
       if constexpr (C.grouping == Grouping::columns)
-        if (p.c_ptr != nullptr) GradientStore<C>::prefetch(p, t.n, at.d, ks.end - 1 - kb);
+        if (p.c_ptr != nullptr) GradientPanels<C>::prefetch(p, t.n, at.d, ks.end - 1 - kb);
     }
   });
 }

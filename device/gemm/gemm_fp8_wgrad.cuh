@@ -48,7 +48,7 @@ __device__ __forceinline__ void clear_neighbours(u8* a, u8* b, int begin, int en
 // columns' scales change places.
 template <GemmConfig C>
 __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, const KRange& ks, u64 parts_a,
-                                            u64 parts_b) {
+                                            u64 parts_b, PacedGradientStore<C>& gradient) {
   static_assert(C.num_waves() == 1);
   using Wgmma = typename Consumer<C>::Wgmma;
   constexpr int kValues = C.block_n / 2;
@@ -70,17 +70,19 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
   wait(self.pipe);
   if (t.group_begin > kb * kBlockK || kb == shared_kb) clear_others();
   bool more = true;
+  gradient.schedule(kb + 1);
 #pragma unroll 1
   while (more) {
     const int stage = self.pipe.stage;
     float partial[kValues], scales[kValues];
-    ptx::WgmmaTf32<C.block_n>::multiply(scales, ptx::wgmma_advance(parts_a, stage * C.parts_pitch()),
-                                        ptx::wgmma_advance(parts_b, stage * C.parts_pitch()), false);
+    ptx::WgmmaTf32<C.block_n>::multiply(scales, ptx::wgmma_advance_first(parts_a, stage * C.parts_pitch()),
+                                        ptx::wgmma_advance_first(parts_b, stage * C.parts_pitch()), false);
     Wgmma::multiply(partial, ptx::wgmma_advance(self.first_a, stage * C.block_m * kBlockK),
                     ptx::wgmma_advance(self.first_b, stage * C.block_n * kBlockK), false);
     auto next = self.pipe;
     next.advance();
     more = ++kb < ks.end;
+    gradient.pass(self.p, kb);
     if (more) wait(next);
     ptx::wgmma_wait<0>();
     self.release_stage();
@@ -103,17 +105,23 @@ __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
   };
   run_roles<C>(p, produce, [&](const SharedMemory<C>& smem, int consumer, const Begin<C>&) {
     Consumer<C> self(p, smem, consumer);
-    const u64 parts_a = ptx::wgmma_descriptor_plain(smem.parts_a(0) + consumer * C.consumer_rows() * kScalePartsBytes),
-              parts_b = ptx::wgmma_advance(parts_a, (C.block_m - consumer * C.consumer_rows()) * kScalePartsBytes);
+    const int first_row = consumer * C.consumer_rows();
+    // Else the compiler makes them anew for every k-block, before the product.
+    self.first_a = ptx::wgmma_keep(self.first_a);
+    self.first_b = ptx::wgmma_advance(self.first_a, int(smem.b(0) - smem.a(0)) - first_row * kBlockK);
+    const u64 parts_a = ptx::wgmma_keep(
+                  ptx::wgmma_descriptor_halves(smem.parts_a(0) + first_row * kScalePartsBytes, smem.zeros())),
+              parts_b = ptx::wgmma_keep(ptx::wgmma_descriptor_halves(smem.parts_b(0), smem.zeros()));
     auto tiles = my_tiles<C>(p, smem);
+    PacedGradientStore<C> gradient{smem.gradient(consumer)};
     for (Tile t; tiles.next(t);) {
       const KRange ks = k_range(t);
       if (ks.begin == ks.end && p.c_ptr != nullptr) continue;  // nothing to add
       self.clear();
-      if (ks.begin < ks.end) sum_columns<C>(self, t, ks, parts_a, parts_b);
-      smem.gradient().store(p, output_tile<C>(p, t), consumer, self.acc);
+      if (ks.begin < ks.end) sum_columns<C>(self, t, ks, parts_a, parts_b, gradient);
+      gradient.store(p, output_tile<C>(p, t), self.acc);
     }
-    ptx::tma_store_wait_read();
+    gradient.flush(p);
   });
 }
 

@@ -25,7 +25,7 @@ struct GemmParams {
   TensorMap a_last;    // E4M3, of last rows that do not fill a box. Box: all of M's; of groups' rows, rows_of_request()
   TensorMap b;         // box: rows_of_request_b() rows x 128
   TensorMap c;         // box: consumer_rows x panel_columns, as D's; C and D only if config.stores_by_tma()
-  TensorMap d;         // of gradients, a panel: see GradientStore
+  TensorMap d;         // of gradients, a panel: see GradientPanels
   TensorMap sfa_map;   // box: scales_a_box x 1 of the transposed scales; only if sfa_by_tma
   TensorMap sfb_map;   // the same of B's, block_n x 1; only if config.scales_b_by_row()
   GroupParams groups;  // only if config.grouped()

@@ -22,16 +22,17 @@ struct SharedMemory {
   __device__ u8* a(int stage) const { return base + kLayout.a + stage * C.block_m * kBlockK; }
   __device__ u8* b(int stage) const { return base + kLayout.b + stage * C.block_n * kBlockK; }
   __device__ float* partial() const { return reinterpret_cast<float*>(base + kLayout.d); }
-  __device__ GradientStore<C> gradient() const { return {base + kLayout.d}; }
+  __device__ GradientPanels<C> gradient(int consumer) const { return {base + kLayout.d, consumer}; }
   __device__ u64* c_full() const { return reinterpret_cast<u64*>(base + kLayout.c_full); }
   __device__ StagedTile<C> staged() const { return {base + kLayout.d, c_full()}; }
   __device__ float* sfa(int stage) const {
     return reinterpret_cast<float*>(base + kLayout.sfa) + stage * C.scales_a_pitch();
   }
   __device__ float* sfb(int stage) const { return reinterpret_cast<float*>(base + kLayout.sfb) + stage * C.block_n; }
-  // Scales in parts: of A's rows, and of B's behind them.
+  // Scales in parts: of A's rows, and of B's behind them. The other halves of all these rows.
   __device__ u8* parts_a(int stage) const { return base + kLayout.parts + stage * C.parts_pitch(); }
   __device__ u8* parts_b(int stage) const { return parts_a(stage) + C.block_m * kScalePartsBytes; }
+  __device__ u8* zeros() const { return base + kLayout.zeros; }
   // The stages once more, whose scales TMA has brought, but which are not in parts yet.
   __device__ Pipeline<C.num_stages> whole_scales() const {
     return {reinterpret_cast<u64*>(base + kLayout.scales_full), nullptr};

@@ -3,7 +3,8 @@
 // shared memory that stand behind the tensor cores' own.
 //
 // A scale is a sum of two numbers of TF32, 11 bits of its significand and the next 11, but for the last 2 bits of 24.
-// One WGMMA, 64 x block_n x 8, sums the four products that two scales' parts make; the other half is zeros.
+// One WGMMA, 64 x block_n x 8, sums the four products that two scales' parts make; the other half is zeros, the same for
+// all stages and both operands.
 //
 //     sfa    a0 a0 a1 a1  0 0 0 0
 //     sfb    b0 b1 b0 b1  0 0 0 0
@@ -18,11 +19,6 @@
 #include "device/ptx/wgmma_tf32.cuh"
 
 namespace phalanx {
-
-// Row `row` of an operand of wgmma_descriptor_plain, its first half; the second is 8 places further on.
-__device__ __forceinline__ float4* parts_of_row(u8* operand, int row) {
-  return reinterpret_cast<float4*>(operand + row / 8 * 8 * kScalePartsBytes) + row % 8;
-}
 
 // What is not finite is one part, and zeros: as if multiplied in FP32, infinity by a number is infinity, by 0 NaN.
 template <bool kOfB>
@@ -45,13 +41,6 @@ struct ScaleRows {
   int lane = threadIdx.x % 32;
   float mine[kOfLane] = {};
 
-  __device__ u8* parts(int stage) const { return kOfB ? smem.parts_b(stage) : smem.parts_a(stage); }
-
-  __device__ void clear_second_halves() const {
-#pragma unroll 1
-    for (int i = lane; i < C.num_stages * kRows; i += 32)
-      parts_of_row(parts(i / kRows), i % kRows)[8] = make_float4(0, 0, 0, 0);
-  }
   __device__ __forceinline__ void take(int stage) {
     const float* scales = kOfB ? smem.sfb(stage) : smem.sfa(stage);
 #pragma unroll
@@ -67,9 +56,9 @@ struct ScaleRows {
   }
   // Neighbouring rows of B change places: sum_columns says why.
   __device__ __forceinline__ void put(int stage) const {
+    float4* parts = reinterpret_cast<float4*>(kOfB ? smem.parts_b(stage) : smem.parts_a(stage));
 #pragma unroll
-    for (int i = 0; i < kOfLane; ++i)
-      *parts_of_row(parts(stage), (kOfB ? lane ^ 1 : lane) + i * 32) = parts_of<kOfB>(mine[i]);
+    for (int i = 0; i < kOfLane; ++i) parts[(kOfB ? lane ^ 1 : lane) + i * 32] = parts_of<kOfB>(mine[i]);
   }
 };
 
@@ -77,7 +66,8 @@ struct ScaleRows {
 template <GemmConfig C, bool kOfB>
 __device__ void split_scales(const GemmParams& p, const SharedMemory<C>& smem) {
   ScaleRows<C, kOfB> rows{p, smem};
-  rows.clear_second_halves();
+  if constexpr (kOfB)  // of whom there are no fewer rows than a consumer has
+    for (int i = rows.lane; i < C.block_n; i += 32) reinterpret_cast<float4*>(smem.zeros())[i] = {};
   auto pipe = smem.pipeline(), whole = smem.whole_scales();
   auto tiles = my_tiles<C>(p, smem);
   for (Tile t; tiles.next(t);) {

@@ -17,16 +17,26 @@ __device__ __forceinline__ u64 wgmma_descriptor_mn(const void* smem, int panel_b
   return kSwizzle128 | kGroupStride | static_cast<u64>(panel_bytes >> 4) << 16 | ((smem_addr(smem) & 0x3ffff) >> 4);
 }
 
-// A K-major operand of 32-byte rows without a swizzle: groups of 8 rows are 256 bytes apart, first their first halves,
-// then their second ones.
-__device__ __forceinline__ u64 wgmma_descriptor_plain(const void* smem) {
-  constexpr u64 kGroupStride = u64{256 >> 4} << 32, kHalfStride = u64{128 >> 4} << 16;
-  return kGroupStride | kHalfStride | ((smem_addr(smem) & 0x3ffff) >> 4);
+// A K-major operand of 32-byte rows without a swizzle: first halves of all rows, and behind them, anywhere, second ones.
+__device__ __forceinline__ u64 wgmma_descriptor_halves(const void* first, const void* second) {
+  constexpr u64 kGroupStride = u64{128 >> 4} << 32;  // from 8 rows to the next
+  const u32 start = smem_addr(first), distance = smem_addr(second) - start;
+  return kGroupStride | (distance << 12 | start >> 4);
 }
 
 // The same operand `bytes` further on. Shared memory is small: the address never carries out of the lower half.
 __device__ __forceinline__ u64 wgmma_advance(u64 descriptor, int bytes) {
   return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + bytes / 16);
+}
+
+// The same descriptor, of which the compiler knows only that a warp agrees on it: kept in uniform registers.
+__device__ __forceinline__ u64 wgmma_keep(u64 descriptor) {
+  return (descriptor & 0xffffffff00000000ull) | __shfl_sync(0xffffffff, static_cast<u32>(descriptor), 0);
+}
+
+// First halves `bytes` further on, with the same second ones, which are so much nearer.
+__device__ __forceinline__ u64 wgmma_advance_first(u64 descriptor, int bytes) {
+  return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + bytes / 16 * (1 - (1 << 16)));
 }
 
 }  // namespace phalanx::ptx

@@ -5,7 +5,7 @@
 namespace phalanx::ptx {
 
 // 64 x N x 8, one product, else as WgmmaE4m3 does it. The operands are K-major without a swizzle
-// (wgmma_descriptor_plain).
+// (wgmma_descriptor_halves).
 template <int N>
 struct WgmmaTf32;
 
