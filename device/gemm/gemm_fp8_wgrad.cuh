@@ -82,7 +82,7 @@ __device__ __forceinline__ void sum_columns(Consumer<C>& self, const Tile& t, co
     auto next = self.pipe;
     next.advance();
     more = ++kb < ks.end;
-    gradient.pass(self.p, kb);
+    gradient.send_due(self.p, kb);
     if (more) wait(next);
     ptx::wgmma_wait<0>();
     self.release_stage();

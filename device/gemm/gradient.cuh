@@ -105,7 +105,7 @@ struct PacedGradientStore {
   __device__ void store(const GemmParams& p, const Tile& t, const Accumulator<C>& acc) {
     static_assert(C.num_waves() == 1 && C.num_panels() == C.panels_of_tile());
     flush(p);
-    panels.sync();
+    panels.sync();  // the tile before has left
 #pragma unroll
     for (int i = 0; i < panels.kOfTile; ++i) panels.write(i, acc);
     ptx::fence_proxy_async();
@@ -117,7 +117,7 @@ struct PacedGradientStore {
 
   // A tile's k-blocks begin; under `kb` the first panel may leave.
   __device__ void schedule(int kb) { due = next < end ? kb : -1; }
-  __device__ __forceinline__ void pass(const GemmParams& p, int kb) {
+  __device__ __forceinline__ void send_due(const GemmParams& p, int kb) {
     if (kb != due) return;
     send_next(p);
     due = next < end ? due + kPace : -1;
