@@ -69,7 +69,7 @@ struct GemmConfig {
   constexpr bool scales_b_by_row() const { return scaled() && grouping == Grouping::columns; }
   // Of a stage, the parts of A's and of B's scales, if the tensor cores multiply them.
   constexpr int parts_pitch() const { return scales_b_by_row() ? (block_m + block_n) * kScalePartsBytes : 0; }
-  // Of a gradient's panels, those that each consumer has in shared memory: all of its tile's, or as many as the wider
+  // Panels of a gradient, of each consumer: its tile's, and those in shared memory: all of them, or as many as the wider
   // operands of BF16 leave room for.
   constexpr int panels_of_tile() const { return num_waves() * block_n / kGradientColumns; }
   constexpr int num_panels() const { return scaled() ? panels_of_tile() : 2; }

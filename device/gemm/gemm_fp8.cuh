@@ -157,11 +157,15 @@ struct Consumer {
         pipe(smem_.pipeline()),
         lane(threadIdx.x % 32),
         first_row(fragment_row<C>(consumer, 0)),
-        first_a(ptx::wgmma_descriptor(smem_.a(0) + consumer * C.consumer_rows() * kBlockK)),
+        first_a(first_of_a(smem_.a(0) + consumer * C.consumer_rows() * kBlockK)),
         first_b(ptx::wgmma_advance(first_a, int(smem_.b(0) - smem_.a(0)) - consumer * C.consumer_rows() * kBlockK)) {
     // In registers to stay: recomputed in the loop, as the compiler prefers, they would delay every product. For the same
     // reason B's descriptor is A's plus a number.
     ptx::keep_in_register(lane), ptx::keep_in_register(first_row);
+  }
+  __device__ static u64 first_of_a(const u8* rows) {
+    const u64 descriptor = ptx::wgmma_descriptor(rows);
+    return C.scales_b_by_row() ? ptx::wgmma_keep(descriptor) : descriptor;  // of gradients nothing less keeps it
   }
 
   // The time from the last promotion to the next product is lost to the tensor cores: all that can wait comes after the

@@ -107,8 +107,6 @@ __device__ __forceinline__ void wgrad_fp8(const GemmParams& p) {
     Consumer<C> self(p, smem, consumer);
     const int first_row = consumer * C.consumer_rows();
     // Else the compiler makes them anew for every k-block, before the product.
-    self.first_a = ptx::wgmma_keep(self.first_a);
-    self.first_b = ptx::wgmma_advance(self.first_a, int(smem.b(0) - smem.a(0)) - first_row * kBlockK);
     const u64 parts_a = ptx::wgmma_keep(
                   ptx::wgmma_descriptor_halves(smem.parts_a(0) + first_row * kScalePartsBytes, smem.zeros())),
               parts_b = ptx::wgmma_keep(ptx::wgmma_descriptor_halves(smem.parts_b(0), smem.zeros()));

@@ -24,19 +24,24 @@ __device__ __forceinline__ u64 wgmma_descriptor_halves(const void* first, const 
   return kGroupStride | (distance << 12 | start >> 4);
 }
 
+// Its lower half says where the operand lies.
+__device__ __forceinline__ u64 wgmma_descriptor_at(u64 descriptor, u32 place) {
+  return (descriptor & 0xffffffff00000000ull) | place;
+}
+
 // The same operand `bytes` further on. Shared memory is small: the address never carries out of the lower half.
 __device__ __forceinline__ u64 wgmma_advance(u64 descriptor, int bytes) {
-  return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + bytes / 16);
+  return wgmma_descriptor_at(descriptor, static_cast<u32>(descriptor) + bytes / 16);
 }
 
 // The same descriptor, of which the compiler knows only that a warp agrees on it: kept in uniform registers.
 __device__ __forceinline__ u64 wgmma_keep(u64 descriptor) {
-  return (descriptor & 0xffffffff00000000ull) | __shfl_sync(0xffffffff, static_cast<u32>(descriptor), 0);
+  return wgmma_descriptor_at(descriptor, __shfl_sync(0xffffffff, static_cast<u32>(descriptor), 0));
 }
 
 // First halves `bytes` further on, with the same second ones, which are so much nearer.
 __device__ __forceinline__ u64 wgmma_advance_first(u64 descriptor, int bytes) {
-  return (descriptor & 0xffffffff00000000ull) | (static_cast<u32>(descriptor) + bytes / 16 * (1 - (1 << 16)));
+  return wgmma_descriptor_at(descriptor, static_cast<u32>(descriptor) + bytes / 16 * (1 - (1 << 16)));
 }
 
 }  // namespace phalanx::ptx

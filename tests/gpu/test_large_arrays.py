@@ -47,6 +47,12 @@ def some_rows(rows, cols):
     return [row for row in (0, 1, *(r + d for r in around for d in (-1, 0, 1)), rows - 2, rows - 1) if row < rows]
 
 
+def whole_blocks(rows):
+    """The blocks of 128 rows that have these, and all of their rows."""
+    blocks = sorted({row // 128 for row in rows})
+    return blocks, [block * 128 + i for block in blocks for i in range(128)]
+
+
 def take(x, rows):
     """These rows, of any dtype."""
     return x.view(torch.uint8)[rows].view(x.dtype) if x.dtype == E4M3 else x[rows]
@@ -87,8 +93,7 @@ def test_gemm_fp8(out_dtype):
 def test_gemm_fp8_many_columns(m):
     """B larger than 2**32, as of a vocabulary; D's columns are its rows."""
     a, b = (integers(m, COLS), scales(m, COLS // 128)), (integers(ROWS, COLS), scales(ROWS // 128, COLS // 128))
-    blocks = sorted({row // 128 for row in some_rows(ROWS, COLS)})
-    rows = [block * 128 + i for block in blocks for i in range(128)]
+    blocks, rows = whole_blocks(some_rows(ROWS, COLS))
     d = phalanx.gemm_fp8(a, b, out_dtype=torch.float32)
     same(d[:, rows], product(a, (take(b[0], rows), b[1][blocks])).float())
 
@@ -192,8 +197,7 @@ def test_gradients(kind, large):
 def test_quantize(dtype):
     x = torch.empty(ROWS, COLS, device="cuda", dtype=dtype).normal_()
     rows = some_rows(ROWS, COLS)
-    blocks = sorted({row // 128 for row in rows})
-    of_blocks = [block * 128 + i for block in blocks for i in range(128)]
+    blocks, of_blocks = whole_blocks(rows)
     by_rows, by_blocks = phalanx.quantize(x), phalanx.quantize(x, (128, 128))
     for q, block, at, scale_rows in ((by_rows, (1, 128), rows, rows), (by_blocks, (128, 128), of_blocks, blocks)):
         alone = phalanx.quantize(x[at], block)
@@ -213,11 +217,10 @@ def test_swiglu():
     grad = torch.empty(ROWS, COLS, device="cuda", dtype=torch.bfloat16).normal_()
     weights = torch.rand(ROWS, device="cuda")
     rows = sorted({*some_rows(ROWS, 2 * COLS), *some_rows(ROWS, COLS)})
-    blocks = sorted({row // 128 for row in rows})
-    of_blocks = [block * 128 + i for block in blocks for i in range(128)]
+    blocks, of_blocks = whole_blocks(rows)
 
+    alone = phalanx.swiglu_quantize(x[rows], weights[rows])
     for q in (phalanx.swiglu_quantize(x, weights), phalanx.swiglu_quantize_both(x, weights)[0]):
-        alone = phalanx.swiglu_quantize(x[rows], weights[rows])
         same(take(q.data, rows), alone.data)
         same(q.scales[rows], alone.scales)
     del q

@@ -43,15 +43,15 @@ def test_inputs_still_being_computed(operands):
 def test_columns_one_after_another(operands):
     layouts = pytest.importorskip("jax.experimental.layout")
     x = jnp.asarray(operands[0])
-    if hasattr(layouts, "DeviceLocalLayout"):  # before 0.7
+    older = hasattr(layouts, "DeviceLocalLayout")  # before 0.7
+    if older:
         by_columns = layouts.Layout(layouts.DeviceLocalLayout((1, 0)), x.sharding)
-        order = lambda array: array.layout.device_local_layout.major_to_minor  # noqa: E731
     else:
         by_columns = layouts.Format(layouts.Layout((1, 0)), x.sharding)
-        order = lambda array: array.format.layout.major_to_minor  # noqa: E731
     a, b = phalanx.quantize(x), phalanx.quantize(jnp.asarray(operands[1]), (128, 128))
     turned = jax.device_put(a.scales, by_columns), jax.device_put(b.scales, by_columns)  # scales have any strides
-    assert order(turned[0]) == (1, 0)
+    layout = turned[0].layout.device_local_layout if older else turned[0].format.layout
+    assert layout.major_to_minor == (1, 0)
     d = phalanx.gemm_fp8((a.data, turned[0]), (b.data, turned[1]), out_dtype=jnp.float32)
     np.testing.assert_array_equal(d, phalanx.gemm_fp8(a, b, out_dtype=jnp.float32))
     with pytest.raises(ValueError, match="x is .*column stride"):
