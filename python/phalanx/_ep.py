@@ -10,7 +10,20 @@ from phalanx._frameworks.base import Framework, shape_of
 _BOTH, _SEND, _RECV = range(3)
 
 
-class Group:
+class _Owner:
+    """Of a number in the module, given back when it dies: a copy would give back another's."""
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        raise TypeError(f"a {type(self).__name__} belongs to its process; expected one made there")
+
+
+class Group(_Owner):
     """One of the ranks that reach each other's memory. Made by `local`, `from_torch`, `process` or `nccl`.
 
     Operations on a group are collective: every rank makes the same calls in the same order. A rank waits `timeout`
@@ -126,7 +139,7 @@ class Dispatched(NamedTuple):
     handle: Any
 
 
-class ExpertParallel:
+class ExpertParallel(_Owner):
     """Dispatch and combine over a group. Collective, as all of its calls: made alike on every rank, in the same order.
 
     hidden:            H; rows are a multiple of 16 bytes
@@ -240,12 +253,13 @@ class ExpertParallel:
         framework = _frameworks.of(data, "x")
         if (topk_idx is None) == (handle is None):
             raise ValueError("topk_idx, handle: expected one of the two")
-        if capacity is not None and capacity < 0:
-            raise ValueError(f"capacity: {capacity}; expected 0 or more")
+        if capacity is not None:
+            _check_count("capacity", capacity)
         view, writable = framework.view, framework.writable_view
         optional = lambda array: None if array is None else view(array)  # noqa: E731
         routing = optional(topk_idx), optional(topk_weights)
         stream = framework.stream(data)
+        as_handle = writable if handle is None else view  # an earlier dispatch's is only read
         if out is None:
             offsets = _vector(framework, self.num_local_experts + 1, framework.i32, data)
             counts = _vector(framework, self.num_local_experts, framework.i32, data)
@@ -272,7 +286,7 @@ class ExpertParallel:
             view(data),
             optional(scales),
             *routing,
-            writable(out.handle),
+            as_handle(out.handle),
             writable(rows),
             None if row_scales is None else writable(row_scales),
             writable(out.row_weights),
@@ -319,8 +333,7 @@ class ExpertParallel:
 
     def _combine(self, rows, handle, tokens, residual, weighted, row_values, out, part):
         framework = _frameworks.of(rows, "rows")
-        if tokens < 0:
-            raise ValueError(f"tokens: {tokens}; expected 0 or more")
+        _check_count("tokens", tokens)
         if out is None:
             out = framework.empty_rows(tokens, self.hidden, framework.bf16, rows)
         values = None
@@ -356,6 +369,13 @@ class ExpertParallel:
     def __del__(self):
         if hasattr(self, "_number"):
             self.close()
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: {value!r}; expected an integer")
+    if value < 0:
+        raise ValueError(f"{name}: {value}; expected 0 or more")
 
 
 def _ordinal(device: Any) -> int:

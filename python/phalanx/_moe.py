@@ -236,12 +236,17 @@ def empty_gradients(
 
 def _capacity(topk_idx: Any, num_experts: int, capacity: int | None, alignment: int, max_rows: int) -> int:
     tokens, topk = matrix_shape("topk_idx", topk_idx)
-    for name, value in (("num_experts", num_experts), ("alignment", alignment), ("max_rows", max_rows)):
+    sizes = {"num_experts": num_experts, "alignment": alignment, "max_rows": max_rows}
+    if capacity is not None:
+        sizes["capacity"] = capacity
+    for name, value in sizes.items():
         # The first question is all that torch.compile understands of a size that it does not know.
         if not isinstance(value, int) and not hasattr(value, "__index__"):
             raise TypeError(f"{name}: {value!r}; expected an integer")
-    if num_experts < 1:
+    if not 1 <= num_experts <= 1024:
         raise ValueError(f"num_experts: {num_experts}; expected 1 to 1024")
+    if not 1 <= alignment <= 65536:
+        raise ValueError(f"alignment: {alignment}; expected 1 to 65536")
     if max_rows < 0:
         raise ValueError(f"max_rows: {max_rows}; expected 0 (a contiguous target) or more")
     if max_rows:

@@ -14,7 +14,7 @@ from phalanx import _native
 from phalanx._bf16 import empty_gradient, empty_product
 from phalanx._frameworks.torch import framework
 from phalanx._grouped import empty_grouped
-from phalanx.torch import add_gradient, define_operator, has_aligned_rows, nothing
+from phalanx.torch import add_gradient, define_operator, has_aligned_rows, nothing, refuse_gradient
 
 _ops = torch.ops.phalanx
 
@@ -140,3 +140,4 @@ def _grouped_gradient(ctx, grad):
 
 add_gradient("gemm_bf16", _dense_gradient, _save_dense)
 add_gradient("grouped_gemm_bf16", _grouped_gradient, _save_grouped)
+refuse_gradient("grouped_wgrad_bf16")

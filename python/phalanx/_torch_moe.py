@@ -17,7 +17,7 @@ import torch
 
 from phalanx import _moe
 from phalanx._frameworks.torch import framework
-from phalanx.torch import add_gradient, aligned_rows, define_operator
+from phalanx.torch import add_gradient, aligned_rows, define_operator, refuse_gradient
 
 _ROUTING = "Tensor, Tensor, Tensor, Tensor, Tensor"
 # SymInt: what follows from the number of tokens does not tie a trace to it.
@@ -173,3 +173,4 @@ def _unpermute_gradient(ctx, grad):
 
 
 add_gradient("unpermute", _unpermute_gradient, _keep_unpermute)
+refuse_gradient("unpermute_backward")

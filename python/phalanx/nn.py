@@ -6,6 +6,7 @@ import torch
 
 import phalanx
 from phalanx import _frameworks, _native
+from phalanx._frameworks.base import dtype_of, matrix_shape
 from phalanx.torch import aligned_rows
 
 
@@ -30,6 +31,8 @@ class ExpertMLP(torch.nn.Module):
 
     def __init__(self, num_experts: int, hidden: int, intermediate: int, device=None, dtype=torch.bfloat16):
         super().__init__()
+        if not 1 <= num_experts <= 512:
+            raise ValueError(f"num_experts: {num_experts}; expected 1 to 512")
         for name, size in (("hidden", hidden), ("intermediate", intermediate)):
             if size < 128 or size % 128:
                 raise ValueError(f"{name}: {size}; expected a multiple of 128")
@@ -54,10 +57,12 @@ class ExpertMLP(torch.nn.Module):
         else:
             weights = self._quantized_from(gate_up, down)
         framework = _frameworks.of(x, "x")
-        if topk_weights.dtype != torch.float32:
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            raise TypeError(f"x: {x.dtype}; expected torch.bfloat16")
+        if dtype_of("topk_weights", topk_weights) != torch.float32:
             raise TypeError(f"topk_weights: {topk_weights.dtype}; expected torch.float32")
         if framework.needs_gradient(x, topk_weights, gate_up, down):
-            _check_shapes(x, topk_idx, topk_weights, gate_up.shape[2])
+            _check(x, topk_idx, topk_weights, gate_up.shape[2])
             return _ExpertMLP.apply(x, topk_idx, topk_weights, gate_up, down, weights)
         if framework.is_traced(x):
             return _forward(x, topk_idx, topk_weights, weights)[0]
@@ -66,6 +71,9 @@ class ExpertMLP(torch.nn.Module):
     def quantized_weights(self) -> tuple[torch.Tensor, ...]:
         """Data and scales of gate_up and down, then of both with rows and columns swapped, for the backward pass."""
         return self._quantized_from(self.gate_up, self.down)
+
+    def __getstate__(self):
+        return super().__getstate__() | {"_quantized": None, "_quantized_of": None}  # made again where they are wanted
 
     def _quantized_from(self, gate_up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, ...]:
         try:
@@ -78,8 +86,9 @@ class ExpertMLP(torch.nn.Module):
         return self._quantized
 
 
-def _check_shapes(x, topk_idx, topk_weights, hidden: int) -> None:
+def _check(x, topk_idx, topk_weights, hidden: int) -> None:
     """As `_in_one_call` does it below."""
+    matrix_shape("topk_idx", topk_idx)
     if x.shape != (topk_idx.shape[0], hidden):
         raise ValueError(f"x: shape {[*x.shape]}; expected {[topk_idx.shape[0], hidden]}, with the T of topk_idx")
     if topk_weights.shape != topk_idx.shape:
@@ -98,7 +107,7 @@ def _forward(x, topk_idx, topk_weights, quantized):
 
 def _in_one_call(x, topk_idx, topk_weights, quantized):
     """y of `_forward`, in a fraction of the host's time."""
-    (experts, hidden, intermediate), (tokens, topk) = quantized[2].shape, topk_idx.shape
+    (experts, hidden, intermediate), (tokens, topk) = quantized[2].shape, matrix_shape("topk_idx", topk_idx)
     # Of torch's ways to make a tensor the quickest.
     y = x.new_empty_strided((x.shape[0], hidden), (hidden, 1), dtype=torch.bfloat16)
     num_words = _workspace_words(tokens, topk, experts, hidden, intermediate)
@@ -127,6 +136,7 @@ class _ExpertMLP(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, topk_weights, gate_up_rows, act, act_scales, *fields = ctx.saved_tensors
         gate_up_t, down_t = ctx.quantized[4:6], ctx.quantized[6:8]

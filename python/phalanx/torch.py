@@ -18,7 +18,7 @@ import torch
 
 from phalanx import _frameworks, _native
 from phalanx._frameworks.base import matrix_shape
-from phalanx._frameworks.torch import framework
+from phalanx._frameworks.torch import count_change, framework
 
 for _tensor_type in (torch.Tensor, torch.nn.Parameter):
     _frameworks.by_type[_tensor_type] = framework
@@ -31,10 +31,17 @@ _keeps_strides = getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed
 def define_operator(schema: str, fake):
     """Defines an operator: the decorated function runs it on any device, `fake` only allocates its result."""
 
+    written = [i for i, argument in enumerate(schema.split(",")) if "!" in argument]
+
     def define(function):
+        def run(*args):
+            function(*args)
+            for i in written:
+                count_change(args[i])
+
         name = schema.partition("(")[0]
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, _keeps_strides))
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, run if written else function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"phalanx::{name}", fake, lib=_library)
         return function
 
@@ -76,6 +83,15 @@ def _empty_dequantized(data, scales, dtype=None):
 def add_gradient(name: str, backward, setup_context) -> None:
     """Makes an operator differentiable."""
     torch.library.register_autograd(f"phalanx::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def refuse_gradient(name: str) -> None:
+    """Makes it an error to differentiate an operator, where torch would warn and go on with zeros."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"phalanx::{name} has no gradient: what uses it can be differentiated once")
+
+    add_gradient(name, refuse, None)
 
 
 def nothing(*args, **kwargs):

@@ -24,6 +24,7 @@ class _Dispatch(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_rows, *_):
         (handle,) = ctx.saved_tensors
         grad = ctx.ep.combine(aligned_rows(grad_rows), handle, tokens=ctx.tokens, weighted=False)
@@ -38,6 +39,7 @@ class _Combine(torch.autograd.Function):
         return ep.combine(rows, result.handle, tokens=tokens)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
         rows, handle, row_weights = ctx.saved_tensors
         capacity = len(rows)

@@ -7,6 +7,7 @@
 #include "cpu/convert.h"
 #include "cpu/ep_protocol.h"
 #include "cpu/fma.h"
+#include "cpu/parallel.h"
 
 namespace phalanx::cpu {
 namespace {
@@ -90,10 +91,7 @@ bool receive_sums(const EpCombineParams& p, const EpOperation& op, const EpHandl
   return true;
 }
 
-}  // namespace
-
-void ep_combine(const EpCombineParams& p) {
-  if (const EpStandIn* other = ep_stand_in) return other->combine(p);
+void send_and_receive(const EpCombineParams& p) {
   const EpHandle handle(p.c);
   handle.check_tokens("combine: out");
   if (p.c.send) {
@@ -108,6 +106,14 @@ void ep_combine(const EpCombineParams& p) {
     op.give_credits(p.c.layout.combine_credit);
     op.finish();
   }
+}
+
+}  // namespace
+
+void ep_combine(const EpCombineParams& p) {
+  if (const EpStandIn* other = ep_stand_in) return other->combine(p);
+  const DefaultFloatEnvironment environment;
+  send_and_receive(p);
 }
 
 }  // namespace phalanx::cpu

@@ -14,21 +14,6 @@ namespace {
 // Starting and joining a thread costs some 20 us; below this much work it is not worth it.
 constexpr double kMinWorkPerThread = 100e3;  // ns
 
-// Rounding to nearest with subnormals: a caller may have switched on flush-to-zero, and threads inherit it.
-class DefaultFloatEnvironment {
- public:
-  DefaultFloatEnvironment() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
-  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
-  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
-
- private:
-  std::fenv_t saved_;
-};
-
 }  // namespace
 
 int max_threads() {

@@ -9,6 +9,22 @@
 
 namespace phalanx::cpu {
 
+/// Rounding to nearest with subnormals, until the end of the scope: a caller may have switched on flush-to-zero, and
+/// threads inherit it.
+class DefaultFloatEnvironment {
+ public:
+  DefaultFloatEnvironment() {
+    std::fegetenv(&saved_);
+    std::fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatEnvironment() { std::fesetenv(&saved_); }
+  DefaultFloatEnvironment(const DefaultFloatEnvironment&) = delete;
+  DefaultFloatEnvironment& operator=(const DefaultFloatEnvironment&) = delete;
+
+ private:
+  std::fenv_t saved_;
+};
+
 /// PHALANX_NUM_THREADS, else the number of CPUs that this thread may run on.
 int max_threads();
 

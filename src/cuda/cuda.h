@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "device/ptx/tensor_map.h"
+#include "phalanx/status.h"
 #include "phalanx/tensor.h"
 
 namespace phalanx::cuda {
@@ -57,6 +58,17 @@ class ContextGuard {
   void* previous_ = nullptr;
   bool restore_ = false;
 };
+
+/// Frees in a destructor: calls `free` with a context of the device. Not at the end of a process whose driver has
+/// already gone, and everything with it.
+template <class Free>
+void release(int ordinal, const Free& free) noexcept {
+  try {
+    const ContextGuard context(ordinal);
+    free();
+  } catch (const Error&) {
+  }
+}
 
 struct LaunchShape {
   int num_ctas = 1, num_threads = 128, cluster_size = 1, smem_bytes = 0;

@@ -28,8 +28,11 @@ void GroupState::fail(ErrorCode code, const std::string& message) {
 }
 
 void GroupState::check() const {
-  if (!failed_.load(std::memory_order_acquire)) [[likely]]
+  if (!failed_.load(std::memory_order_acquire)) [[likely]] {
+    if (const int who = aborter(); who >= 0) [[unlikely]]
+      throw Error(ErrorCode::aborted, format_text("rank {} of {}: rank {} has aborted the group", rank, size, who));
     return;
+  }
   const std::lock_guard lock(mutex_);
   throw Error(code_, message_);
 }
@@ -130,6 +133,7 @@ Group Group::nccl(void* comm, const GroupOptions& options) {
 }
 
 Group Group::nccl(const std::string& id, int rank, int size, Device device, const GroupOptions& options) {
+  ep::check_process("Group::nccl", rank, size, device, options);  // before the others wait for it
   auto comm = ep::NcclComm::create(id, rank, size, device, options.timeout);
   return process(rank, size, device, over_nccl(std::move(comm), options.timeout), options);
 }

@@ -50,7 +50,7 @@ class GroupState {
 
   /// From now on `check` throws this; the first failure counts.
   void fail(ErrorCode code, const std::string& message);
-  /// @throws Error what `fail` was told
+  /// @throws Error what `fail` was told, or that another rank has aborted the group
   void check() const;
 
  protected:
@@ -59,6 +59,8 @@ class GroupState {
   virtual std::string describe(const Block& mine) = 0;
   virtual Block reach(int peer, const std::string& description) = 0;
   virtual void on_abort() {}
+  /// Who is known to have aborted the group; -1: nobody.
+  virtual int aborter() const { return -1; }
 
  private:
   std::atomic<bool> failed_{false};
@@ -73,6 +75,8 @@ void check_size(const char* function, int size, const GroupOptions& options);
 
 /// Ranks of one process.
 std::vector<std::shared_ptr<GroupState>> make_local(const std::vector<Device>& devices, const GroupOptions& options);
+/// @throws Error invalid_argument, invalid_device unless a process with a GPU may be that rank
+void check_process(const char* function, int rank, int size, Device device, const GroupOptions& options);
 std::shared_ptr<GroupState> make_process(int rank, int size, Device device, AllGather all_gather,
                                          const GroupOptions& options);
 

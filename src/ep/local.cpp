@@ -1,6 +1,7 @@
 // Ranks that are threads of one process.
 #include <fmt/ranges.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -24,7 +25,7 @@ struct Board {
   // In turn: nobody comes to the exchange after next before all have read this one.
   std::vector<std::string> slots[2];
   std::vector<std::weak_ptr<void>> blocks;
-  int aborter = -1;
+  std::atomic<int> aborter = -1;
 };
 
 class LocalGroup final : public GroupState {
@@ -51,7 +52,7 @@ class LocalGroup final : public GroupState {
     while (!missing().empty()) {
       if (board_->aborter >= 0)
         throw Error(ErrorCode::aborted, format_text("rank {} of {}, waiting for {}: rank {} has aborted the group",
-                                                    rank, size, what, board_->aborter));
+                                                    rank, size, what, board_->aborter.load()));
       if (board_->changed.wait_until(lock, deadline) == std::cv_status::timeout && !missing().empty())
         throw Error(ErrorCode::timeout, format_text("rank {} of {}, waiting for {}: rank {} did not come within {:g} s",
                                                     rank, size, what, fmt::join(missing(), ", "), timeout));
@@ -76,6 +77,8 @@ class LocalGroup final : public GroupState {
     board_->aborter = rank;
     board_->changed.notify_all();
   }
+
+  int aborter() const override { return board_->aborter; }
 
   const std::vector<Device> devices_;
   const std::shared_ptr<Board> board_;

@@ -48,8 +48,7 @@ Block allocate_block(Device device, std::size_t bytes) {
   CUdeviceptr memory = 0;
   PHALANX_CUDA(cuMemAlloc(&memory, bytes));
   const Block block(reinterpret_cast<void*>(memory), [index = device.index](void* p) {
-    const cuda::ContextGuard owner(index);
-    cuda::driver().cuMemFree(reinterpret_cast<CUdeviceptr>(p));
+    cuda::release(index, [=] { cuda::driver().cuMemFree(reinterpret_cast<CUdeviceptr>(p)); });
   });
   PrivateStream().set(memory, 0, bytes);
   return block;
@@ -85,8 +84,7 @@ Block import_block(const std::string& description, Device device) {
   CUdeviceptr memory = 0;
   PHALANX_CUDA(cuIpcOpenMemHandle(&memory, handle, cuda::kIpcMemLazyEnablePeerAccess));
   return {reinterpret_cast<void*>(memory), [index = device.index](void* p) {
-            const cuda::ContextGuard owner(index);
-            cuda::driver().cuIpcCloseMemHandle(reinterpret_cast<CUdeviceptr>(p));
+            cuda::release(index, [=] { cuda::driver().cuIpcCloseMemHandle(reinterpret_cast<CUdeviceptr>(p)); });
           }};
 }
 

@@ -45,17 +45,21 @@ class ProcessGroup final : public GroupState {
 
 }  // namespace
 
+void check_process(const char* function, int rank, int size, Device device, const GroupOptions& options) {
+  check_size(function, size, options);
+  if (rank < 0 || rank >= size)
+    throw Error(ErrorCode::invalid_argument, format_text("{}: rank is {}, expected 0 to {}", function, rank, size - 1));
+  if (device.type != DeviceType::cuda)
+    throw Error(
+        ErrorCode::invalid_device,
+        format_text("{}: device is the CPU; ranks on the CPU are threads of one process, Group::local", function));
+  cuda::device(device.index);
+}
+
 std::shared_ptr<GroupState> make_process(int rank, int size, Device device, AllGather all_gather,
                                          const GroupOptions& options) {
-  check_size("Group::process", size, options);
-  if (rank < 0 || rank >= size)
-    throw Error(ErrorCode::invalid_argument,
-                format_text("Group::process: rank is {}, expected 0 to {}", rank, size - 1));
-  if (device.type != DeviceType::cuda)
-    throw Error(ErrorCode::invalid_device,
-                "Group::process: device is the CPU; ranks on the CPU are threads of one process, Group::local");
+  check_process("Group::process", rank, size, device, options);
   if (!all_gather) throw Error(ErrorCode::invalid_argument, "Group::process: all_gather is empty");
-  cuda::device(device.index);
   return std::make_shared<ProcessGroup>(rank, size, device, std::move(all_gather), options);
 }
 

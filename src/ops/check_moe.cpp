@@ -1,5 +1,9 @@
 #include "ops/check_moe.h"
 
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+
 #include "device/moe/route.h"
 #include "ops/check_tensor.h"
 #include "text/text.h"
@@ -91,7 +95,7 @@ void check_weights(const Arg& arg, const Arg& rows, const Sizes& sizes, Access a
   check_base(arg, alignof(float));
 }
 
-/// Any strides that give every scale a place: checked expert by expert, and experts must not interleave.
+/// Any strides that give every scale a place of its own.
 void check_row_scales(const Arg& arg, const Arg& rows) {
   check_rank(arg, rows->ndim);
   check_device(arg, rows);
@@ -105,9 +109,17 @@ void check_row_scales(const Arg& arg, const Arg& rows) {
   check_shape(arg, {experts, max_rows, columns}, "[E, max_rows, ceil(H / 128)]");
   if (arg.empty()) return;
   check_scales({arg.op, arg.name, matrix_of(arg.tensor, 0)}, Access::write);
-  const int64_t last = (max_rows - 1) * arg->strides[1] + (columns - 1) * arg->strides[2];
-  if (experts > 1 && arg->strides[0] <= last) [[unlikely]]
-    fail(ErrorCode::invalid_argument, arg, "its strides make experts overlap");
+  // From the smallest stride on, each has to pass all that the ones before it reach.
+  std::array<int, 3> order{0, 1, 2};
+  std::ranges::sort(order, {}, [&](int i) { return std::abs(arg->strides[i]); });
+  int64_t reach = 0;
+  for (const int i : order) {
+    if (arg->shape[i] == 1) continue;
+    const int64_t stride = std::abs(arg->strides[i]);
+    if (stride <= reach) [[unlikely]]
+      fail(ErrorCode::invalid_argument, arg, "its strides make experts overlap");
+    reach += (arg->shape[i] - 1) * stride;
+  }
 }
 
 }  // namespace

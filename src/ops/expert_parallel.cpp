@@ -28,7 +28,16 @@ std::shared_ptr<EpStatus> make_status(Device device) {
   void* memory = nullptr;
   PHALANX_CUDA(cuMemHostAlloc(&memory, sizeof(EpStatus), cuda::kMemHostAllocPortable | cuda::kMemHostAllocDeviceMap));
   std::memset(memory, 0, sizeof(EpStatus));
-  return {static_cast<EpStatus*>(memory), [](EpStatus* status) { cuda::driver().cuMemFreeHost(status); }};
+  return {static_cast<EpStatus*>(memory), [index = device.index](EpStatus* status) {
+            cuda::release(index, [=] { cuda::driver().cuMemFreeHost(status); });
+          }};
+}
+
+/// CTAs of a rank wait for each other, so all must be on the GPU at once; one fills an SM.
+void check_sms(int num_ctas, const cuda::DeviceInfo& device) {
+  if (num_ctas > device.num_sms)
+    throw Error(ErrorCode::unsupported, format_text("config.num_sms is {}, expected at most {}, what {} has", num_ctas,
+                                                    device.num_sms, device.name));
 }
 
 const char* awaited(int phase) {
@@ -105,8 +114,8 @@ struct ExpertParallel::Impl {
   Impl(const Group& joined, const ExpertParallelConfig& wanted) : group(joined), config(wanted) {
     ep::GroupState& g = *group.state();
     check_ep_config(config, g.size);
-    if (g.device.type == DeviceType::cuda) require_hopper(g.device.index);
     const EpShape shape = make_shape(config, g.size, g.device.type);
+    if (g.device.type == DeviceType::cuda) check_sms(shape.num_ctas, require_hopper(g.device.index));
     compare_configs(g, config, shape);
 
     status = make_status(g.device);

@@ -280,7 +280,9 @@ void grouped_wgrad_fp8(const ScaledTensor& a, const ScaledTensor& b, const Tenso
 }
 
 void check_groups(Device device) {
-  if (device.type == DeviceType::cuda) throw_fault(device.index);
+  if (device.type != DeviceType::cuda) return;
+  cuda::device(device.index);  // there is one
+  throw_fault(device.index);
 }
 
 }  // namespace phalanx

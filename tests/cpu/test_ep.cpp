@@ -297,6 +297,54 @@ TEST(ExpertParallelFailures, AbortWakesThoseWhoWait) {
   });
 }
 
+TEST(Group, WhoComesAfterAnAbortGivesUpThoughTheAborterHasBeenThere) {
+  auto groups = Group::local(cpus(2), kPatient);
+  std::thread waiting([&] { expect_error(ErrorCode::aborted, {"rank 0"}, [&] { groups[0].barrier(); }); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  groups[0].abort();
+  waiting.join();
+  expect_error(ErrorCode::aborted, {"rank 0"}, [&] { groups[1].barrier(); });
+}
+
+TEST(ExpertParallelFailures, WhatWasSentBeforeAnAbortIsNotReceived) {
+  std::mt19937 rng(kSeed);
+  auto groups = Group::local(cpus(2), kPatient);
+  auto eps = make_all(groups, kSmall);
+  const EpProblem p = full_problem(2, rng);
+  Rank sender(p, 0, eps[0], eps[0].max_rows(), false), receiver(p, 1, eps[1], eps[1].max_rows(), false);
+  sender.args.part = EpPart::send;
+  eps[0].dispatch(sender.args);
+  groups[0].abort();
+  expect_error(ErrorCode::aborted, {"rank 0"}, [&] { eps[1].dispatch(receiver.args); });
+}
+
+#ifdef __SSE__
+TEST(ExpertParallel, SumsKeepSubnormalsWhateverTheCallersFloatEnvironment) {
+  auto groups = Group::local(cpus(1), kPatient);
+  auto eps = make_all(groups, kSmall);
+  std::mt19937 rng(kSeed);
+  const EpProblem p = full_problem(1, rng);
+  Rank mine(p, 0, eps[0], eps[0].max_rows(), false);
+  eps[0].dispatch(mine.args);
+  const auto combined = [&] {
+    std::vector<std::uint16_t> rows(std::size_t(eps[0].max_rows()) * kSmall.hidden, 0x0040),
+        out(p.tokens[0] * kSmall.hidden);
+    eps[0].combine({.rows = row_major(rows.data(), DType::bf16, eps[0].max_rows(), kSmall.hidden),
+                    .handle = mine.args.handle,
+                    .out = row_major(out.data(), DType::bf16, p.tokens[0], kSmall.hidden),
+                    .weighted = false});
+    return out;
+  };
+  const auto expected = combined();
+  EXPECT_NE(expected, std::vector<std::uint16_t>(expected.size(), 0));
+  const unsigned saved = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(saved | 0x8040);  // flush to zero, denormals are zero
+  const auto flushed = combined();
+  __builtin_ia32_ldmxcsr(saved);
+  EXPECT_EQ(flushed, expected);
+}
+#endif
+
 TEST(Group, BarrierNamesWhoDidNotCome) {
   auto groups = Group::local(cpus(4), kHasty);
   on_ranks(4, [&](int r) {

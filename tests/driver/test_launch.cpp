@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/driver.h"
+#include "phalanx/ep.h"
 #include "phalanx/gemm.h"
 #include "phalanx/gemm_bf16.h"
 #include "phalanx/grouped.h"
@@ -143,9 +144,10 @@ TEST_F(Launch, NothingIsLaunchedForNoRowsOrWrongArguments) {
   EXPECT_EQ(driver.launches, before);
 }
 
-void expect_error(ErrorCode code, const std::vector<std::string>& words, const Product& product) {
+template <class Call>
+void expect_error(ErrorCode code, const std::vector<std::string>& words, const Call& call) {
   try {
-    product.run();
+    call();
     ADD_FAILURE() << "no error; expected one about " << words.front();
   } catch (const Error& error) {
     EXPECT_EQ(error.code(), code);
@@ -155,13 +157,28 @@ void expect_error(ErrorCode code, const std::vector<std::string>& words, const P
 }
 
 TEST_F(Launch, DevicesThatCannotServeAreNamed) {
-  expect_error(ErrorCode::unsupported, {"cuda:2", "Pretended L4", "8.9", "9.0"}, Product(64, 256, 512, kHoppers));
-  expect_error(ErrorCode::invalid_device, {"cuda:3", "there are 3"}, Product(64, 256, 512, kDevices));
+  expect_error(ErrorCode::unsupported, {"cuda:2", "Pretended L4", "8.9", "9.0"},
+               [] { Product(64, 256, 512, kHoppers).run(); });
+  expect_error(ErrorCode::invalid_device, {"cuda:3", "there are 3"}, [] { Product(64, 256, 512, kDevices).run(); });
+}
+
+TEST_F(Launch, FaultsOfDevicesThatAreNotThereAreNone) {
+  for (const int ordinal : {-5, 64, 100000000})
+    expect_error(ErrorCode::invalid_device, {"cuda:" + std::to_string(ordinal)}, [&] {
+      check_groups({DeviceType::cuda, ordinal});
+    });
+}
+
+TEST_F(Launch, ExpertParallelismAsksForNoMoreSmsThanThereAre) {
+  const auto groups = Group::local({kCuda});
+  ExpertParallelConfig config{.hidden = 128, .num_experts = 4, .topk = 2, .max_tokens = 8, .num_sms = 200};
+  expect_error(ErrorCode::unsupported, {"config.num_sms is 200", "at most 132"},
+               [&] { ExpertParallel(groups[0], config); });
 }
 
 TEST_F(Launch, ErrorsOfTheDriverNameTheCall) {
   driver.launch_error = 719;
-  expect_error(ErrorCode::cuda_error, {"cuLaunchKernelEx"}, Product(64, 256, 512));
+  expect_error(ErrorCode::cuda_error, {"cuLaunchKernelEx"}, [] { Product(64, 256, 512).run(); });
   driver.launch_error = 0;
   EXPECT_NO_THROW(Product(64, 256, 512).run());
 }

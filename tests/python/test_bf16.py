@@ -228,3 +228,13 @@ def test_jax():
     a, b = (jax.numpy.asarray(np.array(x.array)) for x in (inputs.a, inputs.b))
     d = phalanx.gemm_bf16(a, b, out_dtype=np.dtype(np.float32))
     np.testing.assert_allclose(np.asarray(d), np.asarray(a, np.float32) @ np.asarray(b, np.float32).T, atol=1e-2)
+
+
+def test_a_second_derivative_of_groups_is_refused():
+    torch = pytest.importorskip("torch")
+    a = torch.randn(24, 64).bfloat16().requires_grad_()
+    b = torch.randn(3, 32, 64).bfloat16().requires_grad_()
+    d = phalanx.grouped_gemm_bf16(a, b, torch.tensor([0, 10, 10, 24], dtype=torch.int32))
+    (grad,) = torch.autograd.grad(d.float().pow(2).sum(), b, create_graph=True)
+    with pytest.raises(RuntimeError, match="grouped_wgrad_bf16 has no gradient"):
+        grad.float().pow(2).sum().backward()

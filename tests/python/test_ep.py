@@ -1,5 +1,8 @@
 """Expert parallelism from Python, ranks being threads on the CPU."""
 
+import copy
+import pickle
+
 import numpy as np
 import phalanx
 import pytest
@@ -319,3 +322,24 @@ def test_wrong_arguments_are_named():
     with pytest.raises(phalanx.AbortedError):
         group.close()
         group.barrier()
+
+
+def test_copies_are_the_same_and_close_nothing():
+    config = cases.Config(num_ranks=1, hidden=64, num_experts=2, topk=1, max_tokens=4)
+    (ep,) = make(config)
+    for owner in (ep, ep.group):
+        assert copy.copy(owner) is owner and copy.deepcopy([owner])[0] is owner
+        with pytest.raises(TypeError, match="belongs to its process"):
+            pickle.dumps(owner)
+    ep.group.barrier()
+    ep.check()
+
+
+@pytest.mark.parametrize("capacity", ["3", 2.5])
+def test_counts_are_integers(capacity):
+    (ep,) = make(cases.Config(num_ranks=1, hidden=64, num_experts=2, topk=1, max_tokens=4))
+    x = phalanx.quantize(torch.zeros(2, 64))
+    with pytest.raises(TypeError, match="^capacity: .* expected an integer"):
+        ep.dispatch(x, torch.zeros(2, 1, dtype=torch.int32), capacity=capacity)
+    with pytest.raises(TypeError, match="^tokens: .* expected an integer"):
+        ep.combine(torch.zeros(2, 64).bfloat16(), None, tokens=capacity)

@@ -1,5 +1,8 @@
 """The experts of a layer in FP8 beside the same in FP64 and BF16 torch, forward and backward, on the CPU or a GPU."""
 
+import copy
+import pickle
+
 import phalanx
 import pytest
 
@@ -216,3 +219,50 @@ def test_sizes():
     with pytest.raises(ValueError, match="hidden: 100; expected a multiple of 128"):
         ExpertMLP(4, 100, 128)
     assert phalanx.nn.ExpertMLP is ExpertMLP
+
+
+def test_weights_written_by_the_library_are_seen(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    with torch.no_grad():
+        before = mlp(x, topk_idx, topk_weights)
+        weight = phalanx.quantize(torch.randn(256, 128, device=x.device), (128, 128))
+        for expert in range(5):
+            phalanx.dequantize(weight, out=mlp.down[expert])
+        after = mlp(x, topk_idx, topk_weights)
+    assert not torch.equal(before, after)
+    fresh = ExpertMLP(5, 256, 128, device=x.device)
+    fresh.load_state_dict(mlp.state_dict())
+    with torch.no_grad():
+        assert torch.equal(after, fresh(x, topk_idx, topk_weights))
+
+
+def test_a_second_derivative_is_refused(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    loss = mlp(x, topk_idx, topk_weights).float().pow(2).sum()
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        grad.float().pow(2).sum().backward()
+
+
+def test_pickles_hold_no_quantized_weights(layer):
+    mlp, x, topk_idx, topk_weights = layer
+    size = len(pickle.dumps(mlp))
+    with torch.no_grad():
+        y = mlp(x, topk_idx, topk_weights)
+        assert len(pickle.dumps(mlp)) == size
+        for other in (pickle.loads(pickle.dumps(mlp)), copy.deepcopy(mlp)):
+            assert torch.equal(other(x, topk_idx, topk_weights), y)
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_wrong_tensors_are_refused_recorded_or_not(layer, record):
+    mlp, x, topk_idx, topk_weights = layer
+    with torch.set_grad_enabled(record):
+        with pytest.raises(TypeError, match="^x: torch.float16; expected torch.bfloat16"):
+            mlp(x.half(), topk_idx, topk_weights)
+        with pytest.raises(ValueError, match="^topk_idx: .* expected a matrix"):
+            mlp(x, topk_idx[0], topk_weights[0])
+        with pytest.raises(TypeError, match="^topk_weights: expected an array, got NoneType"):
+            mlp(x, topk_idx, None)
+    with pytest.raises(ValueError, match="^num_experts: 513; expected 1 to 512"):
+        ExpertMLP(513, 128, 128)

@@ -85,3 +85,19 @@ def test_errors(operands):
         phalanx.gemm_fp8((a.data, None), b)
     with pytest.raises(ValueError, match=r"d is .*row stride is .*multiple of 16"):
         phalanx.gemm_fp8(a, phalanx.quantize(w[:257], (128, 128)))
+
+
+def test_arrays_of_other_libraries_are_refused(operands):
+    x, w = operands
+    a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
+    out = jnp.zeros((33, 264))
+    with pytest.raises(TypeError, match="an array of jaxlib; expected one of NumPy"):
+        phalanx.gemm_fp8(a, b, out=out)
+    with pytest.raises(TypeError, match="b.data: an array of numpy; expected one of JAX"):
+        phalanx.gemm_fp8(phalanx.quantize(jnp.asarray(x)), b)
+    assert (out == 0).all()
+    torch = pytest.importorskip("torch")
+    a, b = (phalanx.quantize(torch.from_numpy(y), block) for y, block in ((x, (1, 128)), (w, (128, 128))))
+    with pytest.raises(TypeError, match="an array of jaxlib; expected one of PyTorch"):
+        phalanx.gemm_fp8(a, b, out=out)
+    assert (out == 0).all()

@@ -43,6 +43,9 @@ def test_new_arrays():
         ({"topk_idx": np.zeros((3, 33), np.int32)}, ValueError, ["topk_idx", "33", "at most 32"]),
         ({"topk_idx": np.zeros(3, np.int32)}, ValueError, ["topk_idx", "matrix"]),
         ({"num_experts": 0}, ValueError, ["num_experts", "1 to 1024"]),
+        ({"num_experts": 1 << 40}, ValueError, ["num_experts", "1 to 1024"]),
+        ({"alignment": 1 << 31}, ValueError, ["alignment", "1 to 65536"]),
+        ({"capacity": 2.5}, TypeError, ["capacity", "integer"]),
         ({"num_experts": 2.0}, TypeError, ["num_experts", "2.0", "an integer"]),
         ({"alignment": 2.5}, TypeError, ["alignment", "2.5", "an integer"]),
         ({"num_experts": 1025}, ValueError, ["1025", "1 to 1024"]),
@@ -92,3 +95,20 @@ def test_errors_of_rows():
         phalanx.permute(x, None)
     with pytest.raises(TypeError, match="out: expected a Quantized or a pair"):
         phalanx.permute(phalanx.quantize(np.ones((3, 16), np.float32)), routing, out=rows)
+
+
+def test_scales_of_masked_rows_lie_anywhere_but_on_each_other():
+    topk_idx, x = np.array([[0], [1], [0], [1]]), np.random.default_rng(0).standard_normal((4, 256), np.float32)
+    q, routing = phalanx.quantize(x), phalanx.route(topk_idx, 2, max_rows=2)
+    expected = phalanx.permute(q, routing)
+    data, memory = np.zeros_like(expected[0]), np.zeros(64, np.float32)
+
+    def scales(*strides):
+        return np.lib.stride_tricks.as_strided(memory[32:], (2, 2, 2), [4 * stride for stride in strides])
+
+    for strides in [(4, 2, 1), (2, 1, 4), (1, 2, 4), (4, 1, 2), (1, 4, 2)]:  # experts, rows, columns in any order
+        phalanx.permute(q, routing, out=(data, scales(*strides)))
+        np.testing.assert_array_equal(scales(*strides), expected[1])
+    for strides in [(1, -2, -1), (2, 2, 1), (3, 2, 1), (4, 1, 3)]:
+        with pytest.raises(ValueError, match="overlap|strides"):
+            phalanx.permute(q, routing, out=(data, scales(*strides)))

@@ -174,3 +174,36 @@ def test_operators_are_there_after_import(imports):
     code = f"{imports}; print(torch.ops.phalanx.gemm_fp8.default._schema)"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.startswith("phalanx::gemm_fp8(Tensor a, Tensor sfa, Tensor b, Tensor sfb, Tensor? c=None")
+
+
+@pytest.mark.parametrize("operator", [False, True])
+def test_torch_hears_of_what_out_was_written(x, b, operator):
+    a, w = torch.randn(16, 64).bfloat16(), torch.randn(24, 64).bfloat16()
+    out, factor = torch.ones(16, 24).bfloat16(), torch.ones(16, 24).bfloat16().requires_grad_()
+    y = out * factor
+    if operator:
+        torch.ops.phalanx.gemm_bf16_out(a, w, None, out)
+    else:
+        phalanx.gemm_bf16(a, w, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()  # the gradient of `factor` is what `out` was
+
+    q = phalanx.quantize(x)
+    for tensor, write in (
+        (torch.empty(33, 260)[:, :257], lambda d: phalanx.gemm_fp8(q, b, out=d)),
+        (torch.empty(33, 300), lambda d: phalanx.dequantize(q, out=d)),
+        (q.scales, lambda _: phalanx.quantize(x, out=q)),
+    ):
+        before = tensor._version
+        write(tensor)
+        assert tensor._version > before
+
+
+def test_out_that_requires_a_gradient_is_refused(x, b):
+    out = torch.zeros(33, 260, requires_grad=True)
+    with pytest.raises(ValueError, match="^out: it requires a gradient"):
+        phalanx.gemm_fp8(phalanx.quantize(x), b, out=out[:, :257])
+    assert (out == 0).all()
+    with torch.no_grad():
+        phalanx.gemm_fp8(phalanx.quantize(x), b, out=out[:, :257])
+    assert (out != 0).any()

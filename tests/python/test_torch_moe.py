@@ -119,3 +119,12 @@ def test_out_is_refused_where_calls_are_recorded(tokens, topk_idx):
     routing = phalanx.route(topk_idx, 4)
     with pytest.raises(ValueError, match="out: given to a call"):
         phalanx.permute(tokens[0], routing, out=torch.empty(10, 8))
+
+
+def test_a_second_derivative_is_refused(topk_idx, tokens):
+    routing = phalanx.route(topk_idx, 4)
+    rows = torch.randn(len(routing.sources), 8, requires_grad=True)
+    y = phalanx.unpermute(rows, routing, tokens[1])
+    (grad,) = torch.autograd.grad(y.pow(2).sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="unpermute_backward has no gradient"):
+        grad.pow(2).sum().backward()

@@ -34,6 +34,14 @@ def dtype_of(name: str, array: Any) -> Any:
         raise no_array(name, array) from None
 
 
+def foreign(array: Any, library: str) -> Any:
+    """What tvm-ffi would take for a tensor though it is of another library, as a reason for the module to refuse it,
+    which knows the argument's name; anything else as it is."""
+    if not hasattr(array, "__dlpack__"):
+        return array
+    return "TypeError", f"an array of {type(array).__module__.partition('.')[0]}; expected one of {library}"
+
+
 def matrix_shape(name: str, array: Any) -> tuple[int, int]:
     shape = shape_of(name, array)
     if len(shape) != 2:

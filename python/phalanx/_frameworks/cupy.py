@@ -5,7 +5,7 @@ import numpy as np
 import tvm_ffi
 
 from phalanx._frameworks import by_type
-from phalanx._frameworks.base import Framework
+from phalanx._frameworks.base import Framework, foreign
 from phalanx._frameworks.numpy import itemsize_of, ml_dtypes, num_elements, view_or_reason
 
 _E4M3 = tvm_ffi.dtype("float8_e4m3fn")
@@ -31,7 +31,7 @@ class CuPy(Framework):
 
     def view(self, array):
         if not isinstance(array, cupy.ndarray):
-            return array  # the module names the argument
+            return foreign(array, "CuPy")  # the module names the argument
         dtype = _E4M3 if array.dtype == self.e4m3 else None
         return view_or_reason(array.data.ptr, array, tvm_ffi.device("cuda", array.device.id), dtype)
 

@@ -12,7 +12,7 @@ import numpy as np
 import tvm_ffi
 
 from phalanx._errors import CudaError
-from phalanx._frameworks.base import Framework
+from phalanx._frameworks.base import Framework, foreign
 from phalanx._frameworks.numpy import itemsize_of, view_or_reason
 
 _DEFAULT_STREAM = 0
@@ -34,7 +34,7 @@ class Jax(Framework):
         if isinstance(array, jax.core.Tracer):
             raise TypeError("phalanx cannot be traced by jax.jit, grad or vmap yet: call it outside")
         if not isinstance(array, jax.Array):
-            return array  # the module names the argument
+            return foreign(array, "JAX")  # the module names the argument
         array.block_until_ready()
         device = _device(array)
         ffi_device = (

@@ -8,7 +8,7 @@ import tvm_ffi
 
 from phalanx import _native
 from phalanx._frameworks import by_type
-from phalanx._frameworks.base import Framework
+from phalanx._frameworks.base import Framework, foreign
 
 _CPU = tvm_ffi.device("cpu")
 
@@ -80,7 +80,7 @@ class NumPy(Framework):
 
     def view(self, array):
         if not isinstance(array, np.ndarray):
-            return array  # the module names the argument
+            return foreign(array, "NumPy")  # the module names the argument
         # Not __dlpack__: it knows neither E4M3 nor BF16, and refuses read-only memory, such as mapped weights.
         address = array.__array_interface__["data"][0]
         return view_or_reason(address, array, _CPU)

@@ -3,7 +3,7 @@
 import torch
 
 from phalanx import _native
-from phalanx._frameworks.base import Framework, no_array
+from phalanx._frameworks.base import Framework, foreign, no_array
 
 _BF16 = torch.bfloat16
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -13,6 +13,14 @@ _is_traced = torch.compiler.is_dynamo_compiling
 def _is_special(array):
     """A tensor without memory that one could point at: not a plain one, or of the meta device."""
     return isinstance(array, torch.Tensor) and (type(array) not in _PLAIN or array.is_meta)
+
+
+def count_change(tensor):
+    """For autograd, and whoever keeps what follows from a tensor: torch does not see what others write."""
+    try:
+        torch.autograd.graph.increment_version(tensor)
+    except RuntimeError:  # made in inference mode: it counts none
+        pass
 
 
 class Torch(Framework):
@@ -26,6 +34,19 @@ class Torch(Framework):
 
     def view(self, array):
         return array
+
+    def writable_view(self, array):
+        if not isinstance(array, torch.Tensor):
+            return foreign(array, "PyTorch")
+        count_change(array)
+        return array
+
+    def check_out(self, out, dtype, name="out_dtype"):
+        super().check_out(out, dtype, name)
+        if torch.is_grad_enabled() and getattr(out, "requires_grad", False):
+            raise ValueError(
+                "out: it requires a gradient, which a product written into it has not; expected torch.no_grad()"
+            )
 
     def itemsize(self, dtype):
         if not isinstance(dtype, torch.dtype):
@@ -58,6 +79,7 @@ class Torch(Framework):
             out = self.empty_product(a, b, c, out_dtype)
         else:
             self.check_out(out, out_dtype)
+            out = self.writable_view(out)
         try:
             _native.gemm_fp8(a, sfa, b, sfb, out, c, num_sms, batch_invariant, constant_b, None)
         # Asked only now: each question takes a part of a call's few microseconds. torch 2.7 hands on tensors without
