@@ -41,10 +41,13 @@ __device__ __forceinline__ u64* ep_sum_flag(const EpOperation& op, int at, int f
   return op.word(at, op.c.layout.sum_flags, cta * kEpHalves + (ep_sums_are_few(shape) ? 0 : half));
 }
 
-// This CTA's slots at the homes have been read.
+// The homes have read what this CTA will write over: with other numbers of tokens any of their CTAs may be the one that
+// does. With two buffers a credit comes from the kernel after that, before which all of them have.
 __device__ __forceinline__ bool ep_may_send_sums(const EpOperation& op) {
+  const bool by_each = op.c.shape.num_buffers == 1;
+  const Divisor ctas = by_each ? op.c.by.ctas : Divisor(1);
   return __all_sync(0xffffffffu, ep_wait_for_credits(op, kEpPhaseCombineCredit, op.c.layout.combine_credit,
-                                                     int(blockIdx.x), Divisor(1), threadIdx.x % 32, 32));
+                                                     by_each ? 0 : int(blockIdx.x), ctas, threadIdx.x % 32, 32));
 }
 
 // --- listing --------------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ constexpr int kEpSumPieces = kFew ? 2 : 4;
 template <bool kFew>
 constexpr int kEpStageBytes = kEpSumPieces<kFew>* kEpSumPitch;
 constexpr int kEpUnitsAhead = 4;  // sums whose rows' numbers are on their way to the warp that lists them
-constexpr int kEpListed = 32;     // rows that may be listed ahead: at least one a lane
+// Rows that may be listed ahead: one a lane, beside those that keep their places while they are in the stages. Lanes of
+// a warp wait for their places together.
+constexpr int kEpListed = 32 + kEpStages + 2;
 constexpr int kEpCombineSmemBytes =
     kEpHalves * (kEpStages * (kEpStageBytes<false> + 16) + kEpListed * 80 + kEpUnitsAhead * 32 * 12 + 8 * 64) + 1024;
 

@@ -12,7 +12,7 @@ struct GemmParams {
   int rows_a;      // block_m, or less: those that a tile of few rows has; not of gemm_fp8 without groups
   int group_m;     // see DenseTiles
   int sfa_by_tma;  // else a warp copies `sfa` float by float; of gradients, whether both operands' scales come so
-  int constant_b;  // B was complete before the previous kernel of the stream began; few rows only
+  int constant_b;  // nothing that may still be under way writes B; few rows only
   int streams_b;   // few CTAs read each tile of B: it leaves L2 first. Of few rows always
   int leaves_sms;  // to others, of other streams: the next kernel of this one may not begin early, as it would take them
   const float* sfa;  // [m, ceil(k / 128)]

@@ -20,9 +20,9 @@ struct GemmOptions {
   /// A row of D depends, to the bit, on its row of A (and C) and on B alone: not on M, its place, the other rows or
   /// `num_sms`. Costs a little where few rows would have K split among SMs.
   bool batch_invariant = false;
-  /// B was complete before the kernel ahead of this one in the stream began, as weights are. With at most 16 rows, and
-  /// all SMs to use, the first part of it is then read while that kernel still runs, and K may be summed in other
-  /// parts.
+  /// Nothing that may still be under way writes B, as of weights: an event or the host has waited for what did. (Kernels
+  /// ahead in the stream may overlap, several of them.) With at most 16 rows, and all SMs to use, the first part of it is
+  /// then read while they run, and K may be summed in other parts.
   bool constant_b = false;
 };
 

@@ -30,9 +30,9 @@ def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=
                 not begin before this one ends, as it would take what is left
     batch_invariant:  a row of D depends, to the bit, on its row of A (and C) and on B alone: not on M, its place, the
                 other rows or num_sms. Costs a little where few rows would have K split among SMs
-    constant_b: b was complete before the kernel ahead of this one in the stream began, as weights are. With at
-                most 16 rows, and all SMs to use, the first part of it is then read while that kernel still runs, and
-                K may be summed in other parts
+    constant_b: nothing that may still be under way writes b, as of weights: an event or the host has waited for what
+                did. (Kernels ahead in the stream may overlap, several of them.) With at most 16 rows, and all SMs to
+                use, the first part of it is then read while they run, and K may be summed in other parts
 
     M >= 0, N >= 1, K >= 1; bases 16-byte aligned, row strides multiples of 16 bytes. Work is enqueued on the library's
     current stream; on the CPU, and with JAX, it is done on return. Same input, same bits. Not differentiable. Under

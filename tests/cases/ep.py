@@ -249,6 +249,37 @@ def check_sends_ahead(eps, problems: list[Problem]) -> None:
             check_rows(problem, rank, result)
 
 
+def check_batches_in_turn(eps, problems: list[Problem]) -> None:
+    """All dispatches, then all combines: nothing but sums goes between two of these, whatever their tokens' number."""
+    groups = [ep.group for ep in eps]
+
+    def values_of(rank, i):
+        generator = torch.Generator().manual_seed(1000 * rank + i)
+        return torch.randn(tokens_bound(problems[i]), problems[i].config.hidden, generator=generator).bfloat16()
+
+    def run(rank):
+        device = groups[rank].device
+        inputs = [[a[rank].to(device) for a in (p.x, p.topk_idx, p.topk_weights)] for p in problems]
+        values = [values_of(rank, i).to(device) for i in range(len(problems))]
+        groups[rank].barrier()
+        results = [
+            eps[rank].dispatch(*arguments, capacity=tokens_bound(problem))
+            for arguments, problem in zip(inputs, problems, strict=True)
+        ]
+        return results, [
+            eps[rank].combine(values[i], result.handle, tokens=len(problems[i].x[rank]))
+            for i, result in enumerate(results)
+        ]
+
+    done = on_ranks(groups, run)
+    for i, problem in enumerate(problems):
+        rows = [check_rows(problem, rank, results[i]) for rank, (results, _) in enumerate(done)]
+        values = [values_of(rank, i) for rank in range(len(eps))]
+        for rank, (_, outs) in enumerate(done):
+            wanted = expected_sums(problem, rank, rows, values)
+            assert torch.equal(outs[i].cpu().view(torch.int16), wanted.view(torch.int16)), f"batch {i}, rank {rank}"
+
+
 def tokens_bound(problem: Problem) -> int:
     """Rows that no rank exceeds."""
     choices = sum(idx.numel() for idx in problem.topk_idx)

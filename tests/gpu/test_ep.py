@@ -75,6 +75,26 @@ def test_sends_go_on_before_what_was_sent_last_is_received(tokens, seed):
     cases.check_sends_ahead(eps, [cases.random_problem(config, rng) for _ in range(6)])
 
 
+@pytest.mark.parametrize("latency", [False, True])
+@pytest.mark.parametrize("tokens", [12, 400])
+def test_batches_in_turn(tokens, latency, seed):
+    """With one buffer, sums of a batch take the places of those that other CTAs have to read first."""
+    rng = np.random.default_rng(seed)
+    config = cases.Config(2, 512, 16, 4, tokens)
+    eps = make(config, NUM_GPUS > 1, latency=latency, dtype="bf16", num_sms=16)
+    for _ in range(10):
+        cases.check_batches_in_turn(eps, [cases.random_problem(config, rng) for _ in range(2)])
+
+
+def test_as_many_choices_as_there_may_be(seed):
+    """All rows of a token on one rank: more than may be listed ahead in combine."""
+    rng = np.random.default_rng(seed)
+    config = cases.Config(1, 512, 40, 32, 300)
+    for latency in (False, True):
+        (ep,) = make(config, latency=latency, dtype="bf16", num_sms=16)
+        cases.check_round([ep], cases.random_problem(config, rng, tokens=[300]), rng, False, False, False, False)
+
+
 def test_graphs_in_any_order(seed):
     """Captured graphs take the epoch of their turn: any order, the same on all ranks, mixed with eager calls."""
     rng = np.random.default_rng(seed)

@@ -36,6 +36,21 @@ def test_sends_go_on_before_what_was_sent_last_is_received(seed):
     cases.check_sends_ahead(eps, [cases.random_problem(SMALL, rng) for _ in range(6)])
 
 
+@pytest.mark.parametrize("latency", [False, True])
+def test_batches_in_turn(latency, seed):
+    rng = np.random.default_rng(seed)
+    eps = make(SMALL, dtype="bf16", latency=latency)
+    for _ in range(4):
+        cases.check_batches_in_turn(eps, [cases.random_problem(SMALL, rng) for _ in range(2)])
+
+
+def test_as_many_choices_as_there_may_be(seed):
+    rng = np.random.default_rng(seed)
+    config = cases.Config(1, 64, 40, 32, 9)
+    problem = cases.random_problem(config, rng, tokens=[9])
+    cases.check_round(make(config, dtype="bf16"), problem, rng, False, False, False, False)
+
+
 def test_quantized_input_and_numpy(seed):
     rng = np.random.default_rng(seed)
     eps = make(SMALL)

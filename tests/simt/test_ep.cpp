@@ -17,9 +17,13 @@ void dispatch(const EpDispatchParams& p) {
   simt::launch(p.c.shape.num_ctas, 32 * kEpDispatchWarps,
                [&] { p.c.shape.counted ? ep_dispatch<true>(p) : ep_dispatch<false>(p); });
 }
+thread_local bool first_cta_is_late = false;
 void combine(const EpCombineParams& p) {
-  simt::launch(p.c.shape.num_ctas, 32 * kEpCombineWarps,
-               [&] { ep_sums_are_few(p.c.shape) ? ep_combine<true>(p) : ep_combine<false>(p); });
+  const bool late = first_cta_is_late;
+  simt::launch(p.c.shape.num_ctas, 32 * kEpCombineWarps, [&] {
+    if (late && blockIdx.x == 0 && threadIdx.x == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    ep_sums_are_few(p.c.shape) ? ep_combine<true>(p) : ep_combine<false>(p);
+  });
 }
 
 struct Ctas {
@@ -78,6 +82,43 @@ TEST_P(Simulated, MoreRowsOfATokenThanStages) {
     auto groups = Group::local(cpus(n), kPatient);
     auto eps = make_all(groups, config);
     run_round(eps, random_problem(n, config, rng), {.weighted = true, .values = true}, unsigned(rng()));
+  }
+}
+
+// With one buffer, and another number of tokens, slots are read by one CTA of the home and then written for another.
+TEST_P(Simulated, SumsWaitForWhoeverReadsTheirSlots) {
+  for (const auto& [max_tokens, first, second] : {std::tuple{25, 24, 9}, {25, 25, 24}, {6, 6, 3}}) {
+    SCOPED_TRACE(::testing::Message() << max_tokens << " tokens at most, " << first << ", " << second);
+    const ExpertParallelConfig config{
+        .hidden = 272, .num_experts = 2, .topk = 1, .max_tokens = max_tokens, .dtype = DType::bf16};
+    auto groups = Group::local(cpus(2), kPatient);
+    auto eps = make_all(groups, config);
+    on_ranks(2, [&](int r) {
+      std::vector<std::unique_ptr<Rank>> rounds;
+      for (const int tokens : {first, second}) {  // of rank 0, all to rank 1
+        EpProblem p{.config = config, .first = {0, 1, 2}, .tokens = {tokens, 1}};
+        for (int rank = 0; rank < 2; ++rank) {
+          p.topk.emplace_back(p.tokens[rank], 1 - rank);
+          p.weights.emplace_back(p.tokens[rank], 1.0f);
+          p.x.emplace_back(p.tokens[rank] * config.hidden, 1.0f);
+        }
+        rounds.push_back(std::make_unique<Rank>(p, r, eps[r], eps[r].max_rows(), false));
+        eps[r].dispatch(rounds.back()->args);
+      }
+      for (int i = 0; i < 2; ++i) {
+        Rank& mine = *rounds[i];
+        mine.expert_rows.fill([&](auto, auto) { return cpu::from_f32<cpu::Bf16>(float(i + 1)); });
+        mine.combine.part = EpPart::send;
+        eps[r].combine(mine.combine);
+        first_cta_is_late = r == 0 && i == 0;
+        mine.combine.part = EpPart::recv;
+        eps[r].combine(mine.combine);
+        first_cta_is_late = false;
+      }
+      for (int i = 0; i < 2; ++i)
+        for (std::int64_t t = 0; t < rounds[i]->out.rows(); ++t)
+          EXPECT_EQ(float(rounds[i]->out.value(t, 0)), float(i + 1)) << "operation " << i << ", token " << t;
+    });
   }
 }
 

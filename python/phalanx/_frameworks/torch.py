@@ -1,5 +1,7 @@
 """PyTorch. tvm-ffi takes tensors, and the current stream, straight from torch's C API; so this path is lean."""
 
+import contextlib
+
 import torch
 
 from phalanx import _native
@@ -17,10 +19,8 @@ def _is_special(array):
 
 def count_change(tensor):
     """For autograd, and whoever keeps what follows from a tensor: torch does not see what others write."""
-    try:
+    with contextlib.suppress(RuntimeError):  # made in inference mode it counts none
         torch.autograd.graph.increment_version(tensor)
-    except RuntimeError:  # made in inference mode: it counts none
-        pass
 
 
 class Torch(Framework):
