@@ -1,7 +1,5 @@
 """PyTorch. tvm-ffi takes tensors, and the current stream, straight from torch's C API; so this path is lean."""
 
-import contextlib
-
 import torch
 
 from phalanx import _native
@@ -9,6 +7,7 @@ from phalanx._frameworks.base import Framework, foreign, no_array
 
 _BF16 = torch.bfloat16
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_increment_version = torch.autograd.graph.increment_version
 _is_traced = torch.compiler.is_dynamo_compiling
 
 
@@ -19,8 +18,10 @@ def _is_special(array):
 
 def count_change(tensor):
     """For autograd, and whoever keeps what follows from a tensor: torch does not see what others write."""
-    with contextlib.suppress(RuntimeError):  # made in inference mode it counts none
-        torch.autograd.graph.increment_version(tensor)
+    try:  # noqa: SIM105  contextlib.suppress takes as long as all the rest
+        _increment_version(tensor)
+    except RuntimeError:  # made in inference mode it counts none
+        pass
 
 
 class Torch(Framework):
@@ -42,8 +43,9 @@ class Torch(Framework):
         return array
 
     def check_out(self, out, dtype, name="out_dtype"):
-        super().check_out(out, dtype, name)
-        if torch.is_grad_enabled() and getattr(out, "requires_grad", False):
+        if dtype is not None:
+            super().check_out(out, dtype, name)
+        if getattr(out, "requires_grad", False) and torch.is_grad_enabled():
             raise ValueError(
                 "out: it requires a gradient, which a product written into it has not; expected torch.no_grad()"
             )
