@@ -46,7 +46,7 @@ def grouped_gemm_bf16(a, b, offsets, out=None, out_dtype=None, num_sms=0, expect
     offsets:  int32 [G + 1], on the device of `a`: 0 <= offsets[0] <= ... <= offsets[G] <= M
     out:      [M, N] BF16 or FP32, written and returned; without it a new array. Rows of no group are not written
 
-    Differentiable in torch. Options, the rules of groups and what it raises are those of `grouped_gemm_fp8`.
+    Differentiable in torch, once. Options, the rules of groups and what it raises are those of `grouped_gemm_fp8`.
     """
     return _grouped("", a, b, offsets, out, out_dtype, num_sms, expected_rows, batch_invariant)
 

@@ -117,7 +117,7 @@ def unpermute(rows, routing, weights=None, residual=None, out=None, out_dtype=No
     out:        [T, H] BF16 or FP32, written and returned; without it a new array
     out_dtype:  of the new array, as the array library names it; by default that of `residual`, else of `rows`
 
-    Choices without a row add nothing. CPU and CUDA give the same bits. PyTorch: differentiable.
+    Choices without a row add nothing. CPU and CUDA give the same bits. PyTorch: differentiable, once.
     """
     _check_routing(routing)
     framework = _frameworks.of(rows, "rows")

@@ -64,7 +64,7 @@ CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return *context = to_handle<CUcontext>(device + 1), kSuccess;
 }
-CUresult cuCtxGetCurrent(CUcontext* context) { return *context = current, kSuccess; }
+CUresult cuCtxGetCurrent(CUcontext* context) { return *context = current, pretended_driver().context_error; }
 CUresult cuCtxSetCurrent(CUcontext context) { return current = context, kSuccess; }
 CUresult cuCtxGetDevice(CUdevice* device) { return *device = device_of(current), kSuccess; }
 

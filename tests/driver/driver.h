@@ -10,7 +10,8 @@ constexpr int kSms = 132;
 
 struct PretendedDriver {
   std::atomic<int> loads{0}, launches{0};
-  std::atomic<int> launch_error{0};  ///< what the next launches return
+  std::atomic<int> launch_error{0};   ///< what the next launches return
+  std::atomic<int> context_error{0};  ///< and questions for the current context
 
   // Of the last launch; of one thread.
   int device = -1;

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -174,6 +175,17 @@ TEST_F(Launch, ExpertParallelismAsksForNoMoreSmsThanThereAre) {
   ExpertParallelConfig config{.hidden = 128, .num_experts = 4, .topk = 2, .max_tokens = 8, .num_sms = 200};
   expect_error(ErrorCode::unsupported, {"config.num_sms is 200", "at most 132"},
                [&] { ExpertParallel(groups[0], config); });
+}
+
+TEST_F(Launch, WhatOutlivesTheDriverEndsQuietly) {
+  auto groups = Group::local({kCuda});
+  std::optional<ExpertParallel> ep(std::in_place, groups[0],
+                                   ExpertParallelConfig{.hidden = 128, .num_experts = 4, .topk = 2, .max_tokens = 8});
+  driver.context_error = 4;  // CUDA_ERROR_DEINITIALIZED
+  EXPECT_THROW(Product(64, 256, 512).run(), Error);
+  ep.reset();
+  groups.clear();
+  driver.context_error = 0;
 }
 
 TEST_F(Launch, ErrorsOfTheDriverNameTheCall) {
