@@ -23,10 +23,11 @@ class ExpertMLP(torch.nn.Module):
         mlp = ExpertMLP(num_experts=32, hidden=7168, intermediate=2048, device="cuda")
         y = mlp(x, topk_idx, topk_weights)
 
-    At most 512 experts; hidden and intermediate are multiples of 128. The weights are parameters: `gate_up` [E, 2 *
-    intermediate, hidden], gate first, and `down` [E, hidden, intermediate]. Differentiable once. They are quantised once, and again after they have changed; under
-    torch.compile in every call that records gradients, else as they were at the last eager call. What torch does not
-    count as a change is not seen: through `.data`, or in place where they were made in inference mode.
+    At most 512 experts; hidden and intermediate are multiples of 128. The weights are parameters: `gate_up`
+    [E, 2 * intermediate, hidden], gate first, and `down` [E, hidden, intermediate]. They are quantised once, and again
+    after they have changed; under torch.compile in every call that records gradients, else as they were at the last
+    eager call. What torch does not count as a change is not seen: through `.data`, or in place where they were made in
+    inference mode. Differentiable once.
     """
 
     def __init__(self, num_experts: int, hidden: int, intermediate: int, device=None, dtype=torch.bfloat16):

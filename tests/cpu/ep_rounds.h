@@ -280,7 +280,7 @@ inline void send_ahead(std::vector<ExpertParallel>& eps, std::mt19937& rng) {
 /// With two buffers: rank 0 has sent BF16 and then E4M3 when rank 1 first expects E4M3.
 inline void expect_other_types_named_later(const ExpertParallelConfig& config) {
   std::mt19937 rng(kSeed);
-  auto groups = Group::local(cpus(2), kHasty);
+  auto groups = Group::local(cpus(2), kPatient);
   auto eps = make_all(groups, config);
   const EpProblem p = random_problem(2, config, rng);
   const auto quantized = [](bool e4m3) { return e4m3 ? std::optional(Order::row_major) : std::nullopt; };
