@@ -19,7 +19,7 @@ from phalanx._bf16 import (
     grouped_gemm_bf16_masked,
     grouped_wgrad_bf16,
 )
-from phalanx._ep import Dispatched, ExpertParallel, Group
+from phalanx._ep import Dispatched, ExpertParallel
 from phalanx._errors import (
     AbortedError,
     CapacityError,
@@ -29,6 +29,7 @@ from phalanx._errors import (
     PeerTimeoutError,
     UnsupportedError,
 )
+from phalanx._group import Group
 from phalanx._grouped import (
     check_groups,
     grouped_gemm_fp8,

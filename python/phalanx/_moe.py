@@ -4,7 +4,15 @@ from typing import Any, NamedTuple
 
 from phalanx import _frameworks, _native
 from phalanx._api import Quantized, as_pair
-from phalanx._frameworks.base import Framework, dtype_of, matrix_shape, num_blocks, padded
+from phalanx._frameworks.base import (
+    Framework,
+    check_count,
+    check_integer,
+    dtype_of,
+    matrix_shape,
+    num_blocks,
+    padded,
+)
 
 
 class Routing(NamedTuple):
@@ -236,13 +244,10 @@ def empty_gradients(
 
 def _capacity(topk_idx: Any, num_experts: int, capacity: int | None, alignment: int, max_rows: int) -> int:
     tokens, topk = matrix_shape("topk_idx", topk_idx)
-    sizes = {"num_experts": num_experts, "alignment": alignment, "max_rows": max_rows}
+    for name, value in (("num_experts", num_experts), ("alignment", alignment), ("max_rows", max_rows)):
+        check_integer(name, value)
     if capacity is not None:
-        sizes["capacity"] = capacity
-    for name, value in sizes.items():
-        # The first question is all that torch.compile understands of a size that it does not know.
-        if not isinstance(value, int) and not hasattr(value, "__index__"):
-            raise TypeError(f"{name}: {value!r}; expected an integer")
+        check_count("capacity", capacity)
     if not 1 <= num_experts <= 1024:
         raise ValueError(f"num_experts: {num_experts}; expected 1 to 1024")
     if not 1 <= alignment <= 65536:
@@ -256,9 +261,7 @@ def _capacity(topk_idx: Any, num_experts: int, capacity: int | None, alignment: 
     if capacity is None:
         choices = tokens * topk
         # Every expert that is chosen at all pads its rows.
-        return choices if alignment <= 1 else choices + min(num_experts, choices) * (alignment - 1)
-    if capacity < 0:
-        raise ValueError(f"capacity: {capacity}; expected 0 or more")
+        return choices if alignment == 1 else choices + min(num_experts, choices) * (alignment - 1)
     return capacity
 
 

@@ -60,10 +60,11 @@ class ExpertMLP(torch.nn.Module):
         framework = _frameworks.of(x, "x")
         if x.dtype not in (torch.bfloat16, torch.float32):
             raise TypeError(f"x: {x.dtype}; expected torch.bfloat16")
+        matrix_shape("topk_idx", topk_idx)
         if dtype_of("topk_weights", topk_weights) != torch.float32:
             raise TypeError(f"topk_weights: {topk_weights.dtype}; expected torch.float32")
         if framework.needs_gradient(x, topk_weights, gate_up, down):
-            _check(x, topk_idx, topk_weights, gate_up.shape[2])
+            _check_shapes(x, topk_idx, topk_weights, gate_up.shape[2])
             return _ExpertMLP.apply(x, topk_idx, topk_weights, gate_up, down, weights)
         if framework.is_traced(x):
             return _forward(x, topk_idx, topk_weights, weights)[0]
@@ -87,9 +88,8 @@ class ExpertMLP(torch.nn.Module):
         return self._quantized
 
 
-def _check(x, topk_idx, topk_weights, hidden: int) -> None:
+def _check_shapes(x, topk_idx, topk_weights, hidden: int) -> None:
     """As `_in_one_call` does it below."""
-    matrix_shape("topk_idx", topk_idx)
     if x.shape != (topk_idx.shape[0], hidden):
         raise ValueError(f"x: shape {[*x.shape]}; expected {[topk_idx.shape[0], hidden]}, with the T of topk_idx")
     if topk_weights.shape != topk_idx.shape:
@@ -108,7 +108,7 @@ def _forward(x, topk_idx, topk_weights, quantized):
 
 def _in_one_call(x, topk_idx, topk_weights, quantized):
     """y of `_forward`, in a fraction of the host's time."""
-    (experts, hidden, intermediate), (tokens, topk) = quantized[2].shape, matrix_shape("topk_idx", topk_idx)
+    (experts, hidden, intermediate), (tokens, topk) = quantized[2].shape, topk_idx.shape
     # Of torch's ways to make a tensor the quickest.
     y = x.new_empty_strided((x.shape[0], hidden), (hidden, 1), dtype=torch.bfloat16)
     num_words = _workspace_words(tokens, topk, experts, hidden, intermediate)

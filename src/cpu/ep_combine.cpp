@@ -91,7 +91,11 @@ bool receive_sums(const EpCombineParams& p, const EpOperation& op, const EpHandl
   return true;
 }
 
-void send_and_receive(const EpCombineParams& p) {
+}  // namespace
+
+void ep_combine(const EpCombineParams& p) {
+  if (const EpStandIn* other = ep_stand_in) return other->combine(p);
+  const DefaultFloatEnvironment environment;
   const EpHandle handle(p.c);
   handle.check_tokens("combine: out");
   if (p.c.send) {
@@ -106,14 +110,6 @@ void send_and_receive(const EpCombineParams& p) {
     op.give_credits(p.c.layout.combine_credit);
     op.finish();
   }
-}
-
-}  // namespace
-
-void ep_combine(const EpCombineParams& p) {
-  if (const EpStandIn* other = ep_stand_in) return other->combine(p);
-  const DefaultFloatEnvironment environment;
-  send_and_receive(p);
 }
 
 }  // namespace phalanx::cpu

@@ -28,13 +28,12 @@ void GroupState::fail(ErrorCode code, const std::string& message) {
 }
 
 void GroupState::check() const {
-  if (!failed_.load(std::memory_order_acquire)) [[likely]] {
-    if (const int who = aborter(); who >= 0) [[unlikely]]
-      throw Error(ErrorCode::aborted, format_text("rank {} of {}: rank {} has aborted the group", rank, size, who));
-    return;
+  if (failed_.load(std::memory_order_acquire)) [[unlikely]] {
+    const std::lock_guard lock(mutex_);
+    throw Error(code_, message_);
   }
-  const std::lock_guard lock(mutex_);
-  throw Error(code_, message_);
+  if (const int who = aborter(); who >= 0) [[unlikely]]
+    throw Error(ErrorCode::aborted, format_text("rank {} of {}: rank {} has aborted the group", rank, size, who));
 }
 
 std::vector<std::string> GroupState::all_gather(const std::string& mine, const char* what) {

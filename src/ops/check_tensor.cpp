@@ -1,7 +1,9 @@
 #include "ops/check_tensor.h"
 
 #include <algorithm>
-#include <utility>
+#include <array>
+#include <cstdlib>
+#include <numeric>
 
 #include "ops/check.h"
 #include "phalanx/grouped.h"
@@ -93,16 +95,18 @@ void check_tma(const Arg& arg) {
 void check_scales(const Arg& arg, Access access) {
   check_base(arg, alignof(float));
   if (access == Access::read || arg.empty()) return;
-  const auto magnitude = [](int64_t stride) { return stride < 0 ? -stride : stride; };
-  int64_t inner = magnitude(arg->strides[1]), outer = magnitude(arg->strides[0]);
-  int64_t inner_count = arg->cols(), outer_count = arg->rows();
-  if (inner_count == 1 || (outer_count > 1 && outer < inner)) {
-    std::swap(inner, outer);
-    std::swap(inner_count, outer_count);
+  // From the smallest stride on, each passes all that the ones before it reach.
+  std::array<int, Tensor::kMaxDims> order;
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::sort(order, {}, [&](int i) { return std::abs(arg->strides[i]); });
+  int64_t reach = 0;
+  for (const int i : order) {
+    if (i >= arg->ndim || arg->shape[i] == 1) continue;
+    const int64_t stride = std::abs(arg->strides[i]);
+    if (stride <= reach) [[unlikely]]
+      fail(ErrorCode::invalid_argument, arg, "its strides make elements overlap");
+    reach += (arg->shape[i] - 1) * stride;
   }
-  const bool distinct = (inner_count == 1 || inner > 0) && (outer_count == 1 || outer > (inner_count - 1) * inner);
-  if (!distinct) [[unlikely]]
-    fail(ErrorCode::invalid_argument, arg, "its strides make elements overlap");
 }
 
 // --- of groups -------------------------------------------------------------------------------------------------------

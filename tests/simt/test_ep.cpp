@@ -1,6 +1,10 @@
 // The expert-parallel kernels themselves, simulated on the host: ranks of several CTAs, every byte checked.
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <memory>
+#include <thread>
+
 #include "cpu/ep.h"
 #include "device/ep/combine.cuh"
 #include "device/ep/dispatch.cuh"

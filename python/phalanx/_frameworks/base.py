@@ -34,6 +34,18 @@ def dtype_of(name: str, array: Any) -> Any:
         raise no_array(name, array) from None
 
 
+def check_integer(name: str, value: Any) -> None:
+    # The first question is all that torch.compile understands of a size that it does not know.
+    if not isinstance(value, int) and not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: {value!r}; expected an integer")
+
+
+def check_count(name: str, value: Any) -> None:
+    check_integer(name, value)
+    if value < 0:
+        raise ValueError(f"{name}: {value}; expected 0 or more")
+
+
 def foreign(array: Any, library: str) -> Any:
     """What tvm-ffi would take for a tensor though it is of another library, as a reason for the module to refuse it,
     which knows the argument's name; anything else as it is."""
