@@ -255,7 +255,7 @@ __device__ __forceinline__ void ep_signal_sums(const EpCombineParams& p, const E
 #pragma unroll
     for (int h = 0; h < kEpHalves; ++h) {
       const bool counts = lane < kEpHalves * kEpSumWarps && lane / kEpSumWarps == h;
-      const int stored = int(__reduce_min_sync(0xffffffffu, counts ? u32(ep_look(smem.steps[lane])) : ~0u));
+      const int stored = int(__reduce_min_sync(0xffffffffu, counts ? u32(atomicOr(&smem.steps[lane], 0)) : ~0u));
       if (stored == told[h]) continue;
       ptx::fence_acq_rel_cta();
       if (p.values) ep_send_values(p, op, smem.halves[h].tokens, told[h], stored);

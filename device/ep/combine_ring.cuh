@@ -204,12 +204,12 @@ __device__ __forceinline__ void ep_sum_stages(const EpCommon& c, EpCombineSmem& 
     ptx::mbarrier_wait(&smem.full[ring.at], ring.phase);
     const EpTodo todo = smem.todo[next.at];
     if (!kFew && todo.steps > steps) {
-      steps = todo.steps;
       __syncwarp();
       if (lane == 0) {
         ptx::fence_acq_rel_cta();
-        *static_cast<volatile int*>(&all.steps[warp]) = steps;
+        atomicAdd(&all.steps[warp], todo.steps - steps);  // not a store: racecheck knows that atomics do not race
       }
+      steps = todo.steps;
     }
     EpSum sum[kPieces] = {};
     ep_add_stages(sum, smem, ring, next, first, todo.terms);
