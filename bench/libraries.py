@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -126,6 +128,26 @@ class TorchScaledMm(Library):
         return self._via
 
 
+class Cutlass(Library):
+    """CUTLASS's block-scaled product, as vLLM ships and chooses it."""
+
+    name, label = "cutlass", "CUTLASS (vLLM)"
+    _EXTENSIONS = ("vllm._C_stable_libtorch", "vllm._C")  # of vLLM's versions, newest first
+
+    def __init__(self) -> None:
+        for extension in self._EXTENSIONS:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(extension)
+            if hasattr(torch.ops._C, "cutlass_scaled_mm"):
+                return
+        raise ImportError("vLLM, whose operators include CUTLASS's product, is not here")
+
+    def prepare(self, problem: Problem, log: Log) -> Call:
+        p = problem
+        bt, sfa, sfb = p.b.t(), mn_major(p.sfa, 1), p.sfb.t()
+        return lambda: torch.ops._C.cutlass_scaled_mm(p.out, p.a, bt, sfa, sfb, None)
+
+
 class CublasBf16(Library):
     """The unquantised product: twice the bytes of A and B, half the rate of the tensor cores."""
 
@@ -157,7 +179,7 @@ class Triton(Library):
         return self._config
 
 
-ALL: tuple[type[Library], ...] = (Phalanx, DeepGemm, TorchScaledMm, Triton, CublasBf16)
+ALL: tuple[type[Library], ...] = (Phalanx, DeepGemm, TorchScaledMm, Cutlass, Triton, CublasBf16)
 MODES: tuple[type[Library], ...] = (PhalanxBatchInvariant,)
 LABELS = {library.name: library.label for library in (*ALL, *MODES)}
 OURS = Phalanx.name

@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
     import torch
 
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "none"}
-    for name in ("phalanx", "triton", "deep_gemm"):
+    for name in ("phalanx", "triton", "deep_gemm", "vllm"):
         try:
             found[name] = str(getattr(__import__(name), "__version__", "unknown"))
         except Exception:

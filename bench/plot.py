@@ -23,6 +23,7 @@ STYLE = {  # order of the bars; Phalanx is the only one in a strong colour
     "phalanx": ("Phalanx", "#f97316"),
     "deep_gemm": ("DeepGEMM", "#3b82f6"),
     "torch_scaled_mm": ("cuBLASLt FP8 (torch._scaled_mm)", "#76a832"),
+    "cutlass": ("CUTLASS (vLLM)", "#d96ba0"),
     "triton": ("Triton", "#a371c9"),
     "cublaslt_bf16": ("cuBLASLt BF16", "#9aa4af"),
 }
