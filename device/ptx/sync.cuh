@@ -12,7 +12,10 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // The compiler can neither recompute `x` later nor see where it came from.
-__device__ __forceinline__ void keep_in_register(int& x) { asm volatile("" : "+r"(x)); }
+template <class Int>
+__device__ __forceinline__ void keep_in_register(Int& x) {
+  asm volatile("" : "+r"(x));
+}
 
 // Registers move from producers, who need few, to consumers, who hold the tile. By a whole warpgroup.
 template <int kCount>

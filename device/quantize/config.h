@@ -66,6 +66,7 @@ struct QuantizeConfig {
   QuantizeForm form = QuantizeForm::rows;
 
   constexpr int num_threads() const { return form == QuantizeForm::rows ? RowTiles::kThreads : SquareTiles::kThreads; }
+  constexpr int min_ctas() const { return form == QuantizeForm::rows ? 1 : type == FloatType::f32 ? 2 : 3; }
   constexpr u32 num_ctas(i64 rows, i64 cols) const {
     return form == QuantizeForm::rows ? RowTiles::num_ctas(type, rows, cols) : SquareTiles::num_ctas(rows, cols);
   }

@@ -59,11 +59,19 @@ __device__ __forceinline__ void quantize_pieces(const Piece<T, kCount> (&x)[kRow
   const int lane = threadIdx.x % kLanes;
   if (lane < kRows && lane < rows && cols + lane * kCount > 0)
     q.scales[(row + lane) * q.scale_stride_row + col / kQuantizeBlock * q.scale_stride_col] = scale;
-  u32 word[kRows][kCount / 4];
+  u8* to = q.data + row * q.stride + col;
+  const auto encode_and_store = [&](bool in_vectors) {  // a row at a time, as registers are few
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)
-    encode(word[r], x[r], kRows == 1 ? inverse : __shfl_sync(0xffffffffu, inverse, r, kLanes));
-  store_rows<1>(q.data + row * q.stride + col, word, q.stride, rows, cols, vectors);
+    for (int r = 0; r < kRows; ++r) {
+      u32 word[1][kCount / 4];
+      encode(word[0], x[r], kRows == 1 ? inverse : __shfl_sync(0xffffffffu, inverse, r, kLanes));
+      store_rows<1>(to + r * q.stride, word, q.stride, rows - r, cols, in_vectors);
+    }
+  };
+  if (vectors)
+    encode_and_store(true);
+  else
+    encode_and_store(false);
 }
 
 }  // namespace phalanx

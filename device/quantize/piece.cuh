@@ -79,10 +79,11 @@ __device__ __forceinline__ void load_rows(u32 (&word)[kRows][kWords], const void
       if (r < rows) load_vector<kWords * 4>(word[r], from + r * stride * kSize);
   } else {
     const auto* from = static_cast<const Element<kSize>*>(data);
-#pragma unroll 1
-    for (int i = 0; i < kWords * 4 / kSize; ++i, ++from)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) shift_in<kSize>(word[r], r < rows && i < cols ? from[r * stride] : 0);
+    for (int r = 0; r < kRows; ++r, from += stride) {
+#pragma unroll 1
+      for (int i = 0; i < kWords * 4 / kSize; ++i) shift_in<kSize>(word[r], r < rows && i < cols ? from[i] : 0);
+    }
   }
 }
 template <int kSize, int kRows, int kWords>

@@ -165,8 +165,13 @@ __device__ __forceinline__ void store_columns(const ColumnSmem<P>& smem, const S
 
 // By all threads of the CTA.
 template <class P, int kRows>
-__device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, const P (&x)[kRows], const SquareTile<P>& tile,
+__device__ __forceinline__ void quantize_columns(ColumnSmem<P>& smem, P (&x)[kRows], const SquareTile<P>& tile,
                                                  const ScaledMatrix& q_t, i64 rows, int cols, bool pow2) {
+  // What quantised rows before has unpacked x. Kept so until the columns' turn, it would take twice the registers.
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int i = 0; i < P::kWords; ++i) ptx::keep_in_register(x[r].word[i]);
   store_column_maxima(smem, x);
   __syncthreads();  // column_maxima are complete
   store_column_scales(smem, tile, q_t, cols, pow2);

@@ -51,7 +51,7 @@ KernelSource quantize_source(const QuantizeConfig& config) {
   const auto& [type, form] = config;
   return kernel(format_text("quantize_{}_{}", name_of(form), name_of(type)), "quantize", "quantize", "QuantizeConfig",
                 format_text(".type = FloatType::{}, .form = QuantizeForm::{}", name_of(type), name_of(form)),
-                "QuantizeParams");
+                "QuantizeParams", ", kConfig.min_ctas()");
 }
 
 KernelSource dequantize_source(const DequantizeConfig& config) {

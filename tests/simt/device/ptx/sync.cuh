@@ -4,7 +4,8 @@
 namespace phalanx::ptx {
 
 inline bool elect_one() { return simt::lane() == 0; }
-inline void keep_in_register(int&) {}
+template <class Int>
+inline void keep_in_register(Int&) {}
 template <int kCount>
 void register_increase() {}
 template <int kCount>
