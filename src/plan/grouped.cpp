@@ -127,10 +127,17 @@ struct Choice {
   double cycles = 0;
 };
 
+// Who expects one row of a group means one at most, and mostly that many groups have none: of weights that few SMs
+// would read by wide tiles, narrow ones are read by all.
+bool suits_expected_rows(const GemmConfig& config, const GroupedProblem& p) {
+  return p.expected_rows != 1 || config.out == OutType::swiglu || (config.block_m == 64 && config.block_n == 64);
+}
+
 Choice quickest(const GroupedProblem& problem, int num_sms) {
   Choice best;
   for (const GemmConfig& config : all_grouped_configs()) {
     if (config.grouping != problem.grouping || config.out != problem.out || config.cluster_size() > num_sms) continue;
+    if (config.grouping == Grouping::rows && !suits_expected_rows(config, problem)) continue;
     if (config.out != OutType::swiglu &&  // of which all are clusters
         may_wait_for_sms(plan_grouped_with(config, kDefaultGroupM, problem, num_sms), problem.all_sms, num_sms))
       continue;
