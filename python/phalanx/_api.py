@@ -36,8 +36,8 @@ def gemm_fp8(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant=
 
     M >= 0, N >= 1, K >= 1; bases 16-byte aligned, row strides multiples of 16 bytes. Work is enqueued on the library's
     current stream; on the CPU, and with JAX, it is done on return. Same input, same bits. Not differentiable. Under
-    torch.compile and torch.export the call becomes `torch.ops.phalanx.gemm_fp8`. JAX: eager calls only, not under
-    jax.jit; JAX has no padded rows, so N and K must fit the 16-byte rule; no `out`.
+    torch.compile and torch.export the call becomes `torch.ops.phalanx.gemm_fp8`, under jax.jit, with the package
+    jax-tvm-ffi, a custom call of XLA. JAX has no padded rows, so N and K must fit the 16-byte rule; no `out`.
 
     Raises, before anything is written: ValueError (shape, stride, alignment, device, aliasing), TypeError (dtype, or no
     array at all), UnsupportedError (no such GPU, driver or NVRTC), CompilationError, CudaError. Messages speak of `out`

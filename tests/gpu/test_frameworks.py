@@ -77,3 +77,29 @@ def test_jax(operands):
     np.testing.assert_array_equal(np.asarray(d), expected)
     assert phalanx.gemm_fp8(a, b).dtype == jax.numpy.bfloat16
     np.testing.assert_allclose(np.asarray(phalanx.dequantize(a)), x, atol=0.3)
+
+
+def test_jax_inside_jit(operands):
+    jax = pytest.importorskip("jax")
+    pytest.importorskip("jax_tvm_ffi")
+    if jax.default_backend() != "gpu":
+        pytest.skip("this JAX has no GPU")
+    x, w, _, _, expected = operands
+
+    @jax.jit
+    def product(y, b):
+        for _ in range(20):  # ours comes behind XLA's kernels, and before them
+            y = jax.numpy.sin(y) + y - jax.numpy.sin(y)
+        a = phalanx.quantize(-y)
+        across = phalanx.quantize_both(y)
+        return -phalanx.gemm_fp8(a, b, out_dtype=jax.numpy.float32), a, across, phalanx.dequantize(a), y
+
+    b = phalanx.quantize(jax.numpy.asarray(w), (128, 128))
+    for _ in range(10):
+        d, a, across, wide, y = product(jax.numpy.asarray(x), b)
+    np.testing.assert_array_equal(np.asarray(d), -np.asarray(phalanx.gemm_fp8(a, b, out_dtype=jax.numpy.float32)))
+    np.testing.assert_allclose(np.asarray(d), expected, atol=1e-2 * np.abs(expected).max())
+    np.testing.assert_array_equal(np.asarray(wide), np.asarray(phalanx.dequantize(a)))
+    eager = phalanx.quantize(-y), phalanx.quantize_both(y)
+    for one, other in zip(jax.tree.leaves((a, across)), jax.tree.leaves(eager), strict=True):
+        np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))

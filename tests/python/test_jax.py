@@ -80,7 +80,7 @@ def test_errors(operands):
         stack = weights.data[None], weights.scales[None]
         phalanx.grouped_gemm_fp8_swiglu(a, stack, offsets, gates_and_ups=room)
     with pytest.raises(TypeError, match=r"jax\.jit"):
-        jax.jit(phalanx.quantize)(x)
+        jax.jit(lambda x: phalanx.swiglu_quantize(x[:, :256]))(x)
     with pytest.raises(TypeError, match=r"a\.scales: expected an array"):
         phalanx.gemm_fp8((a.data, None), b)
     with pytest.raises(ValueError, match=r"d is .*row stride is .*multiple of 16"):
@@ -101,3 +101,58 @@ def test_arrays_of_other_libraries_are_refused(operands):
     with pytest.raises(TypeError, match="an array of jaxlib; expected one of PyTorch"):
         phalanx.gemm_fp8(a, b, out=out)
     assert (out == 0).all()
+
+
+def same(actual, expected):
+    """Bit for bit, of arrays or tuples of them."""
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
+
+
+@pytest.fixture
+def jit():
+    pytest.importorskip("jax_tvm_ffi")
+    return jax.jit
+
+
+def test_jit_gives_the_bits_of_eager_calls(jit, operands):
+    def layer(x, b, c):
+        a = phalanx.quantize(x)
+        d = phalanx.gemm_fp8(a, b)
+        e = phalanx.gemm_fp8(a, b, c=c, num_sms=64, batch_invariant=True)
+        return a, d, e, phalanx.gemm_fp8(a, b, out_dtype=jnp.float32)
+
+    x, w = map(jnp.asarray, operands)
+    b, c = phalanx.quantize(w, (128, 128)), jnp.ones((33, 264), jnp.float32)
+    compiled = jit(layer)
+    same(compiled(x, b, c), layer(x, b, c))
+    same(compiled(x + 1, b, c), layer(x + 1, b, c))
+    same(jit(layer)(x[:0], b, c[:0]), layer(x[:0], b, c[:0]))
+    rows = phalanx.quantize(x)  # eager calls make scales row-major
+    same(jit(phalanx.gemm_fp8)(rows, b), phalanx.gemm_fp8(rows, b))
+
+
+@pytest.mark.parametrize("pow2", [False, True])
+def test_jit_of_quantisation(jit, operands, pow2):
+    def all_forms(x):
+        rows, blocks = (phalanx.quantize(x, block, pow2_scales=pow2) for block in ((1, 128), (128, 128)))
+        across = phalanx.quantize_transposed(x, pow2_scales=pow2), phalanx.quantize_both(x, pow2_scales=pow2)
+        return rows, blocks, across, phalanx.dequantize(rows), phalanx.dequantize(blocks, dtype=jnp.bfloat16)
+
+    x = jnp.asarray(operands[0])[:32]  # of a transpose, columns are rows, which the 16-byte rule is about
+    same(jit(all_forms)(x), all_forms(x))
+
+
+def test_errors_under_jit(jit, operands):
+    x, w = map(jnp.asarray, operands)
+    a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
+    with pytest.raises(ValueError, match=r"a\.scales: shape \(33,\); expected a matrix"):
+        jit(phalanx.gemm_fp8)((a.data, a.scales[:, 0]), b)
+    with pytest.raises(ValueError, match="out: JAX arrays are immutable"):
+        jit(lambda x: phalanx.quantize(x, out=a))(x)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"a\.scales is f32 \[5, 3\].*expected shape \[33, 3\]"):
+        jit(phalanx.gemm_fp8)((a.data, a.scales[:5]), b).block_until_ready()
+    same(jit(phalanx.gemm_fp8)(a, b), phalanx.gemm_fp8(a, b))  # as if nothing had been

@@ -1,7 +1,7 @@
-"""JAX, eager calls. Arrays are immutable: every result is a fresh array, written before anyone sees it.
+"""JAX. Arrays are immutable: every result is a fresh array, written before anyone sees it.
 
-JAX does not tell its streams, so inputs are waited for, the work runs on the legacy default stream, and is waited for
-too. Inside jax.jit none of this applies; that wants a registration with jax.ffi, which is not there yet.
+JAX does not tell its streams to eager calls, so inputs are waited for, the work runs on the legacy default stream, and
+is waited for too. Inside jax.jit none of this applies: see jax_traced.py.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ import numpy as np
 import tvm_ffi
 
 from phalanx._errors import CudaError
+from phalanx._frameworks import jax_traced
 from phalanx._frameworks.base import Framework, foreign
 from phalanx._frameworks.numpy import itemsize_of, view_or_reason
 
@@ -54,6 +55,14 @@ class Jax(Framework):
         device = _device(like)
         return device.platform == "gpu", device.local_hardware_id or 0
 
+    def is_traced(self, *arrays):
+        return any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+    def traced(self, name, operands, out, new, options):
+        if name not in ("quantize_transposed", "quantize_both"):
+            raise TypeError(f"{name} cannot be traced by jax.jit, grad or vmap yet: call it outside")
+        return getattr(jax_traced, name)(*operands, *options)
+
     def check_writable(self, name, array):
         if array is not None:
             raise ValueError(f"{name}: JAX arrays are immutable; expected none")
@@ -61,8 +70,18 @@ class Jax(Framework):
     def check_out(self, out, dtype, name="out_dtype"):
         self.check_writable("out", out)
 
+    def gemm_fp8(self, a, sfa, b, sfb, c, *options):
+        of = jax_traced if self.is_traced(a, sfa, b, sfb, c) else super()
+        return of.gemm_fp8(a, sfa, b, sfb, c, *options)
+
+    def dequantize(self, data, scales, *options):
+        of = jax_traced if self.is_traced(data, scales) else super()
+        return of.dequantize(data, scales, *options)
+
     def quantize(self, x, blocks, pow2_scales, out):
         self.check_writable("out", out)
+        if self.is_traced(x):
+            return jax_traced.quantize(x, blocks, pow2_scales, out)
         return super().quantize(x, blocks, pow2_scales, out)
 
 
