@@ -1,4 +1,4 @@
-"""FP8 from JAX, on its default device. `pip install jax phalanx` first. With jax-tvm-ffi, jax.jit may hold the calls."""
+"""FP8 from JAX, on its default device. `pip install jax phalanx` first; jax-tvm-ffi too for calls inside jax.jit."""
 
 import jax
 import jax.numpy as jnp
