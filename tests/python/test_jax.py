@@ -80,7 +80,7 @@ def test_errors(operands):
         stack = weights.data[None], weights.scales[None]
         phalanx.grouped_gemm_fp8_swiglu(a, stack, offsets, gates_and_ups=room)
     with pytest.raises(TypeError, match=r"jax\.jit"):
-        jax.jit(lambda x: phalanx.swiglu_quantize(x[:, :256]))(x)
+        jax.jit(phalanx.swiglu_backward)(x[:, :128], x[:, :256])
     with pytest.raises(TypeError, match=r"a\.scales: expected an array"):
         phalanx.gemm_fp8((a.data, None), b)
     with pytest.raises(ValueError, match=r"d is .*row stride is .*multiple of 16"):
@@ -146,6 +146,33 @@ def test_jit_of_quantisation(jit, operands, pow2):
     same(jit(all_forms)(x), all_forms(x))
 
 
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_jit_of_groups(jit, limit):
+    rng = np.random.default_rng(1)
+
+    def new(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    def layer(x, weights, b, offsets, counts):
+        a = phalanx.quantize(x)
+        d = phalanx.grouped_gemm_fp8(a, b, offsets)
+        row_groups = jnp.searchsorted(offsets, jnp.arange(len(x)), side="right").astype(jnp.int32) - 1
+        e = phalanx.grouped_gemm_fp8_indexed(a, b, row_groups, out_dtype=jnp.float32, expected_rows=16)
+        stack = a.data.reshape(3, -1, a.data.shape[1]), a.scales.reshape(3, -1, a.scales.shape[1])
+        return d, e, phalanx.grouped_gemm_fp8_masked(stack, b, counts), phalanx.swiglu_quantize(d, weights, limit=limit)
+
+    x, offsets, counts = new(60, 272), jnp.array([0, 33, 33, 60], jnp.int32), jnp.array([20, 20, 20], jnp.int32)
+    stack = [phalanx.quantize(new(256, 272), (128, 128)) for _ in range(3)]
+    b = tuple(jnp.stack([getattr(one, field) for one in stack]) for field in ("data", "scales"))
+    operands = x, jnp.arange(60, dtype=jnp.float32), b, offsets, counts
+    same(jit(layer)(*operands), layer(*operands))
+    same(jit(phalanx.swiglu_quantize)(x[:, :256]), phalanx.swiglu_quantize(x[:, :256]))
+    with pytest.raises((ValueError, RuntimeError), match=r"offsets"):
+        jit(layer)(*operands[:3], offsets[::-1], counts)[0].block_until_ready()
+    with pytest.raises(ValueError, match="out: given to a call that is traced"):
+        jit(lambda a: phalanx.grouped_gemm_fp8(a, b, offsets, out=x))(phalanx.quantize(x))
+
+
 def test_errors_under_jit(jit, operands):
     x, w = map(jnp.asarray, operands)
     a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
@@ -153,6 +180,6 @@ def test_errors_under_jit(jit, operands):
         jit(phalanx.gemm_fp8)((a.data, a.scales[:, 0]), b)
     with pytest.raises(ValueError, match="out: JAX arrays are immutable"):
         jit(lambda x: phalanx.quantize(x, out=a))(x)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"a\.scales is f32 \[5, 3\].*expected shape \[33, 3\]"):
+    with pytest.raises((ValueError, RuntimeError), match=r"a\.scales is f32 \[5, 3\].*expected shape \[33, 3\]"):
         jit(phalanx.gemm_fp8)((a.data, a.scales[:5]), b).block_until_ready()
     same(jit(phalanx.gemm_fp8)(a, b), phalanx.gemm_fp8(a, b))  # as if nothing had been

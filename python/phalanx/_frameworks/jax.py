@@ -59,9 +59,7 @@ class Jax(Framework):
         return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
     def traced(self, name, operands, out, new, options):
-        if name not in ("quantize_transposed", "quantize_both"):
-            raise TypeError(f"{name} cannot be traced by jax.jit, grad or vmap yet: call it outside")
-        return getattr(jax_traced, name)(*operands, *options)
+        return jax_traced.traced(name, operands, out, new, options)
 
     def check_writable(self, name, array):
         if array is not None:
