@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from phalanx import _frameworks, _native
+from phalanx import _frameworks
 from phalanx._api import Quantized, as_pair
 from phalanx._frameworks.base import Framework, check_untraced, matrix_shape
 
@@ -36,16 +36,14 @@ def swiglu_quantize(x, weights=None, limit=None, interleaved=False, pow2_scales=
     else:
         framework.check_out(out, None)
     data, scales = out
-    _native.swiglu_quantize(
+    arguments = (
         framework.view(x),
         None if weights is None else framework.view(weights),
         framework.writable_view(data),
         framework.writable_view(scales),
         *options,
-        framework.stream(x),
     )
-    framework.finish(x)
-    return Quantized(data, scales)
+    return Quantized(*framework.run("swiglu_quantize", arguments, x, (data, scales)))
 
 
 def swiglu_backward(grad, x, weights=None, limit=None, interleaved=False, out=None):
@@ -66,17 +64,15 @@ def swiglu_backward(grad, x, weights=None, limit=None, interleaved=False, out=No
         grad_x, grad_weights = framework.traced("swiglu_backward", (grad, x, weights), None, (), options)
         return grad_x, None if weights is None else grad_weights
     grad_x, grad_weights = empty_gradients(framework, x, weights, out)
-    _native.swiglu_backward(
+    arguments = (
         framework.view(x),
         framework.view(grad),
         None if weights is None else framework.view(weights),
         framework.writable_view(grad_x),
         None if weights is None else framework.writable_view(grad_weights),
         *options,
-        framework.stream(x),
     )
-    framework.finish(x)
-    return grad_x, grad_weights
+    return framework.run("swiglu_backward", arguments, x, (grad_x, grad_weights))
 
 
 def swiglu_quantize_both(x, weights=None, limit=None, interleaved=False, pow2_scales=False):
@@ -106,8 +102,7 @@ def _both(framework: Framework, name: str, operands: tuple, options: tuple) -> t
         out = empty_both(framework, name, x)
         views = [None if array is None else framework.view(array) for array in operands]
         out_views = map(framework.writable_view, out)
-        getattr(_native, name)(*views, *out_views, *options, framework.stream(x))
-        framework.finish(x)
+        out = framework.run(name, (*views, *out_views, *options), x, out)
     return Quantized(*out[:2]), Quantized(*out[2:])
 
 

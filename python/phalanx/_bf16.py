@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from phalanx import _frameworks, _native
+from phalanx import _frameworks
 from phalanx._frameworks.base import Framework, dtype_of, matrix_shape
 from phalanx._grouped import empty_grouped, empty_stack, stack_of
 
@@ -31,11 +31,8 @@ def gemm_bf16(a, b, c=None, out=None, out_dtype=None, num_sms=0, batch_invariant
         framework.check_out(out, out_dtype)
     view = framework.view
     c_view = None if c is None else view(c)
-    _native.gemm_bf16(
-        view(a), view(b), framework.writable_view(out), c_view, num_sms, batch_invariant, framework.stream(a)
-    )
-    framework.finish(a)
-    return out
+    arguments = view(a), view(b), framework.writable_view(out), c_view, num_sms, batch_invariant
+    return framework.run("gemm_bf16", arguments, a, out)
 
 
 def grouped_gemm_bf16(a, b, offsets, out=None, out_dtype=None, num_sms=0, expected_rows=0, batch_invariant=False):
@@ -89,26 +86,20 @@ def grouped_wgrad_bf16(a, b, offsets, out=None, accumulate=False, num_sms=0):
     else:
         framework.check_out(out, None)
     views = [framework.view(array) for array in operands]
-    _native.grouped_wgrad_bf16(*views, framework.writable_view(out), accumulate, num_sms, framework.stream(a))
-    framework.finish(a)
-    return out
+    return framework.run("grouped_wgrad_bf16", (*views, framework.writable_view(out), accumulate, num_sms), a, out)
 
 
 def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows, batch_invariant):
     framework = _frameworks.of(a, "a")
-    operands, name = (a, b, groups), "grouped_gemm_bf16" + form
+    operands, name, options = (a, b, groups), "grouped_gemm_bf16" + form, (num_sms, expected_rows, batch_invariant)
     if framework.is_traced(a, b, groups) or (form == "" and _is_recorded(framework, out, a, b)):
-        return framework.traced(name, operands, out, (out_dtype,), (num_sms, expected_rows, batch_invariant))
+        return framework.traced(name, operands, out, (out_dtype,), options)
     if out is None:
         out = empty_grouped(framework, a, b, out_dtype)
     else:
         framework.check_out(out, out_dtype)
     views = [framework.view(array) for array in operands]
-    getattr(_native, name)(
-        *views, framework.writable_view(out), num_sms, expected_rows, batch_invariant, framework.stream(a)
-    )
-    framework.finish(a)
-    return out
+    return framework.run(name, (*views, framework.writable_view(out), *options), a, out)
 
 
 def _is_recorded(framework: Framework, out: Any, *arrays: Any) -> bool:

@@ -88,16 +88,14 @@ def grouped_gemm_fp8_swiglu(
         framework.check_out(out, None)
     data, scales = out
     framework.check_writable("gates_and_ups", gates_and_ups)
-    _native.grouped_gemm_fp8_swiglu(
+    arguments = (
         *(None if array is None else framework.view(array) for array in operands),
         None if gates_and_ups is None else framework.view(gates_and_ups),
         framework.writable_view(data),
         framework.writable_view(scales),
         *options,
-        framework.stream(a_data),
     )
-    framework.finish(a_data)
-    return Quantized(data, scales)
+    return Quantized(*framework.run("grouped_gemm_fp8_swiglu", arguments, a_data, (data, scales)))
 
 
 def wgrad_fp8(a, b, out=None, accumulate=False, num_sms=0):
@@ -134,20 +132,16 @@ def check_groups(like):
 def _grouped(form: str, a, b, groups, out, out_dtype, num_sms, expected_rows, batch_invariant):
     (a_data, a_scales), (b_data, b_scales) = as_pair(a=a), as_pair(b=b)
     framework = _frameworks.of(a_data, "a")
-    operands = a_data, a_scales, b_data, b_scales, groups
+    operands, name = (a_data, a_scales, b_data, b_scales, groups), "grouped_gemm_fp8" + form
+    options = num_sms, expected_rows, batch_invariant
     if framework.is_traced(a_data, b_data, groups):
-        return framework.traced(
-            "grouped_gemm_fp8" + form, operands, out, (out_dtype,), (num_sms, expected_rows, batch_invariant)
-        )
+        return framework.traced(name, operands, out, (out_dtype,), options)
     if out is None:
         out = empty_grouped(framework, a_data, b_data, out_dtype)
     else:
         framework.check_out(out, out_dtype)
-    call = getattr(_native, "grouped_gemm_fp8" + form)
     views = [framework.view(array) for array in operands]
-    call(*views, framework.writable_view(out), num_sms, expected_rows, batch_invariant, framework.stream(a_data))
-    framework.finish(a_data)
-    return out
+    return framework.run(name, (*views, framework.writable_view(out), *options), a_data, out)
 
 
 def _wgrad(a, b, offsets, out, accumulate, num_sms):
@@ -164,9 +158,7 @@ def _wgrad(a, b, offsets, out, accumulate, num_sms):
     else:
         framework.check_out(out, None)
     views = [framework.view(array) for array in operands] + ([None] if offsets is None else [])
-    _native.wgrad_fp8(*views, framework.writable_view(out), accumulate, num_sms, framework.stream(a_data))
-    framework.finish(a_data)
-    return out
+    return framework.run("wgrad_fp8", (*views, framework.writable_view(out), accumulate, num_sms), a_data, out)
 
 
 def empty_grouped(framework: Framework, a: Any, b: Any, out_dtype: Any) -> Any:

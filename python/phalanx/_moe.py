@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from phalanx import _frameworks, _native
+from phalanx import _frameworks
 from phalanx._api import Quantized, as_pair
 from phalanx._frameworks.base import (
     Framework,
@@ -54,11 +54,8 @@ def route(topk_idx, num_experts, capacity=None, alignment=1, max_rows=0):
         fields = framework.traced("route", (topk_idx,), None, (num_experts, capacity), (alignment, max_rows))
         return Routing(*fields, max_rows)
     routing = empty_routing(framework, topk_idx, num_experts, capacity, max_rows)
-    _native.route(
-        framework.view(topk_idx), *_views(framework, routing), alignment, max_rows, framework.stream(topk_idx)
-    )
-    framework.finish(topk_idx)
-    return routing
+    arguments = framework.view(topk_idx), *_views(framework, routing), alignment, max_rows
+    return framework.run("route", arguments, topk_idx, routing)
 
 
 def permute(x, routing, out=None, zero_padding=True):
@@ -84,9 +81,8 @@ def permute(x, routing, out=None, zero_padding=True):
     out_data, out_scales = _outputs(framework, out, data, scales, routing)
     views = (*_pair_views(framework.view, data, scales), framework.view(routing.slots), framework.view(routing.sources))
     out_views = _pair_views(framework.writable_view, out_data, out_scales)
-    _native.permute(*views, *out_views, zero_padding, framework.stream(data))
-    framework.finish(data)
-    return _joined(out, out_data, out_scales)
+    made = framework.run("permute", (*views, *out_views, zero_padding), data, (out_data, out_scales))
+    return _joined(out, *made)
 
 
 def route_and_permute(x, topk_idx, num_experts, capacity=None, alignment=1, max_rows=0, out=None, zero_padding=True):
@@ -102,7 +98,7 @@ def route_and_permute(x, topk_idx, num_experts, capacity=None, alignment=1, max_
         return rows if name == "route_and_permute" else Quantized(rows, scales), Routing(*fields, max_rows)
     routing = empty_routing(framework, topk_idx, num_experts, capacity, max_rows)
     out_data, out_scales = _outputs(framework, out, data, scales, routing)
-    _native.route_and_permute(
+    arguments = (
         *_pair_views(framework.view, data, scales),
         framework.view(topk_idx),
         *_views(framework, routing),
@@ -110,10 +106,9 @@ def route_and_permute(x, topk_idx, num_experts, capacity=None, alignment=1, max_
         zero_padding,
         alignment,
         max_rows,
-        framework.stream(data),
     )
-    framework.finish(data)
-    return _joined(out, out_data, out_scales), routing
+    made, routing = framework.run("route_and_permute", arguments, data, ((out_data, out_scales), routing))
+    return _joined(out, *made), routing
 
 
 def unpermute(rows, routing, weights=None, residual=None, out=None, out_dtype=None):
@@ -140,13 +135,8 @@ def unpermute(rows, routing, weights=None, residual=None, out=None, out_dtype=No
         framework.check_out(out, out_dtype)
     view = framework.view
     weights_view, residual_view = (None if array is None else view(array) for array in (weights, residual))
-    out_view = framework.writable_view(out)
-    stream = framework.stream(rows)
-    _native.unpermute(
-        view(rows), view(routing.slots), view(routing.sources), weights_view, residual_view, out_view, stream
-    )
-    framework.finish(rows)
-    return out
+    operands = view(rows), view(routing.slots), view(routing.sources), weights_view, residual_view
+    return framework.run("unpermute", (*operands, framework.writable_view(out)), rows, out)
 
 
 def unpermute_backward(grad_out, routing, weights=None, rows=None, rows_dtype=None, zero_padding=True):
@@ -172,7 +162,7 @@ def unpermute_backward(grad_out, routing, weights=None, rows=None, rows_dtype=No
         grad_rows, grad_weights = grads
         view = framework.view
         weights_view, rows_view = (None if array is None else view(array) for array in (weights, rows))
-        _native.unpermute_backward(
+        arguments = (
             view(grad_out),
             view(routing.slots),
             view(routing.sources),
@@ -181,9 +171,8 @@ def unpermute_backward(grad_out, routing, weights=None, rows=None, rows_dtype=No
             framework.writable_view(grad_rows),
             None if rows is None else framework.writable_view(grad_weights),
             zero_padding,
-            framework.stream(grad_out),
         )
-        framework.finish(grad_out)
+        grad_rows, grad_weights = framework.run("unpermute_backward", arguments, grad_out, grads)
     return grad_rows, None if rows is None else grad_weights
 
 

@@ -80,7 +80,9 @@ def test_errors(operands):
         stack = weights.data[None], weights.scales[None]
         phalanx.grouped_gemm_fp8_swiglu(a, stack, offsets, gates_and_ups=room)
     with pytest.raises(TypeError, match=r"jax\.jit"):
-        jax.jit(phalanx.swiglu_backward)(x[:, :128], x[:, :256])
+        jax.jit(phalanx.check_groups)(x)
+    with pytest.raises(TypeError, match=r"b\.data: traced by jax\.jit, but not"):
+        jax.jit(lambda b: phalanx.gemm_fp8(a, b))(b)
     with pytest.raises(TypeError, match=r"a\.scales: expected an array"):
         phalanx.gemm_fp8((a.data, None), b)
     with pytest.raises(ValueError, match=r"d is .*row stride is .*multiple of 16"):
@@ -169,15 +171,62 @@ def test_jit_of_groups(jit, limit):
     same(jit(phalanx.swiglu_quantize)(x[:, :256]), phalanx.swiglu_quantize(x[:, :256]))
     with pytest.raises((ValueError, RuntimeError), match=r"offsets"):
         jit(layer)(*operands[:3], offsets[::-1], counts)[0].block_until_ready()
-    with pytest.raises(ValueError, match="out: given to a call that is traced"):
+    with pytest.raises(ValueError, match="out: JAX arrays are immutable"):
         jit(lambda a: phalanx.grouped_gemm_fp8(a, b, offsets, out=x))(phalanx.quantize(x))
+
+
+def test_jit_of_gradients(jit):
+    rng = np.random.default_rng(2)
+    grad, x, up = (jnp.asarray(rng.standard_normal((64, n)), jnp.bfloat16) for n in (48, 272, 96))
+    offsets, weights = jnp.array([0, 16, 16, 64], jnp.int32), jnp.arange(64, dtype=jnp.float32)
+
+    def backward(grad, x, up, weights, offsets):
+        by_token = phalanx.quantize_transposed(grad), phalanx.quantize_transposed(x)
+        products = phalanx.wgrad_fp8(*by_token), phalanx.grouped_wgrad_fp8(*by_token, offsets)
+        swiglu = phalanx.swiglu_backward(grad, up, weights, limit=1.5), phalanx.swiglu_backward(grad, up)
+        both = phalanx.swiglu_backward_both(grad, up, weights), phalanx.swiglu_quantize_both(up, interleaved=True)
+        return products, phalanx.grouped_wgrad_bf16(grad, x, offsets), swiglu, both
+
+    arguments = grad, x, up, weights, offsets
+    same(jit(backward)(*arguments), backward(*arguments))
+
+
+@pytest.mark.parametrize("max_rows", [0, 40])
+def test_jit_of_experts(jit, max_rows):
+    """From tokens to experts, through their products, and back; forward and backward."""
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.standard_normal((24, 256)), jnp.bfloat16)
+    topk_idx, weights = jnp.asarray(rng.integers(-1, 4, (24, 2))), jnp.asarray(rng.random((24, 2)), jnp.float32)
+    stack = [phalanx.quantize(jnp.asarray(rng.standard_normal((256, 256)), jnp.bfloat16), (128, 128)) for _ in range(4)]
+    b = tuple(jnp.stack([getattr(one, field) for one in stack]) for field in ("data", "scales"))
+    plain = jnp.asarray(rng.standard_normal((4, 256, 256)), jnp.bfloat16)
+
+    def layer(x, topk_idx, weights, b, plain):
+        routing = phalanx.route(topk_idx, 4, max_rows=max_rows)
+        rows = phalanx.permute(phalanx.quantize(x), routing)
+        tokens, again = phalanx.route_and_permute(x, topk_idx, 4, max_rows=max_rows)
+        if max_rows:
+            d = phalanx.grouped_gemm_fp8_masked(rows, b, routing.counts)
+            e = phalanx.grouped_gemm_bf16_masked(tokens, plain, again.counts)
+            h = rows.data  # of rows that no token has, what a product leaves is undefined
+        else:
+            d = phalanx.grouped_gemm_fp8(rows, b, routing.offsets)
+            e = phalanx.grouped_gemm_bf16(tokens, plain, again.offsets)
+            h = phalanx.grouped_gemm_fp8_swiglu(rows, b, routing.offsets).data[: routing.needed.shape[0]]
+        y = phalanx.unpermute(d, routing, weights, residual=x), phalanx.unpermute(e, again)
+        grads = phalanx.unpermute_backward(x, routing, weights, rows=tokens), phalanx.unpermute_backward(x, again)
+        return routing[:5], rows, tokens, h, y, grads
+
+    arguments = x, topk_idx, weights, b, plain
+    same(jit(layer)(*arguments), layer(*arguments))
+    same(jit(phalanx.gemm_bf16)(x, plain[0]), phalanx.gemm_bf16(x, plain[0]))
 
 
 def test_errors_under_jit(jit, operands):
     x, w = map(jnp.asarray, operands)
     a, b = phalanx.quantize(x), phalanx.quantize(w, (128, 128))
-    with pytest.raises(ValueError, match=r"a\.scales: shape \(33,\); expected a matrix"):
-        jit(phalanx.gemm_fp8)((a.data, a.scales[:, 0]), b)
+    with pytest.raises((ValueError, RuntimeError), match=r"a\.scales is f32 \[33\].*expected 2"):
+        jit(phalanx.gemm_fp8)((a.data, a.scales[:, 0]), b).block_until_ready()
     with pytest.raises(ValueError, match="out: JAX arrays are immutable"):
         jit(lambda x: phalanx.quantize(x, out=a))(x)
     with pytest.raises((ValueError, RuntimeError), match=r"a\.scales is f32 \[5, 3\].*expected shape \[33, 3\]"):

@@ -23,7 +23,9 @@ def _find(array: Any, name: str) -> Framework:
         elif library == "cupy":
             from phalanx._frameworks.cupy import framework
         elif library in ("jax", "jaxlib"):
-            from phalanx._frameworks.jax import framework
+            from phalanx._frameworks.jax import framework_of
+
+            framework = framework_of(array)
         else:
             continue
         return framework

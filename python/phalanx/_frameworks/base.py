@@ -120,6 +120,12 @@ class Framework:
     def finish(self, like: Any) -> None:
         """Called after the work has been enqueued."""
 
+    def run(self, name: str, arguments: tuple, like: Any, out: Any) -> Any:
+        """Enqueues what the module calls `name`, with views and options, where `like` is computed. Returns `out`."""
+        getattr(_native, name)(*arguments, self.stream(like))
+        self.finish(like)
+        return out
+
     # --- allocation ---------------------------------------------------------------------------------------------------
 
     def empty_rows(self, rows: int, cols: int, dtype: Any, like: Any) -> Any:
@@ -151,16 +157,16 @@ class Framework:
         c_view = None if c is None else view(c)
         out_view = self.writable_view(out)
         operands = view(a), view(sfa), view(b), view(sfb), out_view, c_view
-        _native.gemm_fp8(*operands, num_sms, batch_invariant, constant_b, self.stream(a))
-        self.finish(a)
-        return out
+        return self.run("gemm_fp8", (*operands, num_sms, batch_invariant, constant_b), a, out)
 
     def quantize(self, x, blocks, pow2_scales, out):
-        data, scales = self.empty_quantized(*matrix_shape("x", x), blocks, x) if out is None else out
+        if out is None:
+            out = self.empty_quantized(*matrix_shape("x", x), blocks, x)
+        else:
+            self.check_out(out, None)
+        data, scales = out
         data_view, scales_view = self.writable_view(data), self.writable_view(scales)
-        _native.quantize(self.view(x), data_view, scales_view, blocks, pow2_scales, self.stream(x))
-        self.finish(x)
-        return data, scales
+        return self.run("quantize", (self.view(x), data_view, scales_view, blocks, pow2_scales), x, (data, scales))
 
     def quantize_transposed(self, x, pow2_scales, out):
         if self.is_traced(x):
@@ -172,23 +178,17 @@ class Framework:
             self.check_out(out, None)
         data, scales = out
         data_view, scales_view = self.writable_view(data), self.writable_view(scales)
-        _native.quantize_transposed(self.view(x), data_view, scales_view, pow2_scales, self.stream(x))
-        self.finish(x)
-        return data, scales
+        return self.run("quantize_transposed", (self.view(x), data_view, scales_view, pow2_scales), x, (data, scales))
 
     def quantize_both(self, x, pow2_scales):
         if self.is_traced(x):
             return self.traced("quantize_both", (x,), None, (), (pow2_scales,))
         out = self.empty_quantized_both(*matrix_shape("x", x), x)
-        _native.quantize_both(self.view(x), *map(self.writable_view, out), pow2_scales, self.stream(x))
-        self.finish(x)
-        return out
+        return self.run("quantize_both", (self.view(x), *map(self.writable_view, out), pow2_scales), x, out)
 
     def dequantize(self, data, scales, out, dtype):
         if out is None:
             out = self.empty_rows(*matrix_shape("q.data", data), self.f32 if dtype is None else dtype, data)
         else:
             self.check_out(out, dtype, "dtype")
-        _native.dequantize(self.view(data), self.view(scales), self.writable_view(out), self.stream(data))
-        self.finish(data)
-        return out
+        return self.run("dequantize", (self.view(data), self.view(scales), self.writable_view(out)), data, out)

@@ -1,7 +1,7 @@
 """JAX. Arrays are immutable: every result is a fresh array, written before anyone sees it.
 
 JAX does not tell its streams to eager calls, so inputs are waited for, the work runs on the legacy default stream, and
-is waited for too. Inside jax.jit none of this applies: see jax_traced.py.
+is waited for too. Inside jax.jit none of this applies: calls whose first array is traced go to jax_traced.py.
 """
 
 import ctypes
@@ -12,7 +12,6 @@ import numpy as np
 import tvm_ffi
 
 from phalanx._errors import CudaError
-from phalanx._frameworks import jax_traced
 from phalanx._frameworks.base import Framework, foreign
 from phalanx._frameworks.numpy import itemsize_of, view_or_reason
 
@@ -33,7 +32,7 @@ class Jax(Framework):
 
     def view(self, array):
         if isinstance(array, jax.core.Tracer):
-            raise TypeError("phalanx cannot be traced by jax.jit, grad or vmap yet: call it outside")
+            return "TypeError", "traced by jax.jit, but not the call's first array; expected both, or neither"
         if not isinstance(array, jax.Array):
             return foreign(array, "JAX")  # the module names the argument
         array.block_until_ready()
@@ -55,32 +54,12 @@ class Jax(Framework):
         device = _device(like)
         return device.platform == "gpu", device.local_hardware_id or 0
 
-    def is_traced(self, *arrays):
-        return any(isinstance(array, jax.core.Tracer) for array in arrays)
-
-    def traced(self, name, operands, out, new, options):
-        return jax_traced.traced(name, operands, out, new, options)
-
     def check_writable(self, name, array):
         if array is not None:
             raise ValueError(f"{name}: JAX arrays are immutable; expected none")
 
     def check_out(self, out, dtype, name="out_dtype"):
         self.check_writable("out", out)
-
-    def gemm_fp8(self, a, sfa, b, sfb, c, *options):
-        of = jax_traced if self.is_traced(a, sfa, b, sfb, c) else super()
-        return of.gemm_fp8(a, sfa, b, sfb, c, *options)
-
-    def dequantize(self, data, scales, *options):
-        of = jax_traced if self.is_traced(data, scales) else super()
-        return of.dequantize(data, scales, *options)
-
-    def quantize(self, x, blocks, pow2_scales, out):
-        self.check_writable("out", out)
-        if self.is_traced(x):
-            return jax_traced.quantize(x, blocks, pow2_scales, out)
-        return super().quantize(x, blocks, pow2_scales, out)
 
 
 def _strides(array) -> tuple[int, ...]:
@@ -95,8 +74,6 @@ def _strides(array) -> tuple[int, ...]:
 
 
 def _device(array):
-    if isinstance(array, jax.core.Tracer):
-        raise TypeError("phalanx cannot be traced by jax.jit, grad or vmap yet: call it outside")
     devices = array.devices()
     if len(devices) != 1:
         raise ValueError(f"an array sharded over {len(devices)} devices; expected one device")
@@ -124,4 +101,12 @@ def _synchronize(ordinal: int) -> None:
         call("cuDevicePrimaryCtxRelease_v2", ordinal)
 
 
-framework = Jax()
+eager = Jax()
+
+
+def framework_of(array: jax.Array) -> Framework:
+    if not isinstance(array, jax.core.Tracer):
+        return eager
+    from phalanx._frameworks.jax_traced import TracedJax
+
+    return TracedJax()
