@@ -27,10 +27,8 @@ std::vector<GemmConfig> make_configs() {
     add(64, 64, 1, 1);
     if (out == OutType::bf16) add(64, 96, 1, 1), add(128, 64, 2, 1), add(128, 96, 2, 1);
     add(128, 128, 2, 1);
-    if (out == OutType::bf16) {
-      add(128, 192, 2, 1);
-      for (const int cluster_n : {2, 1}) add(192, 128, 3, cluster_n), add(256, 128, 2, cluster_n);
-    }
+    add(128, 192, 2, 1);
+    for (const int cluster_n : {2, 1}) add(192, 128, 3, cluster_n), add(256, 128, 2, cluster_n);
   }
   for (const auto& [block_m, num_consumers] : {std::pair{64, 1}, {128, 2}, {192, 3}})
     list.push_back(with_stages({.block_m = block_m,

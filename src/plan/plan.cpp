@@ -16,13 +16,10 @@ std::vector<GemmConfig> make_configs() {
   std::vector<GemmConfig> list;
   for (const OutType out : {OutType::bf16, OutType::f32}) {
     // Many rows: the tensor cores and shared memory decide.
-    // FP32 tiles leave straight from registers: of the largest sizes, that takes a second to compile.
-    if (out == OutType::bf16) {
-      list.push_back(with_stages({.block_m = 256, .block_n = 128, .cluster_n = 2, .out = out}));
-      list.push_back(with_stages({.block_m = 192, .block_n = 128, .num_consumers = 3, .out = out}));
-      list.push_back(with_stages({.block_m = 192, .block_n = 96, .num_consumers = 3, .out = out}));
-      list.push_back(with_stages({.block_m = 128, .block_n = 192, .cluster_m = 2, .out = out}));
-    }
+    list.push_back(with_stages({.block_m = 256, .block_n = 128, .cluster_n = 2, .out = out}));
+    list.push_back(with_stages({.block_m = 192, .block_n = 128, .num_consumers = 3, .out = out}));
+    list.push_back(with_stages({.block_m = 192, .block_n = 96, .num_consumers = 3, .out = out}));
+    list.push_back(with_stages({.block_m = 128, .block_n = 192, .cluster_m = 2, .out = out}));
     list.push_back(with_stages({.block_m = 128, .block_n = 128, .out = out}));
     // Few rows: every SM streams weights; a narrow tile or a split K gives work to all of them.
     for (const auto& [block_n, split_k] : {std::pair{32, 2}, {64, 1}, {64, 2}})
