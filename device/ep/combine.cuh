@@ -301,8 +301,12 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
     smem.halves[h].tokens[r] = ep_tokens_of_half(c.shape, count, blockIdx.x, c.by.ctas, h);
   }
   const EpOperation send(c, kEpCombineSend), recv(c, kEpCombineRecv);
-  if (threadIdx.x == 0) smem.expected = ep_flag(recv.epoch, ep_sums_format(p), 1);
+  if (threadIdx.x == 0) {
+    smem.expected = ep_flag(recv.epoch, ep_sums_format(p), 1);
+    if (!ep_may_begin(send, recv, kEpPhaseSums, c.recv)) smem.failed = 1;
+  }
   __syncthreads();
+  if (ep_look(smem.failed) != 0) return;
   if (warp < kEpHalves * kEpSumWarps) {
     ep_sum_stages<kFew>(c, smem);
   } else if (warp < kEpHalves * (kEpSumWarps + 1)) {

@@ -172,9 +172,12 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   }
   __syncthreads();
   ptx::grid_wait_dependencies();
-  if (!p.route && !ep_fits_handle(c, kEpPhaseTokens)) return;
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
   const bool only_sends = kCounted && int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
+  if (threadIdx.x == 0 && !ep_may_begin(send, recv, kEpPhaseTokens, receives)) shared.failed = 1;
+  __syncthreads();
+  if (ep_look(shared.failed) != 0) return;
+  if (!p.route && !ep_fits_handle(c, kEpPhaseTokens)) return;
   const bool routes = c.send && (p.route || !kCounted) && !only_sends;  // there is a header, be it only that
   const EpRole sender{kEpSenders, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
   const EpRole router{kEpRouters, kEpSendWarps, kEpRouteWarps}, first_half{kEpSenders, 0, kEpSendWarps};

@@ -173,9 +173,10 @@ enum EpFormat : u32 { kEpRouting = 1, kEpE4m3 = 2, kEpBf16 = 3, kEpSums = 4, kEp
 constexpr u64 ep_word(u64 epoch, u32 bits) { return epoch << 32 | bits; }
 
 // Epochs are counted in 64 bits, of which flags and words hold the low 32: these begin again after 2^32 operations. A
-// flag has come if it is ahead of what is wanted by no more than ranks can be: three operations, and there is room. All
-// else is old, even if by more than 2^31 operations: many flags are raised only if there are tokens for them.
-constexpr u32 kEpMostAhead = 256;
+// flag has come if it is ahead of what is wanted by no more than ranks can be, three operations. All else is old, even if
+// by more than 2^31 operations: many flags are raised only if there are tokens for them. More room would let more flags
+// that were never raised, which are zeros, pass for new ones when the count begins again.
+constexpr u32 kEpMostAhead = 4;
 constexpr u64 kEpOrder = ~(u64(0xff) << 24);  // all but the format
 constexpr bool ep_flag_has_come(u64 seen, u64 wanted) {
   return u32(((seen & kEpOrder) - (wanted & kEpOrder)) >> 32) < kEpMostAhead;

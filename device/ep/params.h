@@ -14,10 +14,10 @@ enum EpPhase : int {
   kEpPhaseSums,  // the peer's sums
 };
 
-enum EpState : int { kEpOk, kEpTimeout, kEpMismatch, kEpAborted, kEpOtherTokens };
+enum EpState : int { kEpOk, kEpTimeout, kEpMismatch, kEpAborted, kEpOtherTokens, kEpSendUnderWay };
 
-// The first wait that failed, or another number of tokens than the handle's, and the last overflow, left in memory of
-// the host.
+// The first wait that failed, or what else did (another number of tokens than the handle's, a whole operation between
+// the halves of another), and the last overflow, left in memory of the host.
 struct EpStatus {
   int state;
   int peer, phase, aborter;

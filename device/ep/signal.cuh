@@ -60,6 +60,23 @@ __device__ __noinline__ void ep_record(const EpCommon& c, EpState state, EpPhase
   ptx::store_relaxed_sys(&words->stop, u64(1 + c.rank));
 }
 
+// By one thread, when an operation begins: false if an earlier one of this rank has failed, or somebody has aborted the
+// group. The CTAs' epochs no longer say then which operation this is, and a peer that comes late would take what this
+// one sends for what it waits for. Nor may an operation whose two halves are one kernel stand between the halves of
+// another, as each would receive what the other has sent. `receives`: this CTA counts what is received.
+__device__ __forceinline__ bool ep_may_begin(const EpOperation& send, const EpOperation& recv, EpPhase phase,
+                                             bool receives) {
+  const EpCommon& c = send.c;
+  const u64 who = ptx::load_relaxed_sys(&ep_words(c)->stop);
+  if (who != 0) {
+    ep_record(c, kEpAborted, kEpPhaseNone, c.rank, 0, 0, who);
+    return false;
+  }
+  if (!c.send || !receives || send.epoch == recv.epoch) return true;
+  ep_record(c, kEpSendUnderWay, phase, c.rank, ep_flag(recv.epoch, 0, 0), ep_flag(send.epoch, 0, 0), 0);
+  return false;
+}
+
 // Where a handle is given: this rank has as many tokens as it was made of. The same in all threads.
 __device__ __forceinline__ bool ep_fits_handle(const EpCommon& c, EpPhase phase) {
   const int tokens = c.handle[c.handle_layout.num_tokens + c.rank];

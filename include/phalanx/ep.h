@@ -43,8 +43,8 @@ struct ExpertParallelConfig {
 PHALANX_API std::size_t expert_parallel_bytes(const ExpertParallelConfig& config, int num_ranks);
 
 /// Both halves of an operation, or one of them: send returns at once, recv waits for the peers. Up to two sends may be
-/// under way (throughput: one) before a peer receives the first. What recv reads (x, rows, handle) must not change
-/// in between.
+/// under way (throughput: one) before a peer receives the first, but no whole operation of the same kind: that is an
+/// error. What recv reads (x, rows, handle) must not change in between.
 enum class EpPart { both, send, recv };
 
 struct EpDispatch {

@@ -122,6 +122,8 @@ class ExpertParallel(Owner):
     ) -> Callable[[], Dispatched]:
         """The first half of `dispatch`; what it returns is the second, before which its arguments must not change.
 
+        Two may be under way (without `latency`: one), but no whole `dispatch` meanwhile.
+
         With a capacity of None, and neither handle nor out, this half waits for the peers' routing.
         """
         _check_out(out, quantize, capacity)

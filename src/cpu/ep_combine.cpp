@@ -100,6 +100,7 @@ void ep_combine(const EpCombineParams& p) {
   handle.check_tokens("combine: out");
   if (p.c.send) {
     EpOperation op(p.c, kEpCombineSend);
+    if (p.c.recv && !op.follows(kEpCombineRecv, kEpPhaseSums)) return;
     if (!op.wait_for_credits(kEpPhaseCombineCredit, p.c.layout.combine_credit)) return;
     send_sums(p, op, handle);
     op.finish();

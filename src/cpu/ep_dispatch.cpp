@@ -213,6 +213,7 @@ void ep_dispatch(const EpDispatchParams& p) {
   const Source source(p);  // once, for the peers and for this rank's own experts
   if (p.c.send) {
     EpOperation op(p.c, kEpDispatchSend);
+    if (p.c.recv && !op.follows(kEpDispatchRecv, kEpPhaseTokens)) return;
     if (!op.wait_for_credits(kEpPhaseDispatchCredit, p.c.layout.dispatch_credit)) return;
     if (p.route) {
       keep_routing(p, handle);

@@ -39,6 +39,11 @@ bool EpOperation::wait_for_credits(EpPhase phase, i64 credits) const {
   return true;
 }
 
+bool EpOperation::follows(EpSequence recv, EpPhase phase) const {
+  const u64 received = *epoch_word(recv) + 1;
+  return epoch_ == received || fail(kEpSendUnderWay, phase, c_.rank, ep_flag(received, 0, 0), ep_flag(epoch_, 0, 0));
+}
+
 void EpOperation::give_credits(i64 credits) const {
   for (int r = 0; r < c_.shape.num_ranks; ++r)
     if (r != c_.rank) signal(word(r, credits, c_.rank), ep_flag(epoch_, 0, 0));

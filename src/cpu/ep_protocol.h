@@ -39,6 +39,10 @@ class EpOperation {
   /// The peers have read what this rank has put into the same buffer before.
   bool wait_for_credits(EpPhase phase, i64 credits) const;
 
+  /// An operation whose two halves are one call does not stand between the halves of another: each would receive what
+  /// the other has sent.
+  bool follows(EpSequence recv, EpPhase phase) const;
+
   /// Says why; always false.
   bool fail(EpState state, EpPhase phase, int peer, u64 expected, u64 seen, u64 who = 0) const;
 

@@ -151,9 +151,7 @@ struct ExpertParallel::Impl {
 
   /// Throws what kernels, or the CPU's waits, have left.
   void check() {
-    group.state()->check();
-    const std::atomic_ref state(status->state);
-    if (state.load(std::memory_order_acquire) != kEpOk) report_failure();
+    check_group();
     std::atomic_ref needed(status->rows_needed);
     if (const int rows = needed.exchange(0))
       throw Error(ErrorCode::capacity_exceeded,
@@ -161,10 +159,18 @@ struct ExpertParallel::Impl {
                               status->rows_given));
   }
 
+  /// The same, but no overflow.
+  void check_group() {
+    group.state()->check();
+    const std::atomic_ref state(status->state);
+    if (state.load(std::memory_order_acquire) != kEpOk) report_failure();
+  }
+
   [[noreturn]] void report_failure() {
     const EpStatus s = *status;
     const std::string wait = format_text("{}, waiting for {}: peer {}, operation {}, expected {:#x}, seen {:#x}",
                                          where(), awaited(s.phase), s.peer, s.epoch, s.expected, s.seen);
+    const char* operation = s.phase == kEpPhaseSums ? "combine" : "dispatch";
     switch (s.state) {
       case kEpTimeout:
         group.state()->fail(ErrorCode::timeout,
@@ -179,7 +185,12 @@ struct ExpertParallel::Impl {
         group.state()->fail(
             ErrorCode::invalid_argument,
             format_text("{}: a {} of {} tokens, expected {}, those of the dispatch that made the handle", where(),
-                        s.phase == kEpPhaseSums ? "combine" : "dispatch", s.seen, s.expected));
+                        operation, s.seen, s.expected));
+        break;
+      case kEpSendUnderWay:
+        group.state()->fail(ErrorCode::invalid_argument,
+                            format_text("{}: a {} while {} of its sends had not been received, expected none", where(),
+                                        operation, ep_flag_epoch(s.seen - s.expected)));
         break;
       default:
         group.state()->fail(ErrorCode::aborted, format_text("{}: rank {} has aborted the group", wait, s.aborter));
@@ -210,8 +221,10 @@ struct ExpertParallel::Impl {
                     &params, stream.handle);
   }
 
+  /// An earlier overflow is told before a routing is sent, never between a routing and its tokens: whoever repeats the
+  /// call would send the routing twice.
   void dispatch(const EpDispatch& args, bool copy) {
-    check();
+    args.topk_idx ? check() : check_group();
     check_ep_dispatch(args, config, group.device(), common.handle_layout.words, num_local_experts(), copy);
     const Tensor& tokens = args.topk_idx ? *args.topk_idx : args.x;
     EpDispatchParams p{};
@@ -280,7 +293,7 @@ struct ExpertParallel::Impl {
   }
 
   int64_t num_rows(const Tensor& handle, Stream stream) {
-    check();
+    check_group();
     check_ep_handle("num_rows", handle, group.device(), common.handle_layout.words);
     const int* word = static_cast<const int*>(handle.data) + common.handle_layout.offsets + num_local_experts();
     int rows = 0;
@@ -292,7 +305,7 @@ struct ExpertParallel::Impl {
       PHALANX_CUDA(cuMemcpyDtoHAsync(&rows, reinterpret_cast<cuda::CUdeviceptr>(word), sizeof rows, cuda_stream));
       PHALANX_CUDA(cuStreamSynchronize(cuda_stream));
     }
-    check();
+    check_group();
     return rows;
   }
 

@@ -300,4 +300,26 @@ inline void expect_other_types_named_later(const ExpertParallelConfig& config) {
   });
 }
 
+/// A dispatch, or a combine, whose two halves are one call, while a send of the same kind has not been received.
+inline void expect_refused_between_halves(const ExpertParallelConfig& config) {
+  std::mt19937 rng(kSeed);
+  for (const bool combines : {false, true}) {
+    auto groups = Group::local(cpus(2), kPatient);
+    auto eps = make_all(groups, config);
+    const EpProblem p = random_problem(2, config, rng);
+    on_ranks(2, [&](int r) {
+      Rank mine(p, r, eps[r], eps[r].max_rows(), false);
+      const auto run = [&](EpPart part) {
+        mine.args.part = mine.combine.part = part;
+        combines ? eps[r].combine(mine.combine) : eps[r].dispatch(mine.args);
+      };
+      if (combines) eps[r].dispatch(mine.args);
+      run(EpPart::send);
+      expect_error(ErrorCode::invalid_argument,
+                   {combines ? "a combine while 1 of its sends" : "a dispatch while 1 of its sends", "expected none"},
+                   [&] { run(EpPart::both); });
+    });
+  }
+}
+
 }  // namespace phalanx::test

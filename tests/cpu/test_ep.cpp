@@ -236,6 +236,14 @@ TEST(ExpertParallelFailures, MoreSendsThanBuffersTimeOut) {
   }
 }
 
+TEST(ExpertParallelFailures, AWholeOperationBetweenHalvesIsRefused) {
+  for (const bool latency : {false, true}) {
+    ExpertParallelConfig config = kSmall;
+    config.latency = latency;
+    expect_refused_between_halves(config);
+  }
+}
+
 TEST(ExpertParallelFailures, OtherTypesOnOtherRanksAreNamed) {
   std::mt19937 rng(kSeed);
   auto groups = Group::local(cpus(2), kHasty);

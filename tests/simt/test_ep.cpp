@@ -17,7 +17,10 @@ namespace phalanx {
 namespace test {
 namespace {
 
+// Launches that are only kept, as a graph that is captured keeps them.
+thread_local std::vector<EpDispatchParams>* captured = nullptr;
 void dispatch(const EpDispatchParams& p) {
+  if (captured != nullptr) return captured->push_back(p);
   simt::launch(p.c.shape.num_ctas, 32 * kEpDispatchWarps,
                [&] { p.c.shape.counted ? ep_dispatch<true>(p) : ep_dispatch<false>(p); });
 }
@@ -207,6 +210,44 @@ TEST_P(Simulated, AMissingRankIsNamed) {
     expect_error(ErrorCode::timeout, {"rank 0 of 2", "peer 1", "routing", "operation 1", "0.3 s"},
                  [&] { eps[0].dispatch(mine.args); });
     expect_error(ErrorCode::timeout, {"peer 1"}, [&] { eps[0].combine(mine.combine); });
+  }
+}
+
+TEST_P(Simulated, AWholeOperationBetweenHalvesIsRefused) {
+  for (const int max_tokens : {2, 40})
+    expect_refused_between_halves(
+        {.hidden = 272, .num_experts = 4, .topk = 4, .max_tokens = max_tokens, .dtype = DType::bf16, .latency = true});
+}
+
+// A graph of dispatches, of which nobody looks at the status in between: when the first has waited in vain, the others
+// send nothing, so that a rank that comes late does not take the second one's tokens for the first one's.
+TEST_P(Simulated, KernelsBehindAFailedOneSendNothing) {
+  constexpr int kOperations = 3;
+  for (const auto& [max_tokens, latency] : {std::pair{40, false}, {40, true}, {2, true}}) {
+    SCOPED_TRACE(::testing::Message() << "max_tokens " << max_tokens << ", latency " << latency);
+    std::mt19937 rng(kSeed);
+    const ExpertParallelConfig config{
+        .hidden = 272, .num_experts = 4, .topk = 4, .max_tokens = max_tokens, .dtype = DType::bf16, .latency = latency};
+    auto groups = Group::local(cpus(2), kHasty);
+    auto eps = make_all(groups, config);
+    std::vector<EpProblem> problems;
+    for (int i = 0; i < kOperations; ++i) problems.push_back(random_problem(2, config, rng));
+    const auto ranks_of = [&](int r) {
+      std::vector<std::unique_ptr<Rank>> ranks;
+      for (const EpProblem& p : problems)
+        ranks.push_back(std::make_unique<Rank>(p, r, eps[r], eps[r].max_rows(), false));
+      return ranks;
+    };
+    const auto early = ranks_of(0), late = ranks_of(1);
+    std::vector<EpDispatchParams> graph;
+    captured = &graph;
+    for (const auto& rank : early) eps[0].dispatch(rank->args);
+    captured = nullptr;
+    for (const EpDispatchParams& p : graph) dispatch(p);
+    expect_error(ErrorCode::timeout, {"rank 0 of 2", "peer 1", "operation 1"}, [&] { eps[0].check(); });
+    eps[1].dispatch(late[0]->args);
+    expect_rows(problems[0], *late[0], reference_rows(problems[0], 1), false);
+    expect_error(ErrorCode::timeout, {"rank 1 of 2", "peer 0"}, [&] { eps[1].dispatch(late[1]->args); });
   }
 }
 
