@@ -19,7 +19,8 @@ struct TileScalesB {
   }
 };
 
-// acc += scale_a * scale_b * partial, for one wave; the first k-block of a tile begins the sum.
+// acc += scale_a * scale_b * partial, for one wave; the first k-block of a tile begins the sum, from 0, as a first product
+// may be -0: the sign must not depend on the tile either.
 template <GemmConfig C, bool kFirst>
 __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float (&partial)[C.block_n / 2],
                                         const float (&scales_a)[2], const TileScalesB<C>& scales_b) {
@@ -30,7 +31,7 @@ __device__ __forceinline__ void promote(float (&acc)[C.block_n / 2], const float
     const float scales[2] = {scales_a[0] * scale_b, scales_a[1] * scale_b};
 #pragma unroll
     for (int i = begin; i < begin + kGroupValues; ++i)
-      acc[i] = kFirst ? scales[i / 2 % 2] * partial[i] : acc[i] + scales[i / 2 % 2] * partial[i];
+      acc[i] = (kFirst ? 0.0f : acc[i]) + scales[i / 2 % 2] * partial[i];
   }
 }
 

@@ -83,9 +83,9 @@ __device__ __forceinline__ void route_and_permute(const RouteAndPermuteParams& p
       scatter_token(p, token, of_token);
   }
   const int lane = threadIdx.x % 32, num_rows = r.target.num_rows;
-  for (int begin = int(threadIdx.x / 32 * gridDim.x + blockIdx.x) * 32; begin < num_rows;
-       begin += int(gridDim.x) * kWarps * 32) {
-    const int row = begin + lane;
+  for (u32 next = (threadIdx.x / 32 * gridDim.x + blockIdx.x) * 32; next < u32(num_rows);  // one turn beyond 2^31 fits
+       next += gridDim.x * kWarps * 32) {
+    const int begin = int(next), row = begin + lane;
     const bool padding = row < num_rows && is_padding(r, smem, row);
     if (padding) r.sources[row] = -1;
     if (!p.rows.zero_padding) continue;

@@ -135,7 +135,7 @@ __device__ __forceinline__ void backward_rows(const UnpermuteBackwardParams& p, 
   float weight[kRowsInFlight];
 #pragma unroll
   for (int i = 0; i < kRowsInFlight; ++i) {
-    slot[i] = k + i < p.topk ? p.slots[token * p.topk + k + i] : -1;
+    slot[i] = k + i < p.topk ? p.slots[i64(token) * p.topk + k + i] : -1;
     weight[i] = p.weights && k + i < p.topk ? p.weights[token * p.weights_stride + k + i] : 1.0f;
     dot[i] = 0;
   }

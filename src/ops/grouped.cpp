@@ -81,14 +81,14 @@ struct ScaleColumns {
     int64_t width = rows, height = columns;
     if (groups > 1) {
       if (group % column == 0 && group / column >= columns) {  // group after group
-        pitch_y = int(group / column);
-        height = (groups - 1) * pitch_y + columns;
+        height = (groups - 1) * (group / column) + columns;
       } else if (group >= rows && (groups - 1) * group + rows <= column) {  // side by side in long columns
-        pitch_x = int(group);
         width = (groups - 1) * group + rows;
       } else {
         return;
       }
+      if (std::max(width, height) > int64_t{1} << 30) return;  // kernels count them in 32 bits
+      (height > columns ? pitch_y : pitch_x) = int(height > columns ? group / column : group);
     }
     by_tma = true;
     spec = {DType::f32, x.data, height, width, column * 4, 1, box};

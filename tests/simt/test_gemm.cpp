@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <random>
 #include <vector>
 
@@ -37,7 +38,7 @@ void check_gemm(const Shape& shape, bool with_c, Order sfa_order, std::mt19937& 
                                     << "x" << C.block_n << ", split " << C.split_k);
   const int k_blocks = ceil_div(k, 128);
   const auto integer = [&](auto, auto) { return small_integer(rng); };
-  const auto power = [&](auto, auto) { return rng() % 2 ? 1.0f : 0.5f; };
+  const auto power = [&](auto, auto) { return std::array{1.0f, 0.5f, -1.0f, 0.0f}[rng() % 4]; };  // sums of -0, too
   Matrix<cpu::E4m3> a(m, k, 1), b(n, k, 1);
   Matrix<float> sfa(m, k_blocks, 0, sfa_order), sfb(ceil_div(n, 128), k_blocks);
   Matrix<T> c(m, n, 1), d(m, n, 2), expected(m, n, 2);
