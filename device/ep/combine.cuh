@@ -301,9 +301,10 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
     smem.halves[h].tokens[r] = ep_tokens_of_half(c.shape, count, blockIdx.x, c.by.ctas, h);
   }
   const EpOperation send(c, kEpCombineSend), recv(c, kEpCombineRecv);
+  const u64 who = threadIdx.x == 0 ? ep_stop_word(c) : 0;
   if (threadIdx.x == 0) {
     smem.expected = ep_flag(recv.epoch, ep_sums_format(p), 1);
-    if (!ep_may_begin(send, recv, kEpPhaseSums, c.recv)) smem.failed = 1;
+    if (!ep_may_begin(send, recv, kEpPhaseSums, c.recv, who)) smem.failed = 1;
   }
   __syncthreads();
   if (ep_look(smem.failed) != 0) return;

@@ -174,10 +174,11 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   ptx::grid_wait_dependencies();
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
   const bool only_sends = kCounted && int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
-  if (threadIdx.x == 0 && !ep_may_begin(send, recv, kEpPhaseTokens, receives)) shared.failed = 1;
-  __syncthreads();
-  if (ep_look(shared.failed) != 0) return;
-  if (!p.route && !ep_fits_handle(c, kEpPhaseTokens)) return;
+  if (!p.route) {  // the handle may not have been written if the dispatch before has failed
+    if (threadIdx.x == 0 && !ep_may_begin(send, recv, kEpPhaseTokens, receives, ep_stop_word(c))) shared.failed = 1;
+    __syncthreads();
+    if (ep_look(shared.failed) != 0 || !ep_fits_handle(c, kEpPhaseTokens)) return;
+  }
   const bool routes = c.send && (p.route || !kCounted) && !only_sends;  // there is a header, be it only that
   const EpRole sender{kEpSenders, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
   const EpRole router{kEpRouters, kEpSendWarps, kEpRouteWarps}, first_half{kEpSenders, 0, kEpSendWarps};
@@ -193,7 +194,8 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
     if (gives_credits && !c.recv) ep_give_late_credits(recv, c.layout.dispatch_credit);
     const bool sends = c.send && p.copy && (only_sends || ep_all_send(p));
     const bool sends_scales = kCounted && c.send && !only_sends && ep_has_scales(p);
-    const bool may_send = (sends || sends_scales || routes) && ep_may_send(send, sender, &shared.failed);
+    const bool may_send =
+        (sends || sends_scales || routes) && ep_may_send(send, recv, receives, sender, &shared.failed);
     if (routes) ptx::named_barrier_arrive(kEpMaySend, 32 * kEpDispatchWarps);
     if (sends_scales && may_send) ep_send_scales(p, send, sender, state.turned());
     if (sends && may_send) ep_send_tokens<kCounted>(p, send, sender, only_sends);

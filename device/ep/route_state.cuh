@@ -96,11 +96,14 @@ __device__ __forceinline__ float* ep_token_scales(const EpOperation& op, int at,
   return reinterpret_cast<float*>(scales);
 }
 
-// By the whole role: until all peers have read what was sent before.
-__device__ __forceinline__ bool ep_may_send(const EpOperation& op, const EpRole& role, int* failed) {
-  const bool fine = ep_wait_for_credits(op, kEpPhaseDispatchCredit, op.c.layout.dispatch_credit, 0, op.c.by.receivers,
+// By the whole role: until all peers have read what was sent before. False also if the operation may not begin.
+__device__ __forceinline__ bool ep_may_send(const EpOperation& send, const EpOperation& recv, bool receives,
+                                            const EpRole& role, int* failed) {
+  const EpCommon& c = send.c;
+  const u64 who = role.thread() == 0 ? ep_stop_word(c) : 0;
+  const bool fine = ep_wait_for_credits(send, kEpPhaseDispatchCredit, c.layout.dispatch_credit, 0, c.by.receivers,
                                         role.thread(), role.num_threads());
-  return role.all(fine, failed);
+  return role.all(fine && (role.thread() != 0 || ep_may_begin(send, recv, kEpPhaseTokens, receives, who)), failed);
 }
 
 }  // namespace phalanx

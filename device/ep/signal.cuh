@@ -18,6 +18,7 @@
 namespace phalanx {
 
 __device__ __forceinline__ EpWords* ep_words(const EpCommon& c) { return reinterpret_cast<EpWords*>(c.peers[c.rank]); }
+__device__ __forceinline__ u64 ep_stop_word(const EpCommon& c) { return ptx::load_relaxed_sys(&ep_words(c)->stop); }
 
 // Operations that this CTA has finished; only it knows of the word.
 __device__ __forceinline__ u64* ep_epoch_word(const EpCommon& c, EpSequence s) {
@@ -63,11 +64,11 @@ __device__ __noinline__ void ep_record(const EpCommon& c, EpState state, EpPhase
 // By one thread, when an operation begins: false if an earlier one of this rank has failed, or somebody has aborted the
 // group. The CTAs' epochs no longer say then which operation this is, and a peer that comes late would take what this
 // one sends for what it waits for. Nor may an operation whose two halves are one kernel stand between the halves of
-// another, as each would receive what the other has sent. `receives`: this CTA counts what is received.
+// another, as each would receive what the other has sent. `receives`: this CTA counts what is received. `who`: the stop
+// word, loaded long enough before.
 __device__ __forceinline__ bool ep_may_begin(const EpOperation& send, const EpOperation& recv, EpPhase phase,
-                                             bool receives) {
+                                             bool receives, u64 who) {
   const EpCommon& c = send.c;
-  const u64 who = ptx::load_relaxed_sys(&ep_words(c)->stop);
   if (who != 0) {
     ep_record(c, kEpAborted, kEpPhaseNone, c.rank, 0, 0, who);
     return false;
@@ -100,7 +101,7 @@ struct EpPatience {
     if (++turns % kTurnsPerLook != 0) return true;
     const u64 now = ptx::global_timer();
     if (start == 0) start = now;
-    const u64 who = ptx::load_relaxed_sys(&ep_words(c)->stop);
+    const u64 who = ep_stop_word(c);
     if (who == 0 && now - start <= c.timeout_ns) return true;
     ep_record(c, who ? kEpAborted : kEpTimeout, phase, peer, expected, seen, who);
     return false;
