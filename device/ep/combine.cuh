@@ -302,12 +302,9 @@ __device__ __forceinline__ void ep_combine(const EpCombineParams& p) {
   }
   const EpOperation send(c, kEpCombineSend), recv(c, kEpCombineRecv);
   const u64 who = threadIdx.x == 0 ? ep_stop_word(c) : 0;
-  if (threadIdx.x == 0) {
-    smem.expected = ep_flag(recv.epoch, ep_sums_format(p), 1);
-    if (!ep_may_begin(send, recv, kEpPhaseSums, c.recv, who)) smem.failed = 1;
-  }
-  __syncthreads();
-  if (ep_look(smem.failed) != 0) return;
+  if (threadIdx.x == 0) smem.expected = ep_flag(recv.epoch, ep_sums_format(p), 1);
+  const bool may = threadIdx.x != 0 || ep_may_begin(send, recv, kEpPhaseSums, c.recv, who);
+  if (!ptx::named_barrier_all(0, 32 * kEpCombineWarps, may)) return;
   if (warp < kEpHalves * kEpSumWarps) {
     ep_sum_stages<kFew>(c, smem);
   } else if (warp < kEpHalves * (kEpSumWarps + 1)) {

@@ -175,9 +175,8 @@ __device__ __forceinline__ void ep_dispatch(const EpDispatchParams& p) {
   const EpOperation send(c, kEpDispatchSend), recv(c, kEpDispatchRecv);
   const bool only_sends = kCounted && int(blockIdx.x) >= ep_num_receivers(c.shape), receives = c.recv && !only_sends;
   if (!p.route) {  // the handle may not have been written if the dispatch before has failed
-    if (threadIdx.x == 0 && !ep_may_begin(send, recv, kEpPhaseTokens, receives, ep_stop_word(c))) shared.failed = 1;
-    __syncthreads();
-    if (ep_look(shared.failed) != 0 || !ep_fits_handle(c, kEpPhaseTokens)) return;
+    const bool may = threadIdx.x != 0 || ep_may_begin(send, recv, kEpPhaseTokens, receives, ep_stop_word(c));
+    if (!ptx::named_barrier_all(0, 32 * kEpDispatchWarps, may) || !ep_fits_handle(c, kEpPhaseTokens)) return;
   }
   const bool routes = c.send && (p.route || !kCounted) && !only_sends;  // there is a header, be it only that
   const EpRole sender{kEpSenders, 0, only_sends ? kEpDispatchWarps : kEpSendWarps};
