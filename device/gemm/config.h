@@ -157,14 +157,16 @@ constexpr int ctas_per_sm(const GemmConfig& c) {
 
 // Whether the kernel can be instantiated; the planner and the tests ask, the kernel asserts.
 constexpr bool is_valid(const GemmConfig& c) {
-  const bool few_rows = (c.block_m == 8 || c.block_m == 16) && c.block_n == 64 && c.num_consumers >= 1 &&
-                        c.num_stages % c.num_consumers == 0 && !c.multicasts() && !c.grouped();
-  const bool tile = c.num_consumers >= 1 && c.num_consumers <= 3 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
+  constexpr int kMostStages = 64;  // sizes of memory fit 32 bits
+  if (c.num_consumers < 1 || c.cluster_n < 1 || c.cluster_m < 1 || c.split_k < 1 || c.num_stages > kMostStages)
+    return false;
+  const bool few_rows = (c.block_m == 8 || c.block_m == 16) && c.block_n == 64 && c.num_stages % c.num_consumers == 0 &&
+                        !c.multicasts() && !c.grouped();
+  const bool tile = c.num_consumers <= 3 && c.num_waves() >= 1 && c.num_waves() <= 2 &&
                     c.block_m == 64 * c.num_waves() * c.num_consumers && c.block_n >= 16 && c.num_scales_b() <= 2;
   const bool waves = !c.scales_b_by_row() || c.num_waves() == 1;  // registers for each value's product of scales
   const int one_kind = (c.cluster_n > 1) + (c.cluster_m > 1) + (c.split_k > 1);
-  const bool cluster = c.cluster_n >= 1 && c.cluster_m >= 1 && c.split_k >= 1 && one_kind <= 1 &&
-                       c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0 &&
+  const bool cluster = one_kind <= 1 && c.cluster_size() <= 8 && c.block_m % (8 * c.cluster_n) == 0 &&
                        c.block_n % (8 * c.cluster_m) == 0;
   // An MN-major operand comes in panels of 64 rows.
   const bool majors = (c.major_a == Major::k || c.block_m / c.cluster_n % kPanelRows == 0) &&

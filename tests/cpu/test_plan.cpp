@@ -25,6 +25,18 @@ TEST(Plan, ConfigsAreValidAndDistinct) {
   EXPECT_LE(names.size(), 60u);
 }
 
+TEST(Plan, NonsenseIsNoValidConfig) {
+  for (const int none : {0, -1}) {
+    EXPECT_FALSE(is_valid({.num_consumers = none, .out = OutType::f32, .grouping = Grouping::columns}));
+    EXPECT_FALSE(is_valid({.num_consumers = none, .out = OutType::swiglu, .grouping = Grouping::rows}));
+    EXPECT_FALSE(is_valid({.cluster_n = none}));
+    EXPECT_FALSE(is_valid({.cluster_m = none}));
+    EXPECT_FALSE(is_valid({.split_k = none}));
+    EXPECT_FALSE(is_valid({.num_stages = none}));
+  }
+  EXPECT_FALSE(is_valid({.num_stages = 1 << 29}));  // bytes of shared memory that do not fit 32 bits
+}
+
 TEST(Plan, ReturnsOnlyEnumeratedConfigs) {
   const unsigned seed = std::random_device{}();
   SCOPED_TRACE(::testing::Message() << "seed " << seed);
