@@ -178,16 +178,30 @@ bool in_one_kernel(const Permutation& permutation, const Tensor& topk_idx) {
          !permutation.empty();
 }
 
-// Rows are written while others still read their indices.
-void check_apart(const char* op, const Permutation& permutation, const Tensor& topk_idx, const Routing& routing) {
-  const Arg others[] = {{op, "topk_idx", topk_idx},
-                        {op, "routing.counts", routing.counts},
+// One kernel reads and writes all of these. `unquantized`: what permutation.x is quantised from, so that it is written
+// as well; null if it is there.
+void check_apart(const char* op, const Permutation& permutation, const Tensor& topk_idx, const Routing& routing,
+                 const Tensor* unquantized = nullptr) {
+  const bool scaled = permutation.scales != nullptr;
+  const Arg topk{op, "topk_idx", topk_idx}, rows{op, scaled ? "rows.data" : "rows", permutation.rows};
+  const Arg x{op, unquantized ? "q.data" : scaled ? "x.data" : "x", permutation.x};
+  const Arg routed[] = {{op, "routing.counts", routing.counts},
                         {op, "routing.offsets", routing.offsets},
+                        {op, "routing.slots", routing.slots},
+                        {op, "routing.sources", routing.sources},
                         {op, "routing.needed", routing.needed}};
-  for (const Arg& other : others) {
-    check_disjoint({op, permutation.scales ? "rows.data" : "rows", permutation.rows}, other);
-    if (permutation.scales) check_disjoint({op, "rows.scales", *permutation.scales}, other);
-  }
+  check_disjoint(rows, topk);
+  for (const Arg& part : routed) check_disjoint(part, x), check_disjoint(rows, part);
+  if (!scaled) return;
+  const Arg x_scales{op, unquantized ? "q.scales" : "x.scales", *permutation.x_scales};
+  const Arg row_scales{op, "rows.scales", *permutation.scales};
+  check_disjoint(row_scales, topk);
+  for (const Arg& part : routed) check_disjoint(part, x_scales), check_disjoint(row_scales, part);
+  if (!unquantized) return;
+  const Arg source{op, "x", *unquantized};
+  for (const Arg& part : routed) check_disjoint(part, source);
+  for (const Arg* output : {&rows, &row_scales}) check_disjoint(*output, source);
+  for (const Arg* output : {&x, &x_scales}) check_disjoint(*output, topk);
 }
 
 void run_route_and_permute(const Permutation& permutation, const Tensor& topk_idx, const Routing& routing,
@@ -304,8 +318,7 @@ void quantize_route_and_permute(const Tensor& x, const ScaledTensor& q, const Te
   check_quantize(QuantizeForm::rows, x, &q, nullptr);
   check_route(kOp, topk_idx, routing, options);
   check_permute(kOp, q.data, &q.scales, routing, rows.data, &rows.scales);
-  check_disjoint({kOp, "rows.data", rows.data}, {kOp, "x", x});
-  check_apart(kOp, permutation, topk_idx, routing);
+  check_apart(kOp, permutation, topk_idx, routing, &x);
   if (x.dtype == DType::bf16 && has_vectors(x, &q.data, x.cols()) && in_one_kernel(permutation, topk_idx))
     return route_and_permute_on_cuda(permutation, topk_idx, routing, options, &x);
   quantize_rows(x, q, {.stream = options.stream});

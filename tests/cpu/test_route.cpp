@@ -97,5 +97,50 @@ TEST(Route, WritesItsOutputsAndNothingElse) {
   EXPECT_EQ(needed.values(), (List{8}));
 }
 
+TEST(Route, WhatOneKernelWritesLiesApart) {
+  constexpr int kTokens = 4, kTopK = 2, kExperts = 3, kRows = 8, kHidden = 256;
+  std::vector<int> topk_idx(kTokens * kTopK), ints(64);
+  std::vector<std::uint8_t> bytes(8192);
+  const Tensor topk = row_major(topk_idx.data(), DType::int32, kTokens, kTopK);
+  const auto vector = [&](int at, int size) { return Tensor{&ints[at], DType::int32, {}, 1, {size}, {1}}; };
+  const Routing routing{vector(0, kExperts), vector(4, kExperts + 1), row_major(&ints[8], DType::int32, kTokens, kTopK),
+                        vector(24, kRows), vector(40, 1)};
+  // x, q and its scales, rows and their scales
+  const Tensor x = row_major(&bytes[0], DType::bf16, kTokens, kHidden);
+  const ScaledTensor q{row_major(&bytes[2048], DType::e4m3, kTokens, kHidden),
+                       row_major(&bytes[3072], DType::f32, kTokens, 2)};
+  const ScaledTensor rows{row_major(&bytes[4096], DType::e4m3, kRows, kHidden),
+                          row_major(&bytes[6144], DType::f32, kRows, 2)};
+  quantize_route_and_permute(x, q, topk, routing, rows, false);
+  const auto moved = [](Tensor t, const Tensor& onto) { return t.data = onto.data, t; };
+  const auto refused = [](const char* written, const char* other, auto&& call) {
+    try {
+      call();
+      ADD_FAILURE() << "not refused: " << written << " over " << other;
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      EXPECT_NE(text.find(written), std::string::npos) << text;
+      EXPECT_NE(text.find(other), std::string::npos) << text;
+    }
+  };
+  const auto with = [&](const ScaledTensor& to_q, const Routing& to, const ScaledTensor& to_rows) {
+    quantize_route_and_permute(x, to_q, topk, to, to_rows, false);
+  };
+  refused("q.data", "topk_idx", [&] { with({moved(q.data, topk), q.scales}, routing, rows); });
+  refused("q.scales", "topk_idx", [&] { with({q.data, moved(q.scales, topk)}, routing, rows); });
+  refused("rows.scales", "x", [&] { with(q, routing, {rows.data, moved(rows.scales, x)}); });
+  for (Tensor Routing::*part :
+       {&Routing::counts, &Routing::offsets, &Routing::slots, &Routing::sources, &Routing::needed}) {
+    for (const Tensor* onto : {&x, &q.data, &q.scales, &rows.data, &rows.scales}) {
+      Routing over = routing;
+      over.*part = moved(routing.*part, *onto);
+      refused("routing.", "overlaps", [&] { with(q, over, rows); });
+    }
+    Routing over = routing;
+    over.*part = moved(routing.*part, x);
+    refused("routing.", "x", [&] { route_and_permute(x, topk, over, moved(x, rows.data), false); });
+  }
+}
+
 }  // namespace
 }  // namespace phalanx::test
