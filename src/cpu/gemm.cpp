@@ -10,6 +10,7 @@
 // Tiles depend on the shape alone, and one thread computes a tile from its first k-block to its last: the number of
 // threads cannot change a bit.
 #include <cblas.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -44,14 +45,23 @@ struct Scratch {
   alignas(64) float acc[kMaxTileM * kMaxTileN];
 };
 
+// OpenBLAS has a fixed number of packing buffers, and ends the process when they are used up: callers beyond wait here.
+constexpr int kBuffers = 64;
+std::counting_semaphore<kBuffers> buffers{kBuffers};
+void acquire_all_buffers() {
+  for (int i = 0; i < kBuffers; ++i) buffers.acquire();
+}
+void release_all_buffers() { buffers.release(kBuffers); }
+
 // out [m, n] = a [m, k] · b [n, k]ᵀ, on this thread.
 void multiply(const float* a, const float* b, float* out, int m, int n, int k) {
-  // OpenBLAS has a fixed number of packing buffers, and ends the process when they are used up: callers beyond wait
-  // here.
-  static std::counting_semaphore<64> buffers{64};
   // Our copy of OpenBLAS is private, so this setting is nobody else's.
-  static std::once_flag single_threaded;
-  std::call_once(single_threaded, [] { openblas_set_num_threads(1); });
+  static std::once_flag once;
+  std::call_once(once, [] {
+    openblas_set_num_threads(1);
+    // Its locks and buffers would stay taken for ever in a child, if other threads had them when it was forked.
+    pthread_atfork(acquire_all_buffers, release_all_buffers, release_all_buffers);
+  });
   buffers.acquire();
   if (m == 1) {
     cblas_sgemv(CblasRowMajor, CblasNoTrans, n, k, 1.0f, b, kBlockK, a, 1, 0.0f, out, 1);

@@ -1,5 +1,7 @@
 // The CPU product against FP64, within the bound that docs/numerics.md derives.
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <bit>
@@ -283,6 +285,35 @@ TEST(CpuGemm, ManyCallersAtOnce) {
     for (auto& d : results) callers.emplace_back([&a, &b, &d] { cpu::gemm_fp8(a, b, d.tensor(), nullptr); });
   }
   for (const auto& d : results) EXPECT_TRUE(d.same_bytes(expected));
+}
+
+// What other threads held when the process was forked must not be missing in the child.
+TEST(CpuGemm, AForkedChildGoesOn) {
+  constexpr int kCallers = 4, kForks = 30, kSeconds = 20;
+  std::mt19937 rng(kSeed);
+  Operands x({33, 300, 500});
+  x.randomize(rng);
+  const ScaledTensor a = x.a_tensor(), b = x.b_tensor();
+  Matrix<Bf16> expected(33, 300), d(33, 300);
+  cpu::gemm_fp8(a, b, expected.tensor(), nullptr);
+  std::vector<std::jthread> callers;
+  for (int i = 0; i < kCallers; ++i)
+    callers.emplace_back([&](const std::stop_token& stop) {
+      Matrix<Bf16> mine(33, 300);
+      while (!stop.stop_requested()) cpu::gemm_fp8(a, b, mine.tensor(), nullptr);
+    });
+  for (int i = 0; i < kForks; ++i) {
+    const pid_t child = fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) {
+      alarm(kSeconds);  // ends a child that waits for ever
+      cpu::gemm_fp8(a, b, d.tensor(), nullptr);
+      _exit(d.same_bytes(expected) ? 0 : 1);
+    }
+    int status = 0;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    ASSERT_EQ(status, 0) << "child " << i;
+  }
 }
 
 TEST(CpuGemm, PublicCallReachesTheCpu) {
