@@ -26,9 +26,11 @@ int cache_show(bool json) {
 }
 
 int cache_clear() {
-  const int count = jit::clear_cache();
-  print_text("Deleted {} kernels from {}\n", count, jit::cache_dir().string());
-  return 0;
+  const auto [num_kernels, num_left, error] = jit::clear_cache();
+  print_text("Deleted {} kernels from {}\n", num_kernels, jit::cache_dir().string());
+  if (num_left == 0) return 0;
+  print_text("{} files could not be deleted, the first one {}\n", num_left, error);
+  return 1;
 }
 
 }  // namespace phalanx::cli

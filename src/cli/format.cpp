@@ -29,7 +29,7 @@ void write_file(const std::filesystem::path& path, const std::string& text) {
 }
 
 void write_json(const std::filesystem::path& path, const Json& value) {
-  const std::string text = value.dump(2) + "\n";
+  const std::string text = value.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
   if (path == "-")
     std::fputs(text.c_str(), stdout);
   else

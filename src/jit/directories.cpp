@@ -7,6 +7,7 @@
 
 #include "jit/entry.h"
 #include "jit/jit.h"
+#include "text/text.h"
 
 namespace phalanx::jit {
 namespace {
@@ -74,17 +75,19 @@ std::vector<CacheEntry> cache_entries() {
   return entries;
 }
 
-int clear_cache() {
+Cleared clear_cache() {
   // Listed first, deleted after: a directory that changes under its iterator may show a file twice or not at all.
   std::vector<std::pair<fs::path, bool>> files;
   for_each_file(
       [&](const fs::path& path, const EntryKey& key) { files.emplace_back(path, path.filename() == file_name(key)); });
-  int count = 0;
+  Cleared cleared;
   for (const auto& [path, is_entry] : files) {
     std::error_code error;
-    if (fs::remove(path, error) && is_entry) ++count;
+    const bool removed = fs::remove(path, error);
+    if (error && cleared.num_left++ == 0) cleared.error = format_text("{}: {}", path.string(), error.message());
+    if (removed && is_entry) ++cleared.num_kernels;
   }
-  return count;
+  return cleared;
 }
 
 }  // namespace phalanx::jit

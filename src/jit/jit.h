@@ -68,8 +68,13 @@ struct CacheEntry {
   std::uintmax_t bytes = 0;
 };
 std::vector<CacheEntry> cache_entries();
-/// Deletes every entry, and what interrupted processes left beside them; returns how many entries.
-int clear_cache();
+/// How many entries are gone, how many files could not be deleted, and why not the first of them.
+struct Cleared {
+  int num_kernels = 0, num_left = 0;
+  std::string error;
+};
+/// Deletes every entry, and what interrupted processes left beside them.
+Cleared clear_cache();
 
 /// Writes `cubin` as an entry of the pack or cache directory `dir`, which is made if missing. Atomic: a reader sees the
 /// whole entry or none.

@@ -247,6 +247,11 @@ TEST_F(JitCache, SurvivesThingsThatAreNoFiles) {
   EXPECT_EQ(run_here("get a").lines, Lines{"disk"});
 
   fs::remove(entry);
+  fs::create_symlink("/proc/self/mem", entry);  // a regular file, and reading it is an error
+  EXPECT_EQ(run_here("get a").lines, Lines{"compiled"});
+  EXPECT_EQ(run_here("get a").lines, Lines{"disk"});
+
+  fs::remove(entry);
   fs::create_directories(entry / "full");  // cannot be replaced either
   const Output output = run_here("get a");
   EXPECT_EQ(output.lines, Lines{"compiled"});
@@ -439,10 +444,22 @@ TEST(Directories, FollowTheEnvironment) {
   EXPECT_EQ(directories[2], fs::read_symlink("/proc/self/exe").parent_path() / "packs");
 }
 
+TEST_F(JitCache, SaysWhatItCouldNotClear) {
+  const Variable own("PHALANX_CACHE_DIR", cache().c_str());
+  run_here("get a");
+  const fs::path entry = only_entry();
+  fs::remove(entry);
+  fs::create_directories(entry / "full");  // root, too, has to leave it
+  const Cleared cleared = clear_cache();
+  EXPECT_EQ(cleared.num_kernels, 0);
+  EXPECT_EQ(cleared.num_left, 1);
+  EXPECT_NE(cleared.error.find(entry.string()), std::string::npos) << cleared.error;
+}
+
 TEST_F(JitCache, ListsAndClearsItsOwnFilesAlone) {
   const Variable own("PHALANX_CACHE_DIR", cache().c_str());
   EXPECT_TRUE(cache_entries().empty()) << "a missing directory is an empty cache";
-  EXPECT_EQ(clear_cache(), 0);
+  EXPECT_EQ(clear_cache().num_kernels, 0);
 
   run_here("get a b");
   const auto entries = cache_entries();
@@ -455,7 +472,9 @@ TEST_F(JitCache, ListsAndClearsItsOwnFilesAlone) {
   write_all(entries[0].path.string() + ".1-2.tmp", "half");
   write_all(cache() / "notes.txt", "the user's own");
   EXPECT_EQ(cache_entries().size(), 2u);
-  EXPECT_EQ(clear_cache(), 2);
+  const Cleared cleared = clear_cache();
+  EXPECT_EQ(cleared.num_kernels, 2);
+  EXPECT_EQ(cleared.num_left, 0) << cleared.error;
   EXPECT_EQ(files_in(cache()), std::vector<fs::path>{cache() / "notes.txt"});
 }
 
