@@ -43,7 +43,7 @@ DeviceInfo read_info(int ordinal, CUdevice handle) {
 
 std::deque<DeviceState>& states() {
   static std::deque<DeviceState>& all = *[] {
-    auto* list = new std::deque<DeviceState>;  // never destroyed: kernels may be launched until the process ends
+    auto* list = new std::deque<DeviceState>;
     int count = 0;
     PHALANX_CUDA(cuDeviceGetCount(&count));
     for (int i = 0; i < std::min(count, kMaxDevices); ++i) {

@@ -39,7 +39,7 @@ Loaded load() {
 }
 
 const Loaded& loaded() {
-  static const Loaded l = load();
+  static const auto& l = *new Loaded(load());
   return l;
 }
 

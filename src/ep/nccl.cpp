@@ -64,7 +64,7 @@ Nccl load() {
 }
 
 const Nccl& nccl() {
-  static const Nccl loaded = load();
+  static const auto& loaded = *new Nccl(load());
   if (!loaded.error.empty())
     throw Error(
         ErrorCode::unsupported,

@@ -45,7 +45,7 @@ class Memory {
 };
 
 Memory& memory() {
-  static Memory instance;
+  static auto& instance = *new Memory;
   return instance;
 }
 

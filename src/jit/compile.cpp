@@ -80,7 +80,7 @@ std::vector<std::string> compile_flags(std::string_view arch) {
 
 CompileInfo parse_log(const std::string& log) {
   // Compiler warnings, ptxas warnings, and its advisories on wgmma, which it calls "info".
-  static const std::regex kWarning(R"(warning\s*[:#]|\(C7[0-9]{3}\))");
+  static const auto& kWarning = *new std::regex(R"(warning\s*[:#]|\(C7[0-9]{3}\))");
   CompileInfo info;
   std::istringstream lines(log);
   for (std::string line; std::getline(lines, line);) {

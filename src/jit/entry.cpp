@@ -53,9 +53,11 @@ std::optional<std::string> read_file(const fs::path& path) {
   // Anything but a regular file, a pipe say, could make us wait for ever.
   if (!fs::is_regular_file(path, error) || fs::file_size(path, error) > kMaxEntryBytes || error) return std::nullopt;
   std::ifstream file(path, std::ios::binary);
-  std::string bytes(std::istreambuf_iterator<char>(file), {});
-  if (file.bad()) return std::nullopt;
-  return bytes;
+  try {
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  } catch (const std::ios_base::failure&) {  // a failing disk, or a file that another host has replaced
+    return std::nullopt;
+  }
 }
 
 std::optional<Cubin> read_one(const fs::path& directory, const EntryKey& key) {
@@ -142,7 +144,7 @@ std::string file_name(const EntryKey& key) {
 }
 
 std::optional<EntryKey> parse_file_name(const std::string& name) {
-  static const std::regex kPattern(R"((.+)-([0-9a-f]{32})-nvrtc([0-9]+\.[0-9]+)\.cubin(\..*)?)");
+  static const auto& kPattern = *new std::regex(R"((.+)-([0-9a-f]{32})-nvrtc([0-9]+\.[0-9]+)\.cubin(\..*)?)");
   std::smatch match;
   if (!std::regex_match(name, match, kPattern)) return std::nullopt;
   return EntryKey{match[1], match[2], match[3]};

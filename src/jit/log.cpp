@@ -27,7 +27,7 @@ spdlog::logger make_logger() {
 }
 
 spdlog::logger& logger() {
-  static spdlog::logger instance = make_logger();
+  static auto& instance = *new spdlog::logger(make_logger());
   return instance;
 }
 

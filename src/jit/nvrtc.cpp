@@ -115,7 +115,7 @@ Nvrtc search() {
 }  // namespace
 
 const Nvrtc& nvrtc() {
-  static const Nvrtc instance = search();
+  static const auto& instance = *new Nvrtc(search());
   return instance;
 }
 

@@ -28,7 +28,7 @@ struct PlanKey {
 };
 
 PlannedGemm planned(const PlanKey& key) {
-  static PlanCache<PlanKey> cache;
+  static auto& cache = *new PlanCache<PlanKey>;
   if (const char* text = tuning_config()) {
     const auto plan = plan::parse_bf16_plan(text, key.problem, key.num_sms);
     if (!plan)

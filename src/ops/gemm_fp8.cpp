@@ -27,7 +27,7 @@ struct PlanKey {
 
 // What `phalanx tune` has kept. A file that cannot be read is as good as none, and named once.
 const plan::TunedGemms& tuned_gemms() {
-  static const plan::TunedGemms tuned = [] {
+  static const plan::TunedGemms& tuned = *new plan::TunedGemms([] {
     const auto path = jit::tuned_path();
     std::ifstream file(path);
     if (!file) return plan::TunedGemms{};
@@ -37,7 +37,7 @@ const plan::TunedGemms& tuned_gemms() {
       jit::log_warning(path.string() + ": not what phalanx tune writes, passed over: " + error.what());
       return plan::TunedGemms{};
     }
-  }();
+  }());
   return tuned;
 }
 
@@ -49,7 +49,7 @@ plan::GemmPlan make_plan(const PlanKey& key) {
 }
 
 PlannedGemm planned_gemm(const PlanKey& key) {
-  static PlanCache<PlanKey> plans;
+  static auto& plans = *new PlanCache<PlanKey>;
   return plans.get(key, [&] { return with_kernel(make_plan(key), key.device); });
 }
 

@@ -51,7 +51,7 @@ std::optional<plan::GemmPlan> tuned_plan(const PlanKey& key) {
 }
 
 PlannedGemm planned(const PlanKey& key) {
-  static PlanCache<PlanKey> cache;
+  static auto& cache = *new PlanCache<PlanKey>;
   if (const auto plan = tuned_plan(key)) return with_kernel(*plan, key.device);
   return cache.get(key, [&] {
     plan::GroupedProblem problem = key.problem;

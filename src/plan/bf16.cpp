@@ -87,7 +87,7 @@ GemmProblem dense_problem(const Bf16Problem& p) {
 }  // namespace
 
 const std::vector<GemmConfig>& all_bf16_configs() {
-  static const std::vector<GemmConfig> list = make_configs();
+  static const auto& list = *new std::vector<GemmConfig>(make_configs());
   return list;
 }
 

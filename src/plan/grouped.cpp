@@ -157,7 +157,7 @@ double expected_tiles_m(const GemmConfig& c, const GroupedProblem& p) {
 }
 
 const std::vector<GemmConfig>& all_grouped_configs() {
-  static const std::vector<GemmConfig> list = make_configs();
+  static const auto& list = *new std::vector<GemmConfig>(make_configs());
   return list;
 }
 
