@@ -213,11 +213,15 @@ class ExpertParallel(Owner):
         Each rank sums in FP32 in the order of choices; others' sums come as BF16, and are added in FP32 in the order of
         ranks.
         """
+        if out is not None:
+            _frameworks.of(rows, "rows").check_out(out, None)
         return self._combine(rows, handle, tokens, residual, weighted, None, out, _BOTH)[0]
 
     def combine_send(self, rows, handle, *, tokens, residual=None, weighted=True, out=None) -> Callable[[], Any]:
         """The first half of `combine`; what it returns is the second, before which its arguments must not change."""
         options = handle, tokens, residual, weighted, None
+        if out is not None:
+            _frameworks.of(rows, "rows").check_out(out, None)
         out, _ = self._combine(rows, *options, out, _SEND)
         return lambda: self._combine(rows, *options, out, _RECV)[0]
 
@@ -273,9 +277,12 @@ def _config(hidden, num_experts, topk, max_tokens, dtype, latency, num_sms, alig
 
 
 def _check_out(out: Dispatched | None, quantize: bool, capacity: int | None) -> None:
-    """It has rows as the other arguments want them."""
+    """It may be written, and has rows as the other arguments want them."""
     if out is None:
         return
+    rows = out.rows if isinstance(out.rows, (tuple, list)) else (out.rows,)
+    for array in (*rows, out.offsets, out.counts, out.row_weights, out.handle):
+        _frameworks.of(array, "out").check_out(array, None)
     if quantize and not isinstance(out.rows, (tuple, list)):
         raise ValueError("quantize: True; expected False, as out.rows are BF16")
     rows = len(out.row_weights)

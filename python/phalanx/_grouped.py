@@ -90,7 +90,7 @@ def grouped_gemm_fp8_swiglu(
     framework.check_writable("gates_and_ups", gates_and_ups)
     arguments = (
         *(None if array is None else framework.view(array) for array in operands),
-        None if gates_and_ups is None else framework.view(gates_and_ups),
+        None if gates_and_ups is None else framework.writable_view(gates_and_ups),
         framework.writable_view(data),
         framework.writable_view(scales),
         *options,

@@ -84,7 +84,10 @@ class ExpertMLP(torch.nn.Module):
             versions = gate_up.data_ptr(), down.data_ptr()
         of = self._quantized_of  # it keeps both, or another tensor could have their address and version
         if of is None or of[0] is not gate_up or of[1] is not down or of[2] != versions:
-            self._quantized, self._quantized_of = _quantize(gate_up, down), (gate_up, down, versions)
+            quantized = _quantize(gate_up, down)
+            if type(quantized[0]) is not torch.Tensor and type(gate_up) is torch.nn.Parameter:
+                return quantized  # made under a mode (FakeTensorMode) whose tensors are of no use without it
+            self._quantized, self._quantized_of = quantized, (gate_up, down, versions)
         return self._quantized
 
 

@@ -254,6 +254,17 @@ def test_pickles_hold_no_quantized_weights(layer):
             assert torch.equal(other(x, topk_idx, topk_weights), y)
 
 
+def test_fake_tensors_leave_no_weights_behind(layer):
+    from torch._subclasses import FakeTensorMode
+
+    mlp, *tokens = layer
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert mlp(*map(mode.from_tensor, tokens)).shape == tokens[0].shape
+        y = mlp(*tokens)
+        assert type(y) is torch.Tensor and torch.isfinite(y).all()
+
+
 @pytest.mark.parametrize("record", [False, True])
 def test_wrong_tensors_are_refused_recorded_or_not(layer, record):
     mlp, x, topk_idx, topk_weights = layer

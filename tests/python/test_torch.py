@@ -189,7 +189,13 @@ def test_torch_hears_of_what_out_was_written(x, b, operator):
         y.sum().backward()  # the gradient of `factor` is what `out` was
 
     q = phalanx.quantize(x)
+    rows, weights = phalanx.quantize(x[:, :128].contiguous()), phalanx.quantize(torch.randn(256, 128), (128, 128))
+    stack, offsets = [field[None] for field in weights], torch.tensor([0, 33], dtype=torch.int32)
     for tensor, write in (
+        (
+            torch.empty(33, 256).bfloat16(),
+            lambda g: phalanx.grouped_gemm_fp8_swiglu(rows, stack, offsets, gates_and_ups=g),
+        ),
         (torch.empty(33, 260)[:, :257], lambda d: phalanx.gemm_fp8(q, b, out=d)),
         (torch.empty(33, 300), lambda d: phalanx.dequantize(q, out=d)),
         (q.scales, lambda _: phalanx.quantize(x, out=q)),
@@ -207,3 +213,13 @@ def test_out_that_requires_a_gradient_is_refused(x, b):
     with torch.no_grad():
         phalanx.gemm_fp8(phalanx.quantize(x), b, out=out[:, :257])
     assert (out != 0).any()
+
+
+def test_tangents_are_not_lost():
+    """Forward-mode derivatives, which no operator has."""
+    a, b = torch.randn(16, 64).bfloat16(), torch.randn(24, 64).bfloat16()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(a, torch.ones_like(a))
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            phalanx.gemm_bf16(dual, b)
+        assert torch.equal(phalanx.gemm_bf16(a, b), phalanx.gemm_bf16(a, b))

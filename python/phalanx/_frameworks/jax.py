@@ -1,7 +1,7 @@
 """JAX. Arrays are immutable: every result is a fresh array, written before anyone sees it.
 
 JAX does not tell its streams to eager calls, so inputs are waited for, the work runs on the legacy default stream, and
-is waited for too. Inside jax.jit none of this applies: calls whose first array is traced go to jax_traced.py.
+is waited for too. Inside jax.jit none of this applies: its calls go to jax_traced.py.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import tvm_ffi
 from phalanx._errors import CudaError
 from phalanx._frameworks.base import Framework, foreign
 from phalanx._frameworks.numpy import itemsize_of, view_or_reason
+from phalanx._moe import Routing
 
 _DEFAULT_STREAM = 0
 
@@ -28,11 +29,15 @@ class Jax(Framework):
         return itemsize_of(dtype)
 
     def empty(self, shape, strides, dtype, like):
-        return jnp.empty(shape, dtype, device=_device(like))
+        device = _device(like)
+        if getattr(like, "committed", True):
+            return jnp.empty(shape, dtype, device=device)
+        with jax.default_device(device):  # as free to move as `like` is
+            return jnp.empty(shape, dtype)
 
     def view(self, array):
         if isinstance(array, jax.core.Tracer):
-            return "TypeError", "traced by jax.jit, but not the call's first array; expected both, or neither"
+            return "TypeError", "traced by jax.grad or vmap; expected an array, as these have no rule for it"
         if not isinstance(array, jax.Array):
             return foreign(array, "JAX")  # the module names the argument
         array.block_until_ready()
@@ -103,9 +108,15 @@ def _synchronize(ordinal: int) -> None:
 
 eager = Jax()
 
+# Its arrays are what JAX transforms, and max_rows belongs to the function that is compiled.
+jax.tree_util.register_pytree_node(
+    Routing, lambda routing: (tuple(routing[:5]), routing.max_rows), lambda max_rows, arrays: Routing(*arrays, max_rows)
+)
+
 
 def framework_of(array: jax.Array) -> Framework:
-    if not isinstance(array, jax.core.Tracer):
+    # A function that is compiled may call with constants alone; then nothing but a new array tells.
+    if not isinstance(array, jax.core.Tracer) and not isinstance(jnp.empty(()), jax.core.Tracer):
         return eager
     from phalanx._frameworks.jax_traced import TracedJax
 

@@ -10,6 +10,7 @@ between a quantisation and a product of the same function.
 
 from functools import cache
 from hashlib import blake2b
+from threading import Lock
 from typing import Any, NamedTuple
 
 import jax
@@ -107,9 +108,17 @@ def _are_scales_by_row(data, scales) -> bool:
     )
 
 
-@cache
 def _target() -> str:
     """The name under which XLA knows `_call_native`."""
+    with _registering:
+        return _register()
+
+
+_registering = Lock()  # `cache` alone would let several threads in
+
+
+@cache
+def _register() -> str:
     try:
         import jax_tvm_ffi
     except ImportError:

@@ -9,11 +9,16 @@ _BF16 = torch.bfloat16
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _increment_version = torch.autograd.graph.increment_version
 _is_traced = torch.compiler.is_dynamo_compiling
+_forward_ad = torch.autograd.forward_ad
 
 
 def _is_special(array):
     """A tensor without memory that one could point at: not a plain one, or of the meta device."""
     return isinstance(array, torch.Tensor) and (type(array) not in _PLAIN or array.is_meta)
+
+
+def _has_tangent(array):
+    return isinstance(array, torch.Tensor) and _forward_ad.unpack_dual(array).tangent is not None
 
 
 def count_change(tensor):
@@ -65,6 +70,8 @@ class Torch(Framework):
         return _is_traced() or any(map(_is_special, arrays))
 
     def needs_gradient(self, *arrays):
+        if _forward_ad._current_level >= 0 and any(map(_has_tangent, arrays)):
+            raise NotImplementedError("forward-mode derivatives: Phalanx has those of the backward mode alone")
         return torch.is_grad_enabled() and any(getattr(array, "requires_grad", False) for array in arrays)
 
     def traced(self, name, operands, out, new, options):
