@@ -196,7 +196,7 @@ std::int64_t ep_num_rows(std::int64_t id, AnyView handle, Optional<std::int64_t>
 // Without rows: the routing alone.
 void ep_dispatch(std::int64_t id, AnyView x, AnyView x_scales, AnyView topk_idx, AnyView topk_weights, AnyView handle,
                  AnyView rows, AnyView row_scales, AnyView row_weights, AnyView offsets, AnyView counts,
-                 bool pow2_scales, std::int64_t part, Optional<std::int64_t> stream) {
+                 AnyView pow2_scales, std::int64_t part, Optional<std::int64_t> stream) {
   translating_errors([&] {
     const auto ep = eps().get(id);
     EpDispatch args;
@@ -205,7 +205,7 @@ void ep_dispatch(std::int64_t id, AnyView x, AnyView x_scales, AnyView topk_idx,
     args.handle = to_tensor("handle", handle);
     args.offsets = optional_tensor("offsets", offsets);
     args.counts = optional_tensor("counts", counts);
-    args.pow2_scales = pow2_scales;
+    args.pow2_scales = to_bool("pow2_scales", pow2_scales);
     args.part = static_cast<EpPart>(part);
     args.stream = to_stream(ep->group().device(), stream);
     if (rows == nullptr) return ep->route(args);
@@ -218,7 +218,7 @@ void ep_dispatch(std::int64_t id, AnyView x, AnyView x_scales, AnyView topk_idx,
   });
 }
 
-void ep_combine(std::int64_t id, AnyView rows, AnyView handle, AnyView out, AnyView residual, bool weighted,
+void ep_combine(std::int64_t id, AnyView rows, AnyView handle, AnyView out, AnyView residual, AnyView weighted,
                 AnyView row_values, AnyView topk_values, std::int64_t part, Optional<std::int64_t> stream) {
   translating_errors([&] {
     const auto ep = eps().get(id);
@@ -227,7 +227,7 @@ void ep_combine(std::int64_t id, AnyView rows, AnyView handle, AnyView out, AnyV
     args.handle = to_tensor("handle", handle);
     args.out = to_tensor("out", out);
     args.residual = optional_tensor("residual", residual);
-    args.weighted = weighted;
+    args.weighted = to_bool("weighted", weighted);
     args.row_values = optional_tensor("row_values", row_values);
     args.topk_values = optional_tensor("topk_values", topk_values);
     args.part = static_cast<EpPart>(part);

@@ -32,32 +32,34 @@ void route(AnyView topk_idx, AnyView counts, AnyView offsets, AnyView slots, Any
 
 // `x_scales` and `scales` are none for unquantised rows.
 void permute(AnyView x_data, AnyView x_scales, AnyView slots, AnyView sources, AnyView rows, AnyView scales,
-             bool zero_padding, Optional<std::int64_t> stream) {
+             AnyView zero_padding, Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Routing routing = to_routing(slots, sources);
     if (x_scales == nullptr) {
       const Tensor x = to_tensor("x", x_data);
-      return phalanx::permute(x, routing, to_tensor("rows", rows), zero_padding, to_stream(x.device, stream));
+      return phalanx::permute(x, routing, to_tensor("rows", rows), to_bool("zero_padding", zero_padding),
+                              to_stream(x.device, stream));
     }
     const ScaledTensor x{to_tensor("x.data", x_data), to_tensor("x.scales", x_scales)};
     const ScaledTensor out{to_tensor("rows.data", rows), to_tensor("rows.scales", scales)};
-    phalanx::permute(x, routing, out, zero_padding, to_stream(x.data.device, stream));
+    phalanx::permute(x, routing, out, to_bool("zero_padding", zero_padding), to_stream(x.data.device, stream));
   });
 }
 
 void route_and_permute(AnyView x_data, AnyView x_scales, AnyView topk_idx, AnyView counts, AnyView offsets,
-                       AnyView slots, AnyView sources, AnyView needed, AnyView rows, AnyView scales, bool zero_padding,
-                       std::int64_t alignment, std::int64_t max_rows, Optional<std::int64_t> stream) {
+                       AnyView slots, AnyView sources, AnyView needed, AnyView rows, AnyView scales,
+                       AnyView zero_padding, std::int64_t alignment, std::int64_t max_rows,
+                       Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Tensor topk = to_tensor("topk_idx", topk_idx);
     const Routing routing = to_routing(counts, offsets, slots, sources, needed);
     const RouteOptions options = route_options(alignment, max_rows, to_stream(topk.device, stream));
     if (x_scales == nullptr)
-      return phalanx::route_and_permute(to_tensor("x", x_data), topk, routing, to_tensor("rows", rows), zero_padding,
-                                        options);
+      return phalanx::route_and_permute(to_tensor("x", x_data), topk, routing, to_tensor("rows", rows),
+                                        to_bool("zero_padding", zero_padding), options);
     const ScaledTensor x{to_tensor("x.data", x_data), to_tensor("x.scales", x_scales)};
     const ScaledTensor out{to_tensor("rows.data", rows), to_tensor("rows.scales", scales)};
-    phalanx::route_and_permute(x, topk, routing, out, zero_padding, options);
+    phalanx::route_and_permute(x, topk, routing, out, to_bool("zero_padding", zero_padding), options);
   });
 }
 
@@ -74,14 +76,14 @@ void unpermute(AnyView rows, AnyView slots, AnyView sources, AnyView weights, An
 }
 
 void unpermute_backward(AnyView grad_out, AnyView slots, AnyView sources, AnyView weights, AnyView rows,
-                        AnyView grad_rows, AnyView grad_weights, bool zero_padding, Optional<std::int64_t> stream) {
+                        AnyView grad_rows, AnyView grad_weights, AnyView zero_padding, Optional<std::int64_t> stream) {
   translating_errors([&] {
     const Tensor grad = to_tensor("grad_out", grad_out);
     UnpermuteBackwardOptions options;
     options.weights = to_optional("weights", weights);
     options.rows = to_optional("rows", rows);
     options.grad_weights = to_optional("grad_weights", grad_weights);
-    options.zero_padding = zero_padding;
+    options.zero_padding = to_bool("zero_padding", zero_padding);
     options.stream = to_stream(grad.device, stream);
     phalanx::unpermute_backward(grad, to_routing(slots, sources), to_tensor("grad_rows", grad_rows), options);
   });

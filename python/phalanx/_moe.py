@@ -269,6 +269,8 @@ def _outputs(framework: Framework, out: Any, data: Any, scales: Any, routing: Ro
     if out is None:
         return empty_rows_of(framework, data, scales, routing)
     framework.check_out(out, None)
+    if scales is None and isinstance(out, (tuple, list)):
+        raise TypeError("out: a pair; expected one array, as x has no scales")
     return (out, None) if scales is None else as_pair(out=out)
 
 

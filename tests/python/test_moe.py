@@ -95,6 +95,10 @@ def test_errors_of_rows():
         phalanx.permute(x, None)
     with pytest.raises(TypeError, match="out: expected a Quantized or a pair"):
         phalanx.permute(phalanx.quantize(np.ones((3, 16), np.float32)), routing, out=rows)
+    with pytest.raises(TypeError, match="out: a pair; expected one array"):
+        phalanx.permute(x, routing, out=(rows, rows))
+    with pytest.raises(TypeError, match="zero_padding: expected True or False"):
+        phalanx.permute(x, routing, zero_padding="no")
 
 
 def test_scales_of_masked_rows_lie_anywhere_but_on_each_other():
