@@ -31,7 +31,8 @@ class PHALANX_API Group {
  public:
   /// Ranks that are threads of this process, one for each device named: CPUs, GPUs, or one of them several times. All
   /// are returned at once, each for its thread.
-  /// @throws Error invalid_argument (no rank, or CPUs and GPUs mixed), unsupported (GPUs that cannot reach each other)
+  /// @throws Error invalid_argument (no rank, or CPUs and GPUs mixed), unsupported (no Hopper, or GPUs that cannot
+  /// reach each other)
   static std::vector<Group> local(const std::vector<Device>& devices, const GroupOptions& options = {});
 
   /// One process a GPU, on one host. Memory is shared by CUDA IPC, whose handles go through `all_gather`: any means
@@ -39,7 +40,7 @@ class PHALANX_API Group {
   static Group process(int rank, int size, Device device, AllGather all_gather, const GroupOptions& options = {});
 
   /// The same over an `ncclComm_t`, which must outlive the group. NCCL is loaded at run time.
-  /// @throws Error unsupported (no NCCL)
+  /// @throws Error invalid_argument (null), unsupported (no NCCL, or no Hopper)
   static Group nccl(void* comm, const GroupOptions& options = {});
 
   /// The same over a communicator of its own, made from an id that one rank got from `nccl_id` and spread. Waits for

@@ -38,6 +38,12 @@ std::vector<DeviceInfo> devices();
 /// @throws Error unsupported (no driver), invalid_device
 const DeviceInfo& device(int ordinal);
 
+/// Throws Error unsupported, naming the GPU, unless our kernels run on it.
+void check_supported(const DeviceInfo& device);
+/// The device, if our kernels run there.
+/// @throws Error unsupported, invalid_device
+const DeviceInfo& require_hopper(int ordinal);
+
 /// How one device reaches another's memory. Both exist.
 struct PeerInfo {
   bool access = false;

@@ -77,6 +77,19 @@ std::vector<DeviceInfo> devices() {
 
 const DeviceInfo& device(int ordinal) { return state_of(ordinal).info; }
 
+void check_supported(const DeviceInfo& device) {
+  if (!device.is_hopper())
+    throw Error(ErrorCode::unsupported,
+                format_text("cuda:{} is a {} of compute capability {}.{}; the kernels need Hopper, 9.0", device.ordinal,
+                            device.name, device.major, device.minor));
+}
+
+const DeviceInfo& require_hopper(int ordinal) {
+  const DeviceInfo& info = device(ordinal);
+  check_supported(info);
+  return info;
+}
+
 PeerInfo peer_info(int from, int to) {
   const auto attribute = [&](int which) {
     int value = 0;

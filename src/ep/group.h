@@ -75,7 +75,7 @@ void check_size(const char* function, int size, const GroupOptions& options);
 
 /// Ranks of one process.
 std::vector<std::shared_ptr<GroupState>> make_local(const std::vector<Device>& devices, const GroupOptions& options);
-/// @throws Error invalid_argument, invalid_device unless a process with a GPU may be that rank
+/// @throws Error invalid_argument, invalid_device, unsupported unless a process with a GPU may be that rank
 void check_process(const char* function, int rank, int size, Device device, const GroupOptions& options);
 std::shared_ptr<GroupState> make_process(int rank, int size, Device device, AllGather all_gather,
                                          const GroupOptions& options);

@@ -92,7 +92,7 @@ std::vector<std::shared_ptr<GroupState>> make_local(const std::vector<Device>& d
   for (const Device& device : devices) {
     if (device.type != devices[0].type)
       throw Error(ErrorCode::invalid_argument, "Group::local: devices mix CPUs and GPUs; expected one kind");
-    if (device.type == DeviceType::cuda) cuda::device(device.index);
+    if (device.type == DeviceType::cuda) cuda::require_hopper(device.index);
   }
   const auto board = std::make_shared<Board>(size);
   std::vector<std::shared_ptr<GroupState>> groups;

@@ -132,6 +132,7 @@ std::shared_ptr<NcclComm> NcclComm::create(const std::string& text, int rank, in
 }
 
 std::shared_ptr<NcclComm> NcclComm::wrap(void* comm) {
+  if (!comm) throw Error(ErrorCode::invalid_argument, "Group::nccl: comm is null, expected an ncclComm_t");
   auto wrapped = std::make_shared<NcclComm>();
   wrapped->comm_ = comm;
   PHALANX_NCCL_CALL(ncclCommUserRank(comm, &wrapped->rank));

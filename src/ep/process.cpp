@@ -53,7 +53,7 @@ void check_process(const char* function, int rank, int size, Device device, cons
     throw Error(
         ErrorCode::invalid_device,
         format_text("{}: device is the CPU; ranks on the CPU are threads of one process, Group::local", function));
-  cuda::device(device.index);
+  cuda::require_hopper(device.index);
 }
 
 std::shared_ptr<GroupState> make_process(int rank, int size, Device device, AllGather all_gather,

@@ -115,7 +115,7 @@ struct ExpertParallel::Impl {
     ep::GroupState& g = *group.state();
     check_ep_config(config, g.size);
     const EpShape shape = make_shape(config, g.size, g.device.type);
-    if (g.device.type == DeviceType::cuda) check_sms(shape.num_ctas, require_hopper(g.device.index));
+    if (g.device.type == DeviceType::cuda) check_sms(shape.num_ctas, cuda::require_hopper(g.device.index));
     compare_configs(g, config, shape);
 
     status = make_status(g.device);

@@ -1,4 +1,4 @@
-// What every operation needs to run on CUDA: the right GPU and a loaded kernel.
+// What every operation needs to run on CUDA: a loaded kernel.
 #pragma once
 
 #include <atomic>
@@ -7,13 +7,6 @@
 #include "jit/jit.h"
 
 namespace phalanx {
-
-/// Throws Error unsupported, naming the GPU, unless our kernels run on it.
-void check_supported(const cuda::DeviceInfo& device);
-
-/// The device, if our kernels run there.
-/// @throws Error unsupported, invalid_device
-const cuda::DeviceInfo& require_hopper(int ordinal);
 
 /// SMs that a caller's `num_sms` leaves: all if it is 0.
 int usable_sms(const cuda::DeviceInfo& device, int num_sms);

@@ -43,7 +43,7 @@ struct Place {
   bool all_sms;
 
   Place(const Tensor& d, int limit) : ordinal(d.device.index) {
-    const auto& device = require_hopper(ordinal);
+    const auto& device = cuda::require_hopper(ordinal);
     num_sms = usable_sms(device, limit);
     all_sms = num_sms == device.num_sms;
   }

@@ -56,7 +56,7 @@ RouteParams route_params(const Tensor& topk_idx, const Routing& routing, const R
 void route_on_cuda(const Tensor& topk_idx, const Routing& routing, const RouteOptions& options) {
   static KernelOfDevice kernels;
   const int ordinal = topk_idx.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const RouteParams p = route_params(topk_idx, routing, options);
   const int ctas = std::min(kMaxRouteCtas,
@@ -124,7 +124,7 @@ struct Permutation {
 void permute_on_cuda(const Permutation& permutation, const Routing& routing, Stream stream) {
   static KernelOfDevice kernels;
   const int ordinal = permutation.x.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const PermuteParams p = permutation.params(routing);
   const int ctas = permutation.token_ctas(routing) + p.rows.num_ctas;
@@ -138,7 +138,7 @@ void route_and_permute_on_cuda(const Permutation& permutation, const Tensor& top
                                const RouteOptions& options, const Tensor* unquantized = nullptr) {
   static KernelOfDevice kernels[2];
   const int ordinal = topk_idx.device.index;
-  const cuda::DeviceInfo& device = require_hopper(ordinal);
+  const cuda::DeviceInfo& device = cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   RouteAndPermuteParams p{route_params(topk_idx, routing, options), permutation.params(routing), {}};
   if (unquantized) {
@@ -239,7 +239,7 @@ int64_t stride_of(const std::optional<Tensor>& weights) {
 void unpermute_on_cuda(const Tensor& rows, const Routing& routing, const Tensor& out, const UnpermuteOptions& options) {
   static UnpermuteKernels kernels;
   const int ordinal = out.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const UnpermuteParams p{.rows = pointer<u8>(rows),
                           .rows_stride = row_stride_bytes(rows),
@@ -263,7 +263,7 @@ void unpermute_backward_on_cuda(const Tensor& grad_out, const Routing& routing, 
                                 const UnpermuteBackwardOptions& options) {
   static UnpermuteKernels kernels;
   const int ordinal = grad_out.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const UnpermuteBackwardParams p{
       .grad_out = pointer<u8>(grad_out),

@@ -16,7 +16,7 @@ constexpr int kNumForms = 4, kNumScaleShapes = 2;
 void quantize_on_cuda(QuantizeForm form, const Tensor& x, const ScaledTensor* q, const ScaledTensor* q_t,
                       const QuantizeOptions& options) {
   const int ordinal = x.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const QuantizeConfig config{float_type(x.dtype), form};
   static KernelOfDevice kernels[kNumForms][kNumFloatTypes];
@@ -37,7 +37,7 @@ void quantize_on_cuda(QuantizeForm form, const Tensor& x, const ScaledTensor* q,
 
 void dequantize_on_cuda(ScaleShape shape, const ScaledTensor& q, const Tensor& x, Stream stream) {
   const int ordinal = x.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const DequantizeConfig config{float_type(x.dtype), shape};
   static KernelOfDevice kernels[kNumScaleShapes][kNumFloatTypes];

@@ -23,7 +23,7 @@ int64_t weight_stride_of(const SwigluOptions& options) { return options.weights 
 
 void quantize_on_cuda(const Tensor& x, const ScaledTensor& q, const SwigluOptions& options) {
   const int ordinal = x.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const SwigluConfig config{float_type(x.dtype)};
   static KernelOfDevice kernels[kNumFloatTypes];
@@ -50,7 +50,7 @@ void quantize_on_cuda(const Tensor& x, const ScaledTensor& q, const SwigluOption
 void backward_on_cuda(const Tensor& x, const Tensor& grad, const Tensor& grad_x, const Tensor* grad_weights,
                       const SwigluOptions& options) {
   const int ordinal = x.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const SwigluBackwardConfig config{float_type(x.dtype)};
   static KernelOfDevice kernels[kNumFloatTypes];
@@ -81,7 +81,7 @@ void backward_on_cuda(const Tensor& x, const Tensor& grad, const Tensor& grad_x,
 void quantize_both_on_cuda(const Tensor& x, const ScaledTensor& q, const ScaledTensor& q_t,
                            const SwigluOptions& options) {
   const int ordinal = x.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   constexpr SwigluTilesConfig kConfig{FloatType::bf16};
   static KernelOfDevice kernels;
@@ -115,7 +115,7 @@ bool backward_in_pairs(const Tensor& x, bool vectors, const SwigluOptions& optio
 void backward_both_on_cuda(const Tensor& x, const Tensor& grad, const ScaledTensor& q, const ScaledTensor& q_t,
                            const SwigluOptions& options) {
   const int ordinal = x.device.index;
-  require_hopper(ordinal);
+  cuda::require_hopper(ordinal);
   const cuda::ContextGuard context(ordinal);
   const bool vectors = gate_up_has_vectors(x, q.data) && rows_are_aligned(grad, 16);
   const SwigluTilesConfig config{FloatType::bf16, backward_in_pairs(x, vectors, options)};

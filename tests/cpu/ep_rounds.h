@@ -7,46 +7,16 @@
 #include <functional>
 #include <memory>
 #include <optional>
-#include <thread>
 
 #include "tests/cpu/ep_reference.h"
 #include "tests/cpu/matrix.h"
+#include "tests/testing.h"
 
 namespace phalanx::test {
 
 inline constexpr GroupOptions kPatient{.timeout = 30}, kHasty{.timeout = 0.3};
 
 inline std::vector<Device> cpus(int n) { return std::vector<Device>(n); }
-
-/// f(rank) on a thread each; the first exception is thrown here.
-inline void on_ranks(int num_ranks, const std::function<void(int)>& f) {
-  std::vector<std::exception_ptr> errors(num_ranks);
-  {
-    std::vector<std::jthread> threads;
-    for (int r = 0; r < num_ranks; ++r)
-      threads.emplace_back([&, r] {
-        try {
-          f(r);
-        } catch (...) {
-          errors[r] = std::current_exception();
-        }
-      });
-  }
-  for (const auto& error : errors)
-    if (error) std::rethrow_exception(error);
-}
-
-template <class F>
-void expect_error(ErrorCode code, std::initializer_list<const char*> words, F&& f) {
-  try {
-    f();
-    ADD_FAILURE() << "nothing was thrown";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    for (const char* word : words)
-      EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << word << ": " << error.what();
-  }
-}
 
 inline Tensor vector_of(void* data, DType dtype, std::int64_t length) { return {data, dtype, {}, 1, {length}, {1}}; }
 

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,6 +12,7 @@
 #include "phalanx/gemm.h"
 #include "phalanx/quantize.h"
 #include "tests/cpu/matrix.h"
+#include "tests/testing.h"
 
 namespace phalanx::test {
 namespace {
@@ -20,18 +20,6 @@ namespace {
 using cpu::Bf16;
 using cpu::E4m3;
 using Words = std::vector<std::string>;
-
-void expect_error(ErrorCode code, const Words& words, const std::function<void()>& call) {
-  try {
-    call();
-    ADD_FAILURE() << "no error; expected one about " << words.front();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    for (const std::string& word : words)
-      EXPECT_NE(std::string(error.what()).find(word), std::string::npos)
-          << "no \"" << word << "\" in: " << error.what();
-  }
-}
 
 /// A right call of every operation, for tests to spoil.
 class Check : public testing::Test {

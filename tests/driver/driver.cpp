@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string_view>
 
 #include "tests/driver/driver.h"
@@ -75,6 +76,23 @@ CUresult cuMemAlloc_v2(CUdeviceptr* pointer, std::size_t bytes) {
   return *pointer = reinterpret_cast<CUdeviceptr>(std::aligned_alloc(256, (bytes + 255) / 256 * 256)), kSuccess;
 }
 CUresult cuMemFree_v2(CUdeviceptr pointer) { return std::free(reinterpret_cast<void*>(pointer)), kSuccess; }
+CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void* from, std::size_t bytes) {
+  return std::memcpy(reinterpret_cast<void*>(to), from, bytes), kSuccess;
+}
+CUresult cuMemcpyDtoH_v2(void* to, CUdeviceptr from, std::size_t bytes) {
+  return std::memcpy(to, reinterpret_cast<void*>(from), bytes), kSuccess;
+}
+CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, std::size_t bytes, CUstream) {
+  return std::memset(reinterpret_cast<void*>(to), value, bytes), kSuccess;
+}
+
+// Processes are threads here, and a handle is an address.
+CUresult cuIpcGetMemHandle(IpcMemHandle* handle, CUdeviceptr pointer) {
+  return std::memcpy(handle->bytes, &pointer, sizeof pointer), kSuccess;
+}
+CUresult cuIpcOpenMemHandle_v2(CUdeviceptr* pointer, IpcMemHandle handle, unsigned) {
+  return std::memcpy(pointer, handle.bytes, sizeof *pointer), kSuccess;
+}
 
 CUresult cuEventElapsedTime(float* ms, CUevent, CUevent) {
   return *ms = static_cast<float>(pretended_driver().num_ctas) * 1e-3f, kSuccess;

@@ -14,6 +14,7 @@
 #include "phalanx/gemm_bf16.h"
 #include "phalanx/grouped.h"
 #include "tests/driver/driver.h"
+#include "tests/testing.h"
 
 namespace phalanx::test {
 namespace {
@@ -143,18 +144,6 @@ TEST_F(Launch, NothingIsLaunchedForNoRowsOrWrongArguments) {
   wrong.d.device.index = 1;
   EXPECT_THROW(wrong.run(), Error);
   EXPECT_EQ(driver.launches, before);
-}
-
-template <class Call>
-void expect_error(ErrorCode code, const std::vector<std::string>& words, const Call& call) {
-  try {
-    call();
-    ADD_FAILURE() << "no error; expected one about " << words.front();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code);
-    for (const std::string& word : words)
-      EXPECT_NE(std::string(error.what()).find(word), std::string::npos) << error.what();
-  }
 }
 
 TEST_F(Launch, DevicesThatCannotServeAreNamed) {

@@ -60,6 +60,15 @@ def test_a_missing_module_says_what_to_do(tmp_path):
     assert "ImportError" in result.stderr and "PHALANX_LIBRARY_DIR" in result.stderr
 
 
+def test_a_missing_nccl_says_what_to_do():
+    code = "import phalanx; phalanx.Group.nccl_id()"
+    environment = os.environ | {"PHALANX_NCCL": "/nowhere/libnccl.so.2"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode != 0
+    assert "UnsupportedError: NCCL is not available: /nowhere/libnccl.so.2" in result.stderr
+    assert "PHALANX_NCCL" in result.stderr
+
+
 @pytest.mark.parametrize("path", ["cu13/lib/libnvrtc.so.13", "cuda_nvrtc/lib/libnvrtc.so.12"])
 def test_nvrtc_is_found_where_its_wheels_put_it(path, tmp_path, monkeypatch):
     library = tmp_path / "nvidia" / path
